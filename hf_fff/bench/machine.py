@@ -1,0 +1,58 @@
+"""What a measurement was made on."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, ops
+from ..ops import loader
+
+_PACKAGES = ("transformers", "accelerate", "huggingface_hub", "safetensors", "sentence-transformers", "peft", "openvino", "kernels")
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    try:
+        fields = dict(
+            (part.strip() for part in line.split(":", 1))
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+            if ":" in line
+        )
+        return f"{fields['model name']} (family {fields['cpu family']})"
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()
+
+
+def summary() -> dict[str, Any]:
+    """The few facts that stand beside every figure."""
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "isa": ops.isa() or "-",
+        "backend": ops.backend(),
+        "torch": torch.__version__,
+        "hf_fff": __version__,
+    }
+
+
+def report() -> dict[str, Any]:
+    """All that ``hf-fff env`` tells."""
+    return {
+        "hf_fff": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {"torch": torch.__version__, **{p: _installed(p) or "not installed" for p in _PACKAGES}},
+        "cpu": {"name": cpu_name(), "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
+        "backend": {"cpu": ops.backend("cpu"), "isa": ops.isa()},
+        "kernels": loader.describe(),
+    }

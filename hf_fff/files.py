@@ -1,0 +1,54 @@
+"""Output folders that appear whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raises ``FileExistsError`` where ``path`` cannot become an output folder."""
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"the output {path} exists and is no folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(f"the output folder {path} exists and is not empty (--overwrite replaces it)")
+    if path.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise FileExistsError(f"the output folder {path} is or holds the current folder")
+    parent = next(p for p in path.resolve().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(f"the output {path} cannot be made: {parent} is not a folder that can be written to")
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A fresh folder beside ``path`` to write into; it takes the place of ``path`` when the block ends without an error, and is
+    removed otherwise, with ``path`` as it was.
+
+    Raises:
+        FileExistsError: ``path`` is a file, or not empty and ``overwrite`` is not set.
+    """
+    check_output(path, overwrite=overwrite)
+    path = path.resolve()
+    parents = [p for p in path.parents if not p.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new, old = work / "new", work / "old"
+    new.mkdir()
+    try:
+        yield new
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if not path.exists():
+            for parent in parents:
+                with suppress(OSError):
+                    parent.rmdir()

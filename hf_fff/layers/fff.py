@@ -1,0 +1,92 @@
+"""The fast feedforward layer as a module."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import ConfigLike, FFFConfig, as_config
+
+
+class FFF(nn.Module):
+    """Fast feedforward network: ``n_trees`` balanced binary trees of neurons, of which a token visits one path each.
+
+    Args:
+        hidden_size: H, size of input and output.
+        config: an ``FFFConfig``, ``"KxD"``, or a dict of its fields.
+
+    Parameters (plain ones, so that whatever works on parameters works here):
+        weight_in: ``[nodes, hidden_size]``, tree-major: tree k holds rows ``k * tree_nodes`` and on, in heap order.
+        bias_in: ``[nodes]``.
+        weight_out: ``[nodes, hidden_size]``.
+
+    Source: arXiv 2311.10770, section 2. There is no output bias, as in the paper.
+    """
+
+    weight_in: nn.Parameter
+    bias_in: nn.Parameter
+    weight_out: nn.Parameter
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: ConfigLike,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
+            raise ValueError(f"hidden_size={hidden_size!r} must be an integer of at least 1")
+        self.hidden_size = hidden_size
+        self.config: FFFConfig = as_config(config)
+        nodes = self.config.nodes
+        self.weight_in = nn.Parameter(torch.empty(nodes, hidden_size, device=device, dtype=dtype))
+        self.bias_in = nn.Parameter(torch.empty(nodes, device=device, dtype=dtype))
+        self.weight_out = nn.Parameter(torch.empty(nodes, hidden_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self, init: ModuleType = nn.init) -> None:
+        """Uniform within 1/sqrt(fan-in), where the fan-in of the output is the neurons that a token uses.
+
+        Args:
+            init: where ``uniform_`` comes from; transformers' own skips parameters that a checkpoint has filled.
+        """
+        bound_in, bound_out = self.hidden_size**-0.5, self.config.active_nodes**-0.5
+        init.uniform_(self.weight_in, -bound_in, bound_in)
+        init.uniform_(self.bias_in, -bound_in, bound_in)
+        init.uniform_(self.weight_out, -bound_out, bound_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., hidden_size] -> [..., hidden_size]``."""
+        c = self.config
+        return ops.fff(
+            x,
+            self.weight_in,
+            self.bias_in,
+            self.weight_out,
+            c.n_trees,
+            c.activation,
+            c.routing_gradient,
+            c.routing_temperature,
+        )
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"{self.hidden_size}, {c.shorthand}, {c.activation}, uses {c.active_nodes} of {c.nodes} neurons"
+
+
+class OutputBias(nn.Module):
+    """Adds a bias: what is left of a dense output projection once an FFF has taken its place."""
+
+    def __init__(self, hidden_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype))
+
+    def reset_parameters(self, init: ModuleType = nn.init) -> None:
+        init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., hidden_size] -> [..., hidden_size]``."""
+        return x + self.bias

@@ -1,0 +1,119 @@
+"""What every Fast<Family> class adds to the transformers class that it inherits from."""
+
+import re
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import initialization as init
+
+from ..config import FFFConfig, layers_from_json, layers_to_json, resolve_layers
+from ..layers import FFF, OutputBias
+from .families import FAMILIES, FFNInterface
+
+
+class FastConfigMixin:
+    """Adds ``fff`` to a family's config: which layers hold which FFF.
+
+    ``fff`` may be given as ``"KxD"``, an ``FFFConfig``, a dict from layer to config, or the JSON object itself, which is what it
+    becomes: ``{"version": 1, "kind": "tree", "n_trees": 8, ...}`` or ``{"version": 1, "layers": {"0": {...}, ...}}``.
+    """
+
+    dense_model_type: ClassVar[str]
+
+    def normalise_fff(self) -> None:
+        value = self.fff  # type: ignore[has-type]
+        if isinstance(value, dict) and "version" in value:
+            layers = layers_from_json(value, self.num_hidden_layers)  # type: ignore[attr-defined]
+        else:
+            activation = getattr(self, FAMILIES[self.dense_model_type].activation)
+            defaults = {} if isinstance(value, FFFConfig) else {"activation": activation}
+            layers = resolve_layers(value, self.num_hidden_layers, **defaults)  # type: ignore[attr-defined]
+        self.fff = layers_to_json(layers, self.num_hidden_layers)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if "fff" in kwargs:  # transformers would set it last, as it is
+            config_dict = {**config_dict, "fff": kwargs.pop("fff")}
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    @property
+    def fff_layers(self) -> dict[int, FFFConfig]:
+        """Layer number -> its FFF; layers that are not in it are dense."""
+        return layers_from_json(self.fff, self.num_hidden_layers)  # type: ignore[attr-defined]
+
+
+def replace_ffns(base_model: nn.Module, family: FFNInterface, layers: dict[int, FFFConfig]) -> None:
+    """Puts new FFFs where the FFNs of ``layers`` are."""
+    for index, block in enumerate(family.blocks(base_model)):
+        if index not in layers:
+            continue
+        weight = block.get_submodule(family.dense_out).weight
+        like = {"device": weight.device, "dtype": weight.dtype}
+        block.set_submodule(family.ffn_in, FFF(weight.shape[0], layers[index], **like))
+        block.set_submodule(family.dense_out, OutputBias(weight.shape[0], **like))
+
+
+class FastModelMixin:
+    """Goes before the transformers class in the bases of a Fast<Family> class."""
+
+    @property
+    def family(self) -> FFNInterface:
+        return FAMILIES[self.config.dense_model_type]  # type: ignore[attr-defined]
+
+    def post_init(self) -> None:
+        # The surgery belongs to construction: from_pretrained then finds the modules that the checkpoint is for.
+        replace_ffns(self.base_model, self.family, self.config.fff_layers)  # type: ignore[attr-defined]
+        super().post_init()  # type: ignore[misc]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, (FFF, OutputBias)):
+            module.reset_parameters(init)
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in transformers, with one difference: FFN weights that are missing, superfluous or of another shape are an
+        error, never a reinitialisation.
+
+        Raises:
+            ValueError: the checkpoint's FFN weights are not those that the config describes.
+            RuntimeError: other weights are of another shape, and ``ignore_mismatched_sizes`` is not set.
+        """
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        _check_ffn_weights(model, info, source)
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            raise RuntimeError(
+                f"weights in {source} are of another shape than its config describes: {', '.join(_mismatched(info))} "
+                "(ignore_mismatched_sizes=True initialises them anew)"
+            )
+        return (model, info) if output_loading_info else model
+
+
+def _mismatched(info: dict[str, Any]) -> list[str]:
+    return sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+
+
+def _check_ffn_weights(model: Any, info: dict[str, Any], source: Any) -> None:
+    names = "|".join(re.escape(part) for part in model.family.ffn_keys())
+    is_ffn = re.compile(rf"(^|\.){re.escape(model.family.layers)}\.\d+\.({names})").search
+    problems = {
+        "missing": info["missing_keys"],
+        "unexpected": info["unexpected_keys"],
+        "of another shape": _mismatched(info),
+    }
+    found = {what: sorted(filter(is_ffn, keys)) for what, keys in problems.items()}
+    if any(found.values()):
+        text = "; ".join(
+            f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+            for what, keys in found.items()
+            if keys
+        )
+        raise ValueError(
+            f"the feedforward weights in {source} are not those that its config describes: {text}. "
+            "A dense checkpoint becomes a fast one by hf_fff.convert_ffn_to_fff, not by loading it under another config."
+        )

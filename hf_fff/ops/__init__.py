@@ -1,0 +1,111 @@
+"""The fast feedforward operator: ``torch.ops.hf_fff.fff`` and its differentiable sibling.
+
+This folder and ``kernels/`` know neither models nor transformers: whoever wants the operator alone can lift them out.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from ._schema import ACTIVATIONS, depth_of, library
+from .loader import Status, load, status
+
+__all__ = ["ACTIVATIONS", "Status", "backend", "depth_of", "fff", "fff_train", "has_native", "isa", "load", "status"]
+
+
+def _fallback(name: str) -> Any:
+    """The kernel of last resort: load the device's native library on the first call, else compute in PyTorch.
+
+    A library that loads registers itself for its device, so that later calls never come here: waiting for the first use
+    costs the hot path nothing, and works wherever the operator is called from (export, pickle, compile).
+    """
+    operator = getattr(torch.ops.hf_fff, name).default
+    in_torch = getattr(torch_backend, name)
+
+    def kernel(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.device.type == "cpu" and not has_native() and load("cpu").loaded:
+            return operator(x, *args, **kwargs)
+        return in_torch(x, *args, **kwargs)
+
+    return kernel
+
+
+def has_native(device: str = "cpu") -> bool:
+    """Whether a native library has registered its kernels for this device."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("hf_fff::fff", device.upper())
+
+
+def backend(device: str = "cpu") -> str:
+    """``"native"`` or ``"torch"``: what a call on this device runs, loading the native library where there is one."""
+    return "native" if has_native(device) or (device == "cpu" and load("cpu").loaded) else "torch"
+
+
+def isa() -> str | None:
+    """The instruction set that the native CPU kernel uses, such as ``"avx512"``; None without that kernel."""
+    loaded = status("cpu")
+    if loaded is None or not loaded.loaded:
+        return None
+    name = ctypes.CDLL(str(loaded.path)).hf_fff_cpu_isa
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
+def _autocast(name: str, device: str) -> Any:
+    operator = getattr(torch.ops.hf_fff, name).default
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            cast = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+            return operator(*cast, **kwargs)
+
+    return kernel
+
+
+for _name in ("fff", "fff_train", "fff_backward"):
+    library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
+for _name in ("fff", "fff_train"):
+    library.impl(_name, _autocast(_name, "cpu"), "AutocastCPU")
+    library.impl(_name, _autocast(_name, "cuda"), "AutocastCUDA")
+
+fff_train = torch.ops.hf_fff.fff_train.default
+_infer = torch.ops.hf_fff.fff.default
+
+
+def fff(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    n_trees: int,
+    activation: str = "gelu",
+    routing_gradient: float = 0.0,
+    routing_temperature: float = 1.0,
+) -> Tensor:
+    """A layer of ``n_trees`` fast feedforward trees (arXiv 2311.10770, section 2), differentiable where autograd is on.
+
+    Args:
+        x: ``[..., hidden]``.
+        weight_in, weight_out: ``[n_trees * (2**(depth+1) - 1), hidden]``, tree-major, nodes of a tree in heap order.
+        bias_in: one number a node.
+        activation: one of ``ACTIVATIONS``; "gelu" is the exact (erf) one.
+        routing_gradient: alpha of the straight-through routing gradient; 0 is the paper's training, which never learns
+            where to send a token.
+        routing_temperature: tau of the same.
+
+    Returns:
+        ``[..., hidden]``, in the dtype of ``x``.
+
+    Raises:
+        ValueError or RuntimeError: shapes, dtypes or devices that do not fit each other, an unknown activation.
+    """
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight_in.requires_grad or weight_out.requires_grad or bias_in.requires_grad
+    ):
+        return fff_train(
+            x, weight_in, bias_in, weight_out, n_trees, activation, routing_gradient, routing_temperature
+        )[0]
+    return _infer(x, weight_in, bias_in, weight_out, n_trees, activation)

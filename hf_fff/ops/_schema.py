@@ -1,0 +1,119 @@
+"""The operators, declared once: schemas, shape inference, autograd, autocast. Backends only register kernels.
+
+``fff`` is the inference operator. ``fff_train`` also returns the path and the logits, from which ``fff_backward`` computes
+gradients touching only visited nodes. All of them take ``x`` of shape ``[..., hidden]`` and tree-major weights.
+"""
+
+import torch
+
+ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "identity")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_WEIGHTS = "Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, int n_trees, str activation"
+_ROUTING = "float routing_gradient=0.0, float routing_temperature=1.0"
+
+library = torch.library.Library("hf_fff", "DEF")
+library.define(f"fff({_WEIGHTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+library.define(f"fff_train({_WEIGHTS}, {_ROUTING}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+library.define(
+    "fff_backward(Tensor grad_y, Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor path, "
+    f"Tensor logits, int n_trees, str activation, {_ROUTING}, bool need_x=True, bool need_weights=True)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def depth_of(nodes: int, n_trees: int) -> int:
+    """Depth of ``n_trees`` balanced trees that hold ``nodes`` nodes together (depth D visits D + 1 neurons)."""
+    depth = (nodes // n_trees).bit_length() - 1 if n_trees > 0 else 0
+    if nodes != n_trees * (2 ** (depth + 1) - 1):
+        raise ValueError(f"{nodes} nodes are not n_trees={n_trees} balanced trees of 2**(depth+1)-1 nodes each")
+    return depth
+
+
+def check_arguments(
+    x: torch.Tensor, weight_in: torch.Tensor, bias_in: torch.Tensor, weight_out: torch.Tensor, n_trees: int
+) -> int:
+    """Raises ``ValueError`` where the arguments do not fit each other; returns the depth."""
+    if x.ndim < 1 or weight_in.ndim != 2 or x.shape[-1] != weight_in.shape[1]:
+        raise ValueError(f"x {list(x.shape)} must be [..., hidden] and weight_in {list(weight_in.shape)} [nodes, hidden]")
+    if bias_in.shape != weight_in.shape[:1] or weight_out.shape != weight_in.shape:
+        raise ValueError(
+            f"bias_in {list(bias_in.shape)} must be [{weight_in.shape[0]}] and weight_out {list(weight_out.shape)} "
+            f"{list(weight_in.shape)}, as weight_in is"
+        )
+    if not x.dtype == weight_in.dtype == bias_in.dtype == weight_out.dtype:
+        raise ValueError(
+            "x, weight_in, bias_in and weight_out must have one dtype, found "
+            f"{x.dtype}, {weight_in.dtype}, {bias_in.dtype}, {weight_out.dtype}"
+        )
+    if x.dtype not in DTYPES:
+        raise ValueError(f"dtype {x.dtype} is not supported (allowed: {', '.join(map(str, DTYPES))})")
+    return depth_of(weight_in.shape[0], n_trees)
+
+
+def logits_dtype(x: torch.Tensor) -> torch.dtype:
+    """Sums are kept in float32 for every type but float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _empty(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("hf_fff::fff", lib=library)
+def _(x, weight_in, bias_in, weight_out, n_trees, activation):
+    check_arguments(x, weight_in, bias_in, weight_out, n_trees)
+    return _empty(x)
+
+
+@torch.library.register_fake("hf_fff::fff_train", lib=library)
+def _(
+    x, weight_in, bias_in, weight_out, n_trees, activation, routing_gradient=0.0, routing_temperature=1.0
+):
+    depth = check_arguments(x, weight_in, bias_in, weight_out, n_trees)
+    visits = [*x.shape[:-1], n_trees, depth + 1]
+    path = torch.empty(visits, dtype=torch.int32, device=x.device)
+    return _empty(x), path, torch.empty(visits, dtype=logits_dtype(x), device=x.device)
+
+
+@torch.library.register_fake("hf_fff::fff_backward", lib=library)
+def _(
+    grad_y,
+    x,
+    weight_in,
+    bias_in,
+    weight_out,
+    path,
+    logits,
+    n_trees,
+    activation,
+    routing_gradient=0.0,
+    routing_temperature=1.0,
+    need_x=True,
+    need_weights=True,
+):
+    weights = [_empty(w) if need_weights else x.new_empty(0) for w in (weight_in, bias_in, weight_out)]
+    return (_empty(x) if need_x else x.new_empty(0), *weights)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight_in, bias_in, weight_out, n_trees, activation, *routing = inputs
+    _, path, logits = output
+    ctx.save_for_backward(x, weight_in, bias_in, weight_out, path, logits)
+    ctx.settings = (n_trees, activation, *routing)
+    ctx.mark_non_differentiable(path, logits)
+
+
+def _backward(ctx, grad_y, _grad_path, _grad_logits):
+    need_x, *need_weights = ctx.needs_input_grad[:4]
+    x = ctx.saved_tensors[0]
+    grads = torch.ops.hf_fff.fff_backward(
+        grad_y.to(x.dtype), *ctx.saved_tensors, *ctx.settings, need_x=need_x, need_weights=any(need_weights)
+    )
+    wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:4], strict=True)]
+    return (*wanted, *[None] * len(ctx.settings))
+
+
+torch.library.register_autograd("hf_fff::fff_train", _backward, setup_context=_setup_context, lib=library)

@@ -1,0 +1,458 @@
+"""Finds a native kernel library, or compiles it, or says why PyTorch must do.
+
+Order: ``HF_FFF_KERNEL_PATH``, the library that the wheel bundles, the cache, a compilation into the cache (or, where
+the cache cannot be used, into a private temporary folder). Nothing here fails for want of a compiler: one warning a
+process says why the slower path is taken. ``HF_FFF_BACKEND=native`` makes that an error, ``torch`` loads nothing.
+"""
+
+import atexit
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = ("auto", "native", "torch")
+_TIMEOUT = 300.0  # seconds that a compiler may take
+_PACKAGE = Path(__file__).resolve().parent.parent
+_SOURCE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
+_CPU_FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512f|avx512_(bf16|vnni|fp16)|amx_\w+|asimd(dp)?|bf16|i8mm|sve2?")
+
+# No -march: the sources choose the instruction set when they run. TORCH_TARGET_VERSION is torch 2.11's stable ABI.
+_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+_LINK = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-Wl,--no-as-needed",)
+_LINK_LIBRARIES = ("-ltorch_cpu",)
+
+
+@dataclass(frozen=True)
+class Library:
+    """A kernel library: what it is compiled from, and the operator whose presence proves that it is the right one."""
+
+    name: str
+    sources: tuple[str, ...]  # relative to kernels_root()
+    operator: str | None = None
+    dispatch_key: str = "CPU"
+    compiler: str = "c++"
+
+    @property
+    def file_name(self) -> str:
+        return f"libhf_fff_{self.name}.so"
+
+
+LIBRARIES = {
+    row.name: row
+    for row in (
+        Library("cpu", ("torch-ext/torch_binding_cpu.cpp", "cpu/fff.cpp"), "hf_fff::fff"),
+        Library("bench", ("torch-ext/bench_cpu.cpp", "cpu/fff.cpp"), "hf_fff_bench::fff_loop"),
+    )
+}
+# kind of compiler -> environment variables that name one, names to look for
+_COMPILERS = {"c++": (("HF_FFF_CXX", "CXX"), ("c++", "g++", "clang++"))}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What became of a library: where it came from if it is loaded, otherwise why it is not."""
+
+    library: str
+    loaded: bool = False
+    path: Path | None = None
+    origin: str | None = None  # "HF_FFF_KERNEL_PATH", "bundled", "cache", "built" or "built (temporary)"
+    reason: str = ""
+    build_seconds: float | None = None
+
+    @property
+    def backend(self) -> str:
+        """``"native"`` or ``"torch"``."""
+        return "native" if self.loaded else "torch"
+
+
+class BuildError(RuntimeError):
+    """The library cannot be had here; an ``OSError`` means that another folder may serve."""
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    command: tuple[str, ...]
+    version: str
+
+
+_statuses: dict[str, Status] = {}
+_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a child must not inherit a lock that some other thread held
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def load(name: str = "cpu") -> Status:
+    """Loads a library, the first time it is asked for; later calls return the same status.
+
+    Raises:
+        ValueError: ``HF_FFF_BACKEND`` or ``name`` is none of those known.
+        RuntimeError: it cannot be loaded and ``HF_FFF_BACKEND=native``.
+    """
+    library, setting = _library(name), _setting()
+    if name not in _statuses:
+        with _lock:
+            if name not in _statuses:
+                _statuses[name] = found = _find(library, setting)
+                if found.reason and (found.loaded or setting == "auto"):
+                    _warn(found)
+    status = _statuses[name]
+    if setting == "native" and not status.loaded:
+        raise RuntimeError(f"HF_FFF_BACKEND=native, but the {name} library cannot be loaded: {status.reason}")
+    return status
+
+
+def status(name: str = "cpu") -> Status | None:
+    """What happened to a library so far in this process; None if nobody asked for it. Loads nothing."""
+    return _statuses.get(_library(name).name)
+
+
+def build(name: str = "cpu", *, force: bool = False, output: Path | None = None) -> Status:
+    """Compiles a library ahead of its first use, unless the cache has it already.
+
+    Args:
+        name: which library.
+        force: compile even if the cache has it.
+        output: a folder to put a copy in, for ``HF_FFF_KERNEL_PATH``.
+
+    Returns:
+        its status; not loaded, with a reason, if it could not be compiled or does not load.
+    """
+    library = _library(name)
+    with _lock:
+        try:
+            built = _cached_or_built(library, force=force, temporary=output is not None)
+        except (OSError, BuildError) as error:
+            return Status(name, reason=str(error))
+        if name not in _statuses or not _statuses[name].loaded:
+            _statuses[name] = built
+    if output is None or built.path is None:
+        return built
+    output = output.expanduser().absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    copy = output / library.file_name
+    _manifest(copy).unlink(missing_ok=True)
+    for source, target in ((built.path, copy), (_manifest(built.path), _manifest(copy))):
+        with tempfile.TemporaryDirectory(dir=output) as work:  # never write into a file that a process may have mapped
+            os.replace(shutil.copy(source, work), target)
+    return replace(built, path=copy)
+
+
+def describe() -> dict[str, Any]:
+    """Everything that decides which library is used, and what was decided, for ``hf-fff env``. Loads nothing."""
+    facts: dict[str, Any] = {
+        "backend_setting": os.environ.get("HF_FFF_BACKEND") or "auto",
+        "kernel_path": os.environ.get("HF_FFF_KERNEL_PATH") or None,
+        "sources": str(kernels_root()),
+        "cpu_features": [f for f in _cpu_flags().split() if _CPU_FEATURES.fullmatch(f)],
+        "libraries": {},
+    }
+    try:
+        facts["cache"] = str(cache_dir())
+    except OSError as error:
+        facts["cache"] = f"none: {error}"
+    for name, library in LIBRARIES.items():
+        try:
+            compiler = _compiler(library)
+            command = shlex.join(compiler.command)
+            row: dict[str, Any] = {"compiler": command, "version": compiler.version, "key": _key(library, compiler)}
+        except (OSError, BuildError) as error:
+            row = {"compiler": f"none: {error}"}
+        found = _statuses.get(name)
+        row["status"] = "not loaded yet" if found is None else found.backend
+        if found is not None:
+            row.update(json.loads(json.dumps(asdict(found), default=str)))
+        facts["libraries"][name] = row
+    return facts
+
+
+def kernels_root() -> Path:
+    """Where the C++ sources lie: in the package (a wheel), or beside it (a checkout)."""
+    inside = _PACKAGE / "_kernels"
+    return inside if inside.is_dir() else _PACKAGE.parent / "kernels"
+
+
+def cache_dir() -> Path:
+    """``HF_FFF_CACHE``, or ``hf_fff`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    try:
+        if chosen := os.environ.get("HF_FFF_CACHE"):
+            return Path(chosen).expanduser().absolute()
+        xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the standard says to ignore relative ones
+        return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "hf_fff"
+    except RuntimeError as error:  # an account without a home
+        raise OSError(str(error)) from error
+
+
+def _library(name: str) -> Library:
+    if name not in LIBRARIES:
+        raise ValueError(f"library {name!r} is not known (allowed: {', '.join(LIBRARIES)})")
+    return LIBRARIES[name]
+
+
+def _setting() -> str:
+    setting = os.environ.get("HF_FFF_BACKEND") or "auto"
+    if setting == "hub":
+        raise NotImplementedError(f"HF_FFF_BACKEND='hub' is not available yet (allowed now: {', '.join(SETTINGS)})")
+    if setting not in SETTINGS:
+        raise ValueError(f"HF_FFF_BACKEND={setting!r} is not known (allowed: {', '.join(SETTINGS)})")
+    return setting
+
+
+def _warn(status: Status) -> None:
+    what = "" if status.loaded else f"the native {status.library} library is not used, the slower PyTorch code is: "
+    more = "" if status.loaded else "\n`hf-fff env` tells more; HF_FFF_BACKEND=torch silences this."
+    warnings.warn(f"hf_fff: {what}{status.reason}{more}", RuntimeWarning, stacklevel=3)
+
+
+def _find(library: Library, setting: str) -> Status:
+    if setting == "torch":
+        return Status(library.name, reason="HF_FFF_BACKEND=torch")
+    if wanted := os.environ.get("HF_FFF_KERNEL_PATH"):
+        path = Path(wanted).expanduser().absolute()
+        if path.name not in {other.file_name for other in LIBRARIES.values() if other != library}:
+            try:
+                return _open(library, path / library.file_name if path.is_dir() else path, "HF_FFF_KERNEL_PATH")
+            except (OSError, BuildError) as error:  # asked for this one: nothing else may take its place unseen
+                advice = "Make it a file or a folder from `hf-fff build --output FOLDER`, or unset it."
+                return Status(library.name, reason=f"HF_FFF_KERNEL_PATH={wanted} cannot be used: {error}. {advice}")
+    problem = ""
+    bundled = _PACKAGE / "_lib" / library.file_name
+    if bundled.exists():
+        try:
+            return _open(library, bundled, "bundled")
+        except (OSError, BuildError) as error:
+            problem = f"; the bundled library cannot be used: {error}"
+    try:
+        return _cached_or_built(library)
+    except (OSError, BuildError) as error:
+        return Status(library.name, reason=f"{error}{problem}")
+
+
+def _cached_or_built(library: Library, *, force: bool = False, temporary: bool = True) -> Status:
+    compiler = _compiler(library)
+    try:
+        return _cached_or_built_in(cache_dir() / f"{library.name}-{_key(library, compiler)}", library, compiler, force)
+    except OSError as error:
+        if not temporary:
+            raise
+        problem = f"the cache cannot be used ({error})"
+    advice = "Set HF_FFF_CACHE to a folder that can be written to and executed from."
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="hf_fff-"))
+        atexit.register(_remove, folder, os.getpid())
+        built = _build_in(folder, library, compiler)
+    except OSError as error:
+        raise BuildError(f"{problem}, nor can a temporary folder ({error}). {advice}") from error
+    reason = f"{problem}; compiled the {library.name} library for this process alone. {advice}"
+    return replace(built, origin="built (temporary)", reason=reason)
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child leaves it to its parent
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cached_or_built_in(folder: Path, library: Library, compiler: _Compiler, force: bool) -> Status:
+    path = folder / library.file_name
+    if not force and _is_whole(path):
+        return _open(library, path, "cache")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock", timeout=_TIMEOUT + 30):
+        if not _is_whole(path):
+            path.unlink(missing_ok=True)
+        elif not force:  # another process built it while this one waited
+            return _open(library, path, "cache")
+        return _build_in(folder, library, compiler)
+
+
+def _build_in(folder: Path, library: Library, compiler: _Compiler) -> Status:
+    if hasattr(os, "ST_NOEXEC") and os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise OSError(f"{folder} is on a file system mounted noexec")
+    path = folder / library.file_name
+    logger.info("hf_fff: compiling the %s library, once, about 10 s", library.name)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as work:
+        fresh = Path(work) / library.file_name
+        _compile(library, compiler, fresh)
+        # A library counts only together with its manifest: a process that dies anywhere here leaves nothing that loads.
+        # Renamed before it is loaded, since the dynamic linker knows libraries by the name they had then.
+        _manifest(path).unlink(missing_ok=True)
+        facts = {**_fingerprint(fresh), "sources": _source_digest(), "compiler": compiler.version}
+        os.replace(fresh, path)
+        seconds = time.perf_counter() - start
+        built = replace(_open(library, path, "built"), build_seconds=round(seconds, 2))
+        manifest = Path(work) / "manifest"
+        manifest.write_text(json.dumps({**facts, "torch": torch.__version__}, indent=2))
+        os.replace(manifest, _manifest(path))
+    return built
+
+
+def _compile(library: Library, compiler: _Compiler, target: Path) -> None:
+    home, root = Path(torch.__file__).parent, kernels_root()
+    sources = [root / s for s in library.sources]
+    if missing := [str(s) for s in sources if not s.is_file()]:
+        raise BuildError(f"the sources of the {library.name} library are not installed: {', '.join(missing)}")
+    includes = [f"-I{home / 'include'}", f"-I{root}"]
+    command = [*compiler.command, *_FLAGS, *_words("HF_FFF_CXXFLAGS"), *includes, *map(str, sources), "-o", str(target)]
+    command += [f"-L{home / 'lib'}", *_LINK, *_LINK_LIBRARIES]
+    log, environment = target.with_suffix(".log"), {**os.environ, "LC_ALL": "C"}
+    with log.open("wb") as out:  # a file: children that outlive a killed compiler would keep a pipe open
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            raise BuildError(f"the compiler cannot be started: {error}") from error
+        try:
+            process.wait(_TIMEOUT)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise BuildError(f"{compiler.command[0]} took more than {_TIMEOUT:.0f} s and was stopped") from error
+            raise
+    if process.returncode:
+        target.write_bytes(os.urandom(1 << 20))  # a full disk is no fault of the compiler: let it raise OSError
+        lines = log.read_text(errors="replace").strip().splitlines()
+        last = "\n".join((["…"] if len(lines) > 12 else []) + lines[-12:])
+        raise BuildError(f"{compiler.command[0]} failed (exit status {process.returncode}):\n{last}")
+    if not _looks_whole(target):
+        raise BuildError(f"{compiler.command[0]} reported success and wrote no usable library")
+
+
+def _open(library: Library, path: Path, origin: str) -> Status:
+    """Loads one file. Raises ``OSError`` if it is damaged or does not load, ``BuildError`` if it is the wrong one."""
+    before = _statuses.get(library.name)
+    if before is None or not before.loaded:  # twice in one process would register its operators twice
+        if not path.is_file():
+            raise OSError(f"{path} does not exist")
+        if not _looks_whole(path) or (_manifest(path).exists() and not _is_whole(path)):
+            raise OSError(f"{path} is damaged or no shared library")
+        # Operators of another version may take other arguments, which torch does not check.
+        if _read_manifest(path).get("sources") not in (None, _source_digest()):
+            raise BuildError(f"{path} was built from the sources of another version")
+        torch.ops.load_library(path)
+        if library.operator and not _has_kernel(library.operator, library.dispatch_key):
+            raise BuildError(f"{path} registers no kernel of {library.operator} for {library.dispatch_key}")
+    return Status(library.name, loaded=True, path=path, origin=origin)
+
+
+def _has_kernel(operator: str, dispatch_key: str) -> bool:
+    c = torch._C
+    return c._dispatch_has_kernel(operator) and c._dispatch_has_kernel_for_dispatch_key(operator, dispatch_key)
+
+
+def _manifest(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(_manifest(path).read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file is as its manifest describes it: loading a damaged library may kill the process (SIGBUS)."""
+    try:
+        return _fingerprint(path).items() <= _read_manifest(path).items()
+    except OSError:
+        return False
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _looks_whole(path: Path) -> bool:
+    """The same, as far as a file without a manifest can tell: the table that ends an ELF file must be inside it."""
+    if not path.is_file():
+        return False
+    if sys.platform == "darwin":
+        return path.stat().st_size > 0
+    with path.open("rb") as file:
+        head = file.read(64)
+    offset, size, count = (int.from_bytes(head[a:b], sys.byteorder) for a, b in ((40, 48), (58, 60), (60, 62)))
+    return len(head) == 64 and head.startswith(b"\x7fELF") and offset + size * count <= path.stat().st_size
+
+
+def _compiler(library: Library) -> _Compiler:
+    if os.name != "posix":
+        raise BuildError("the native library is compiled on Linux and macOS only")
+    variables, names = _COMPILERS[library.compiler]
+    candidates, where = [[name] for name in names], f"none of {', '.join(names)} is on PATH"
+    if chosen := next((v for v in variables if _words(v)), None):
+        value = os.environ[chosen]
+        candidates = [[value] if shutil.which(value) else _words(chosen)]  # CXX may hold options, "ccache g++"
+        where = f"{chosen}={value}"
+    command = next(([found, *rest] for name, *rest in candidates if (found := shutil.which(name))), None)
+    if command is None:
+        advice = "Install g++ or clang++, or point HF_FFF_KERNEL_PATH at what `hf-fff build --output` made elsewhere."
+        raise BuildError(f"no {library.compiler} compiler found ({where}). {advice}")
+    try:
+        told = subprocess.run(
+            [*command, "--version"], check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=30
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        told = b""  # compiling will tell what is wrong with it
+    return _Compiler(tuple(command), next(iter(told.decode(errors="replace").splitlines()), ""))
+
+
+def _words(variable: str) -> list[str]:
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise BuildError(f"{variable}={os.environ[variable]!r} cannot be read: {error}") from error
+
+
+def _key(library: Library, compiler: _Compiler) -> str:
+    flags = (*_FLAGS, *_LINK, *_LINK_LIBRARIES, *_words("HF_FFF_CXXFLAGS"))
+    machine = (platform.machine(), _cpu_flags(), torch.__version__)
+    parts = (library.sources, _source_digest(), flags, compiler.command, compiler.version, machine)
+    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _source_digest() -> str:
+    root, digest = kernels_root(), hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in _SOURCE_SUFFIXES and p.is_file()):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _cpu_flags() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:  # not Linux
+        text = ""
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return found.group(1) if found else platform.machine()

@@ -1,0 +1,125 @@
+"""Converting a model's folder, with all that lies in it: tokenizer, sentence-transformers' modules, the head."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModel
+
+from ..config import LayersLike
+from ..files import atomic_folder
+from ..models import FAMILIES, FAST_CLASSES
+from .calibration import Calibration
+from .convert import convert_ffn_to_fff
+
+# What belongs to the dense model alone, beside its weights: exports for other engines, and the card that describes it.
+_LEFT_BEHIND = {"onnx", "openvino", "README.md", ".git", ".gitattributes", ".cache"}
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.h5", "*.msgpack", "*.ot", "*.onnx")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local model folder; ``transformer`` is where transformers' files lie in it (the folder itself, but for some of
+    sentence-transformers)."""
+
+    root: Path
+    transformer: Path
+
+    @classmethod
+    def find(cls, source: str) -> "ModelFolder":
+        """A folder, or a repository of the Hub, which is fetched.
+
+        Raises:
+            ValueError: there is no model.
+        """
+        root = Path(source)
+        if not root.is_dir():
+            if root.exists():
+                raise ValueError(f"{source} is a file; a model is a folder with a config.json, or a repository of the Hub")
+            root = _fetch(source)
+        transformer = root
+        modules = root / "modules.json"
+        if modules.is_file():
+            first = json.loads(modules.read_text(encoding="utf-8"))[0]
+            if not str(first.get("type", "")).endswith(".Transformer"):
+                raise ValueError(f"the first module of {source} is {first.get('type')!r}, not a transformer")
+            transformer = root / first.get("path", "")
+        if not (transformer / "config.json").is_file():
+            raise ValueError(f"{source} is no model: there is no config.json in {transformer}")
+        return cls(root, transformer)
+
+    def load_dense(self) -> Any:
+        """The model, with the head that its config names.
+
+        Raises:
+            ValueError: a model of no known family, or one that is converted already.
+        """
+        config = AutoConfig.from_pretrained(self.transformer)
+        if hasattr(config, "fff"):
+            raise ValueError(f"{self.root} is already converted (model_type={config.model_type!r})")
+        if config.model_type not in FAMILIES:
+            raise ValueError(
+                f"{self.root} is a {config.model_type!r} model, whose feedforward networks are not known "
+                f"(known families: {', '.join(FAMILIES)})"
+            )
+        name = (config.architectures or [None])[0]
+        model_class = getattr(transformers, name, None) if name else AutoModel
+        if name and model_class not in FAST_CLASSES:
+            known = ", ".join(c.__name__ for c in FAST_CLASSES)
+            raise ValueError(f"{self.root} has the architecture {name!r}, which has no fast class (known: {known})")
+        return model_class.from_pretrained(self.transformer)
+
+    def copy_rest(self, target: Path) -> Path:
+        """Copies what is not the transformer's weights and config; returns the transformer's place in ``target``."""
+        inner = target / self.transformer.relative_to(self.root)
+        weights = {p for pattern in _WEIGHTS for p in self.transformer.glob(pattern)} | {self.transformer / "config.json"}
+
+        def ignore(folder: str, names: list[str]) -> list[str]:
+            return [n for n in names if n in _LEFT_BEHIND or Path(folder, n) in weights]
+
+        shutil.copytree(self.root, target, ignore=ignore, dirs_exist_ok=True)
+        inner.mkdir(parents=True, exist_ok=True)
+        return inner
+
+
+def _fetch(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{source} is neither a folder nor a model of the Hub that can be reached: {error}") from error
+
+
+def convert_folder(
+    source: ModelFolder,
+    output: Path,
+    config: LayersLike,
+    *,
+    target_layers: list[int] | None = None,
+    init: str = "dense",
+    calibration: Calibration | None = None,
+    dtype: Any = None,
+    overwrite: bool = False,
+) -> Any:
+    """Converts a model folder into another one; returns the converted model. The output appears whole or not at all.
+
+    A sentence-transformers folder stays one: ``SentenceTransformer(output)`` opens it after ``import hf_fff``.
+
+    Raises:
+        ValueError: as ``convert_ffn_to_fff``, or the output lies in the source.
+        FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
+    """
+    if source.root.resolve() in output.resolve().parents:
+        raise ValueError(f"the output {output} lies in the source {source.root}")
+    with atomic_folder(output, overwrite=overwrite) as target:
+        dense = source.load_dense()
+        fast = convert_ffn_to_fff(dense, config, target_layers=target_layers, init=init, calibration=calibration)
+        if dtype is not None:
+            fast = fast.to(dtype)
+        fast.save_pretrained(source.copy_rest(target))
+    return fast
