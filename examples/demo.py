@@ -58,7 +58,10 @@ def layer_microseconds(dense, fast, tokens: int) -> tuple[float, float]:
     norm = before.attention.output.LayerNorm
     x = norm(torch.randn(tokens, dense.config.hidden_size))
     times = interleaved(
-        {"dense": lambda: before.output.dense(before.intermediate(x)), "fff": lambda: after.output.dense(after.intermediate(x))}
+        {
+            "dense": lambda: before.output.dense(before.intermediate(x)),
+            "fff": lambda: after.output.dense(after.intermediate(x)),
+        }
     )
     return times["dense"] * 1e6, times["fff"] * 1e6
 
@@ -76,7 +79,9 @@ def main() -> None:
     source = ModelFolder.find(str(get_model_path()))
     texts = calibration_texts(args.text, seed=0)
     unseen = read_texts(DATA / "everyday_eval.txt")
-    console.print(f"Converting all-MiniLM-L6-v2 to {args.fff}; {len(texts)} texts to calibrate on, {len(unseen)} sentences to judge by.")
+    console.print(
+        f"Converting all-MiniLM-L6-v2 to {args.fff}; {len(texts)} texts to calibrate on, {len(unseen)} sentences to judge by."
+    )
     calibration = Calibration(texts, budget=args.budget, steps=args.steps)
     converted = convert_folder(source, args.out, args.fff, calibration=calibration, overwrite=True)
     report = converted.calibration_report
@@ -86,11 +91,16 @@ def main() -> None:
     with torch.no_grad():
         ids = torch.randint(1000, 20000, (2, 16))
         same = torch.equal(fast(ids)[0], converted.eval()(ids)[0])
-    before, after = SentenceTransformer(str(source.root), device="cpu"), SentenceTransformer(str(args.out), device="cpu")
+    before, after = (
+        SentenceTransformer(str(source.root), device="cpu"),
+        SentenceTransformer(str(args.out), device="cpu"),
+    )
     encode = {"normalize_embeddings": True, "convert_to_tensor": True}
     scores = fidelity(before.encode(unseen, **encode), after.encode(unseen, **encode))
 
-    layers = Table("layer", "FFF", "neurons used", "unexplained variance", title="Layer by layer (weighted, held-out tokens)")
+    layers = Table(
+        "layer", "FFF", "neurons used", "unexplained variance", title="Layer by layer (weighted, held-out tokens)"
+    )
     for index, config in fast.config.fff_layers.items():
         used = f"{config.active_nodes} of {config.nodes} (dense: {dense.config.intermediate_size})"
         layers.add_row(str(index), config.shorthand, used, f"{report.unexplained[index]:.3f}")
@@ -105,10 +115,14 @@ def main() -> None:
         for count in (1, 32):
             batch = before.tokenize(unseen[:count])
             batch = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
-            times = interleaved({"dense": lambda b=batch: dense(**b), "fff": lambda b=batch: fast(**b)}, rounds=9, seconds=0.1)
+            times = interleaved(
+                {"dense": lambda b=batch: dense(**b), "fff": lambda b=batch: fast(**b)}, rounds=9, seconds=0.1
+            )
             shape = "x".join(map(str, batch["input_ids"].shape))
             row = f"model, {count} sentence{'s' * (count > 1)} ({shape} tokens), ms"
-            speed.add_row(row, *(f"{times[k] * 1e3:.2f}" for k in ("dense", "fff")), f"{times['dense'] / times['fff']:.2f}x")
+            speed.add_row(
+                row, *(f"{times[k] * 1e3:.2f}" for k in ("dense", "fff")), f"{times['dense'] / times['fff']:.2f}x"
+            )
         for tokens in (16, 512):
             slow, quick = layer_microseconds(dense, fast, tokens)
             speed.add_row(f"one FFN alone, {tokens} tokens, µs", f"{slow:.0f}", f"{quick:.0f}", f"{slow / quick:.1f}x")

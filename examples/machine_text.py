@@ -42,9 +42,7 @@ MARKUP = [
 ]
 CODE = re.compile(r"\s*(>>>|\.\.\.|\.\. |In \[|:\w[^:`]*:|@\w|\||\+[-=+]|[=\-~^#*\"'`]{3,}|\$ |% )")
 ITEM = re.compile(r"\s*([-*+•]|\d+[.)]|[\w.`*]+ \(.*\)\s*:|#+)\s")
-SENTENCE = re.compile(
-    r"(?<!e\.g\.)(?<!i\.e\.)(?<!cf\.)(?<!vs\.)(?<!etc\.)(?<!\b[A-Z]\.)(?<=[.!?]) +(?=[A-Z\"])"
-)
+SENTENCE = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<!cf\.)(?<!vs\.)(?<!etc\.)(?<!\b[A-Z]\.)(?<=[.!?]) +(?=[A-Z\"])")
 BAD = re.compile(  # signs of code, markup or a cut sentence
     r"[^\w\s.,;:!?'\"()/%&+-]|_|:\w|https?|www\.|--|\.\.|\w\(|\w/\w+/|\)\w| [.,;] |[A-Z]{9}|TODO"
     r"|\b[ie]\.[eg]\.$"

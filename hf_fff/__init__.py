@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from .models.fastbert.configuration_fastbert import FastBertConfig as FastBertConfig
     from .models.fastbert.modeling_fastbert import FastBertForMaskedLM as FastBertForMaskedLM
     from .models.fastbert.modeling_fastbert import FastBertForMultipleChoice as FastBertForMultipleChoice
-    from .models.fastbert.modeling_fastbert import FastBertForNextSentencePrediction as FastBertForNextSentencePrediction
+    from .models.fastbert.modeling_fastbert import (
+        FastBertForNextSentencePrediction as FastBertForNextSentencePrediction,
+    )
     from .models.fastbert.modeling_fastbert import FastBertForPreTraining as FastBertForPreTraining
     from .models.fastbert.modeling_fastbert import FastBertForQuestionAnswering as FastBertForQuestionAnswering
-    from .models.fastbert.modeling_fastbert import FastBertForSequenceClassification as FastBertForSequenceClassification
+    from .models.fastbert.modeling_fastbert import (
+        FastBertForSequenceClassification as FastBertForSequenceClassification,
+    )
     from .models.fastbert.modeling_fastbert import FastBertForTokenClassification as FastBertForTokenClassification
     from .models.fastbert.modeling_fastbert import FastBertModel as FastBertModel
     from .surgery import Calibration as Calibration

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 FORMAT_VERSION = 1
 
@@ -152,7 +152,8 @@ def resolve_layers(
     if isinstance(config, Mapping) and config and all(isinstance(key, int) for key in config):
         if target_layers is not None:
             raise ValueError("target_layers and a dict of per-layer configs say the same thing twice: give one of them")
-        return {i: as_config(config[i], **defaults) for i in sorted(_check_layers(config, num_layers, "config"))}
+        by_layer = cast("Mapping[int, ConfigLike]", config)
+        return {i: as_config(by_layer[i], **defaults) for i in sorted(_check_layers(by_layer, num_layers, "config"))}
     one = as_config(config, **defaults)
     chosen = range(num_layers) if target_layers is None else _check_layers(target_layers, num_layers, "target_layers")
     return dict.fromkeys(sorted(set(chosen)), one)
@@ -177,12 +178,16 @@ def layers_from_json(value: Mapping[str, Any], num_layers: int) -> dict[int, FFF
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ValueError(f"fff.version={version!r} is not a format version (this hf_fff reads 1 to {FORMAT_VERSION})")
     if version > FORMAT_VERSION:
-        raise ValueError(f"fff.version={version} is newer than this hf_fff reads (up to {FORMAT_VERSION}): update hf_fff")
+        raise ValueError(
+            f"fff.version={version} is newer than this hf_fff reads (up to {FORMAT_VERSION}): update hf_fff"
+        )
     if "layers" not in fields:
         return resolve_layers(fields, num_layers)
     layers = fields.pop("layers")
     if fields:
-        raise ValueError(f"fff has both 'layers' and {', '.join(map(repr, sorted(fields)))}: they contradict each other")
+        raise ValueError(
+            f"fff has both 'layers' and {', '.join(map(repr, sorted(fields)))}: they contradict each other"
+        )
     if not isinstance(layers, Mapping) or not all(isinstance(k, str) and k.isdecimal() for k in layers):
         raise ValueError("fff.layers must map layer numbers to fff fields")
     numbered: dict[int, Any] = {}

@@ -10,7 +10,16 @@ import torch
 from .. import __version__, ops
 from ..ops import loader
 
-_PACKAGES = ("transformers", "accelerate", "huggingface_hub", "safetensors", "sentence-transformers", "peft", "openvino", "kernels")
+_PACKAGES = (
+    "transformers",
+    "accelerate",
+    "huggingface_hub",
+    "safetensors",
+    "sentence-transformers",
+    "peft",
+    "openvino",
+    "kernels",
+)
 
 
 def _installed(package: str) -> str | None:
@@ -22,11 +31,9 @@ def _installed(package: str) -> str | None:
 
 def cpu_name() -> str:
     try:
-        fields = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-            if ":" in line
-        )
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+        pairs = (line.partition(":") for line in first.splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in pairs}
         return f"{fields['model name']} (family {fields['cpu family']})"
     except (OSError, KeyError):
         return platform.processor() or platform.machine()
@@ -51,7 +58,11 @@ def report() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {"torch": torch.__version__, **{p: _installed(p) or "not installed" for p in _PACKAGES}},
-        "cpu": {"name": cpu_name(), "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "cpu": {
+            "name": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         "backend": {"cpu": ops.backend("cpu"), "isa": ops.isa()},
         "kernels": loader.describe(),

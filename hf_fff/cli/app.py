@@ -52,7 +52,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -241,7 +243,19 @@ def bench_layer(
         print(json.dumps({"fff": fff, "hidden_size": hidden_size, **summary(), "rows": as_records(rows)}, indent=2))
         return
     title = f"{fff} against dense {config.nodes}, hidden size {hidden_size}, float32: microseconds a call"
-    names = ("tokens", "dense", "FFF(x)", "x", "dense, loop", "fff, loop", "x", "backward: masked dense", "fff", "x", "+ routing")
+    names = (
+        "tokens",
+        "dense",
+        "FFF(x)",
+        "x",
+        "dense, loop",
+        "fff, loop",
+        "x",
+        "backward: masked dense",
+        "fff",
+        "x",
+        "+ routing",
+    )
     table = Table(*names, title=title, caption=", ".join(f"{k} {v}" for k, v in summary().items()))
     for row in rows:
         table.add_row(
@@ -259,5 +273,7 @@ def _number(value: float | None) -> str:
 
 
 def _triple(slow: float | None, fast: float | None) -> tuple[str, str, str]:
-    ratio = "-" if slow is None or fast is None else f"{slow / fast:.0f}x" if slow > 10 * fast else f"{slow / fast:.1f}x"
+    ratio = (
+        "-" if slow is None or fast is None else f"{slow / fast:.0f}x" if slow > 10 * fast else f"{slow / fast:.1f}x"
+    )
     return _number(slow), _number(fast), ratio

@@ -80,7 +80,9 @@ class FFF(nn.Module):
 class OutputBias(nn.Module):
     """Adds a bias: what is left of a dense output projection once an FFF has taken its place."""
 
-    def __init__(self, hidden_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, hidden_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype))
 

@@ -24,8 +24,16 @@ _HEADS = [
     (AutoModel, bert.BertModel, fastbert.FastBertModel),
     (AutoModelForPreTraining, bert.BertForPreTraining, fastbert.FastBertForPreTraining),
     (AutoModelForMaskedLM, bert.BertForMaskedLM, fastbert.FastBertForMaskedLM),
-    (AutoModelForNextSentencePrediction, bert.BertForNextSentencePrediction, fastbert.FastBertForNextSentencePrediction),
-    (AutoModelForSequenceClassification, bert.BertForSequenceClassification, fastbert.FastBertForSequenceClassification),
+    (
+        AutoModelForNextSentencePrediction,
+        bert.BertForNextSentencePrediction,
+        fastbert.FastBertForNextSentencePrediction,
+    ),
+    (
+        AutoModelForSequenceClassification,
+        bert.BertForSequenceClassification,
+        fastbert.FastBertForSequenceClassification,
+    ),
     (AutoModelForMultipleChoice, bert.BertForMultipleChoice, fastbert.FastBertForMultipleChoice),
     (AutoModelForTokenClassification, bert.BertForTokenClassification, fastbert.FastBertForTokenClassification),
     (AutoModelForQuestionAnswering, bert.BertForQuestionAnswering, fastbert.FastBertForQuestionAnswering),

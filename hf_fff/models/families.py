@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,9 @@ class FFNInterface:
     output_norm: str  # the next LayerNorm on the residual stream
     activation: str  # field of the model's config
 
-    def blocks(self, base_model: nn.Module) -> list[nn.Module]:
-        return list(base_model.get_submodule(self.layers))  # type: ignore[call-overload]
+    def blocks(self, base_model: Any) -> list[Any]:
+        """The layers; not typed, since what they hold is the family's own."""
+        return list(base_model.get_submodule(self.layers))
 
     def ffn_keys(self) -> Iterator[str]:
         """Parts of a layer's parameter names that belong to its FFN, dense or not."""

@@ -1,7 +1,7 @@
 """What every Fast<Family> class adds to the transformers class that it inherits from."""
 
 import re
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 from transformers import initialization as init
@@ -19,16 +19,19 @@ class FastConfigMixin:
     """
 
     dense_model_type: ClassVar[str]
+    if TYPE_CHECKING:  # transformers makes fields of a config's annotations
+        fff: Any
+        num_hidden_layers: int
 
     def normalise_fff(self) -> None:
-        value = self.fff  # type: ignore[has-type]
+        value = self.fff
         if isinstance(value, dict) and "version" in value:
-            layers = layers_from_json(value, self.num_hidden_layers)  # type: ignore[attr-defined]
+            layers = layers_from_json(value, self.num_hidden_layers)
         else:
             activation = getattr(self, FAMILIES[self.dense_model_type].activation)
             defaults = {} if isinstance(value, FFFConfig) else {"activation": activation}
-            layers = resolve_layers(value, self.num_hidden_layers, **defaults)  # type: ignore[attr-defined]
-        self.fff = layers_to_json(layers, self.num_hidden_layers)  # type: ignore[attr-defined]
+            layers = resolve_layers(value, self.num_hidden_layers, **defaults)
+        self.fff = layers_to_json(layers, self.num_hidden_layers)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -39,7 +42,7 @@ class FastConfigMixin:
     @property
     def fff_layers(self) -> dict[int, FFFConfig]:
         """Layer number -> its FFF; layers that are not in it are dense."""
-        return layers_from_json(self.fff, self.num_hidden_layers)  # type: ignore[attr-defined]
+        return layers_from_json(self.fff, self.num_hidden_layers)
 
 
 def replace_ffns(base_model: nn.Module, family: FFNInterface, layers: dict[int, FFFConfig]) -> None:
@@ -56,13 +59,17 @@ def replace_ffns(base_model: nn.Module, family: FFNInterface, layers: dict[int, 
 class FastModelMixin:
     """Goes before the transformers class in the bases of a Fast<Family> class."""
 
+    if TYPE_CHECKING:
+        config: Any
+        base_model: Any
+
     @property
     def family(self) -> FFNInterface:
-        return FAMILIES[self.config.dense_model_type]  # type: ignore[attr-defined]
+        return FAMILIES[self.config.dense_model_type]
 
     def post_init(self) -> None:
         # The surgery belongs to construction: from_pretrained then finds the modules that the checkpoint is for.
-        replace_ffns(self.base_model, self.family, self.config.fff_layers)  # type: ignore[attr-defined]
+        replace_ffns(self.base_model, self.family, self.config.fff_layers)
         super().post_init()  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -91,7 +98,16 @@ class FastModelMixin:
                 f"weights in {source} are of another shape than its config describes: {', '.join(_mismatched(info))} "
                 "(ignore_mismatched_sizes=True initialises them anew)"
             )
+        _align(model)
         return (model, info) if output_loading_info else model
+
+
+def _align(model: nn.Module) -> None:
+    """Copies parameters that a memory-mapped file left off the boundaries of an allocation: matrix products round differently
+    on them, and a loaded model is to give the outputs of the saved one bit for bit."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
 
 
 def _mismatched(info: dict[str, Any]) -> list[str]:

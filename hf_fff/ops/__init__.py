@@ -105,7 +105,7 @@ def fff(
     if torch.is_grad_enabled() and (
         x.requires_grad or weight_in.requires_grad or weight_out.requires_grad or bias_in.requires_grad
     ):
-        return fff_train(
-            x, weight_in, bias_in, weight_out, n_trees, activation, routing_gradient, routing_temperature
-        )[0]
+        routing = (routing_gradient, routing_temperature)
+        y, _, _ = fff_train(x, weight_in, bias_in, weight_out, n_trees, activation, *routing)
+        return y
     return _infer(x, weight_in, bias_in, weight_out, n_trees, activation)

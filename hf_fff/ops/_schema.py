@@ -4,7 +4,10 @@
 gradients touching only visited nodes. All of them take ``x`` of shape ``[..., hidden]`` and tree-major weights.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "identity")
 
@@ -32,12 +35,11 @@ def depth_of(nodes: int, n_trees: int) -> int:
     return depth
 
 
-def check_arguments(
-    x: torch.Tensor, weight_in: torch.Tensor, bias_in: torch.Tensor, weight_out: torch.Tensor, n_trees: int
-) -> int:
+def check_arguments(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, n_trees: int) -> int:
     """Raises ``ValueError`` where the arguments do not fit each other; returns the depth."""
     if x.ndim < 1 or weight_in.ndim != 2 or x.shape[-1] != weight_in.shape[1]:
-        raise ValueError(f"x {list(x.shape)} must be [..., hidden] and weight_in {list(weight_in.shape)} [nodes, hidden]")
+        shapes = f"x {list(x.shape)} must be [..., hidden] and weight_in {list(weight_in.shape)} [nodes, hidden]"
+        raise ValueError(shapes)
     if bias_in.shape != weight_in.shape[:1] or weight_out.shape != weight_in.shape:
         raise ValueError(
             f"bias_in {list(bias_in.shape)} must be [{weight_in.shape[0]}] and weight_out {list(weight_out.shape)} "
@@ -53,25 +55,32 @@ def check_arguments(
     return depth_of(weight_in.shape[0], n_trees)
 
 
-def logits_dtype(x: torch.Tensor) -> torch.dtype:
+def logits_dtype(x: Tensor) -> torch.dtype:
     """Sums are kept in float32 for every type but float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _empty(like: torch.Tensor) -> torch.Tensor:
+def _empty(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("hf_fff::fff", lib=library)
-def _(x, weight_in, bias_in, weight_out, n_trees, activation):
+def _(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, n_trees: int, activation: str) -> Tensor:
     check_arguments(x, weight_in, bias_in, weight_out, n_trees)
     return _empty(x)
 
 
 @torch.library.register_fake("hf_fff::fff_train", lib=library)
 def _(
-    x, weight_in, bias_in, weight_out, n_trees, activation, routing_gradient=0.0, routing_temperature=1.0
-):
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    n_trees: int,
+    activation: str,
+    routing_gradient: float = 0.0,
+    routing_temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
     depth = check_arguments(x, weight_in, bias_in, weight_out, n_trees)
     visits = [*x.shape[:-1], n_trees, depth + 1]
     path = torch.empty(visits, dtype=torch.int32, device=x.device)
@@ -80,25 +89,28 @@ def _(
 
 @torch.library.register_fake("hf_fff::fff_backward", lib=library)
 def _(
-    grad_y,
-    x,
-    weight_in,
-    bias_in,
-    weight_out,
-    path,
-    logits,
-    n_trees,
-    activation,
-    routing_gradient=0.0,
-    routing_temperature=1.0,
-    need_x=True,
-    need_weights=True,
-):
-    weights = [_empty(w) if need_weights else x.new_empty(0) for w in (weight_in, bias_in, weight_out)]
-    return (_empty(x) if need_x else x.new_empty(0), *weights)
+    grad_y: Tensor,
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    path: Tensor,
+    logits: Tensor,
+    n_trees: int,
+    activation: str,
+    routing_gradient: float = 0.0,
+    routing_temperature: float = 1.0,
+    need_x: bool = True,
+    need_weights: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def gradient(of: Tensor, needed: bool) -> Tensor:
+        return _empty(of) if needed else x.new_empty(0)
+
+    into_in, into_bias, into_out = (gradient(w, need_weights) for w in (weight_in, bias_in, weight_out))
+    return gradient(x, need_x), into_in, into_bias, into_out
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight_in, bias_in, weight_out, n_trees, activation, *routing = inputs
     _, path, logits = output
     ctx.save_for_backward(x, weight_in, bias_in, weight_out, path, logits)
@@ -106,11 +118,11 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(path, logits)
 
 
-def _backward(ctx, grad_y, _grad_path, _grad_logits):
+def _backward(ctx: Any, grad_y: Tensor, _grad_path: Any, _grad_logits: Any) -> tuple[Tensor | None, ...]:
     need_x, *need_weights = ctx.needs_input_grad[:4]
-    x = ctx.saved_tensors[0]
+    saved = ctx.saved_tensors  # once: checkpointing recomputes at every look
     grads = torch.ops.hf_fff.fff_backward(
-        grad_y.to(x.dtype), *ctx.saved_tensors, *ctx.settings, need_x=need_x, need_weights=any(need_weights)
+        grad_y.to(saved[0].dtype), *saved, *ctx.settings, need_x=need_x, need_weights=any(need_weights)
     )
     wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:4], strict=True)]
     return (*wanted, *[None] * len(ctx.settings))

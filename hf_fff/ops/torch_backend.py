@@ -71,7 +71,8 @@ def _descend(x: Tensor, weight_in: Tensor, bias_in: Tensor, n_trees: int, depth:
     acc = logits_dtype(x)
     node = torch.zeros(x.shape[0], n_trees, dtype=torch.long, device=x.device)
     roots = torch.arange(n_trees, device=x.device) * tree_nodes
-    every = F.linear(x, weight_in).to(acc) + bias_in.to(acc) if _pays_dense(weight_in.shape[0], n_trees * (depth + 1)) else None
+    dense = _pays_dense(weight_in.shape[0], n_trees * (depth + 1))
+    every = F.linear(x, weight_in).to(acc) + bias_in.to(acc) if dense else None
     nodes, logits = [], []
     for _ in range(depth + 1):
         rows = roots + node
@@ -169,7 +170,9 @@ def fff_backward(
     x_tokens, grad_tokens = x.reshape(-1, hidden), grad_y.reshape(-1, hidden)
     path, logits = path.reshape(-1, n_trees, depth + 1), logits.reshape(-1, n_trees, depth + 1)
     grad_x = torch.empty_like(x_tokens) if need_x else x.new_empty(0)
-    sums = [torch.zeros_like(w, dtype=acc) if need_weights else None for w in (weight_in, bias_in, weight_out)]
+    sum_in, sum_bias, sum_out = (
+        torch.zeros_like(w, dtype=acc) if need_weights else x.new_empty(0) for w in (weight_in, bias_in, weight_out)
+    )
     dense = _pays_dense(nodes, walk) or routing_gradient != 0
     for piece in _pieces(len(x_tokens), nodes if dense else walk * hidden):
         xs, gs, z = x_tokens[piece], grad_tokens[piece], logits[piece]
@@ -187,13 +190,13 @@ def fff_backward(
             grad_x[piece] = _combine(grad_z, rows, weight_in)
         if need_weights:
             value = act(z).flatten(1)
-            for total, coefficient, row in ((sums[0], grad_z, xs), (sums[2], value, gs)):
+            for total, coefficient, row in ((sum_in, grad_z, xs), (sum_out, value, gs)):
                 if dense:
                     spread = torch.zeros(len(xs), nodes, dtype=x.dtype, device=x.device)
                     total += spread.scatter_(1, rows, coefficient.to(x.dtype)).mT @ row
                 else:
                     terms = coefficient.unsqueeze(-1) * row.to(acc).unsqueeze(1)
                     total.index_add_(0, rows.flatten(), terms.flatten(0, 1))
-            sums[1].index_add_(0, rows.flatten(), grad_z.flatten())
-    weights = [s.to(x.dtype) if s is not None else x.new_empty(0) for s in sums]
-    return (grad_x.view(x.shape) if need_x else grad_x, *weights)
+            sum_bias.index_add_(0, rows.flatten(), grad_z.flatten())
+    grad_x = grad_x.view(x.shape) if need_x else grad_x
+    return grad_x, sum_in.to(x.dtype), sum_bias.to(x.dtype), sum_out.to(x.dtype)

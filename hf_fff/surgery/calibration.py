@@ -145,7 +145,12 @@ class _Recorder:
 
 
 def _collect(
-    base_model: nn.Module, family: FFNInterface, layers: list[int], batches: list[Batch], c: Calibration, deadline: float
+    base_model: nn.Module,
+    family: FFNInterface,
+    layers: list[int],
+    batches: list[Batch],
+    c: Calibration,
+    deadline: float,
 ) -> dict[int, _Layer]:
     blocks = family.blocks(base_model)
     recorders = {i: _Recorder(blocks[i], family) for i in layers}
@@ -282,9 +287,7 @@ def calibrate(
     return report
 
 
-def _steps_within(
-    c: Calibration, start: float, layers: dict[int, FFFConfig], new_fit: Callable[[int], _Fit]
-) -> int:
+def _steps_within(c: Calibration, start: float, layers: dict[int, FFFConfig], new_fit: Callable[[int], _Fit]) -> int:
     """Steps a layer that the budget allows, from the speed of a few steps that are thrown away."""
     assert c.budget is not None
     seconds = {}
@@ -301,7 +304,9 @@ def _steps_within(
     left = c.budget - (time.monotonic() - start) - sum(seconds[config][0] for config in layers.values())
     steps = int(left / sum(seconds[config][1] for config in layers.values()))
     if steps < 50:
-        logger.warning("a budget of %.0f s allows %d steps a layer, which is too few: taking 50", c.budget, max(steps, 0))
+        logger.warning(
+            "a budget of %.0f s allows %d steps a layer, which is too few: taking 50", c.budget, max(steps, 0)
+        )
     return max(50, steps)
 
 

@@ -49,10 +49,7 @@ def convert_ffn_to_fff(
     family, fast_class = _fast_class_of(model)
     if init not in INITS:
         raise ValueError(f"init={init!r} is not known (allowed: {', '.join(INITS)})")
-    if isinstance(calibration, (type(None), Calibration)):
-        plan = calibration
-    else:
-        plan = Calibration(calibration)
+    plan = calibration if isinstance(calibration, (type(None), Calibration)) else Calibration(calibration)
     dense_blocks = family.blocks(model.base_model)
     num_layers = len(dense_blocks)
     layers = resolve_layers(config, num_layers, target_layers, activation=getattr(model.config, family.activation))
@@ -85,8 +82,8 @@ def convert_ffn_to_fff(
 
 def _fast_class_of(model: Any) -> tuple[FFNInterface, Any]:
     config = getattr(model, "config", None)
-    if getattr(config, "fff", None) is not None:
-        raise ValueError(f"the model is already converted ({type(model).__name__} with fff={config.fff})")
+    if (fff := getattr(config, "fff", None)) is not None:
+        raise ValueError(f"the model is already converted ({type(model).__name__} with fff={fff})")
     family, fast_class = FAMILIES.get(getattr(config, "model_type", "")), FAST_CLASSES.get(type(model))
     if family is None or fast_class is None:
         raise ValueError(
@@ -98,7 +95,8 @@ def _fast_class_of(model: Any) -> tuple[FFNInterface, Any]:
 
 def _skeleton(model: Any, fast_class: Any, fff: dict[str, Any]) -> Any:
     """The Fast model without weights (on the meta device), set up as ``model`` is."""
-    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")}
+    own = ("model_type", "architectures", "transformers_version")
+    fields = {k: v for k, v in model.config.to_dict().items() if k not in own}
     config = fast_class.config_class(**fields, fff=fff)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):

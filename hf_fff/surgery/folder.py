@@ -17,7 +17,7 @@ from .convert import convert_ffn_to_fff
 
 # What belongs to the dense model alone, beside its weights: exports for other engines, and the card that describes it.
 _LEFT_BEHIND = {"onnx", "openvino", "README.md", ".git", ".gitattributes", ".cache"}
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.h5", "*.msgpack", "*.ot", "*.onnx")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.h5", "*.msgpack", "*.ot", "*.onnx")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class ModelFolder:
         root = Path(source)
         if not root.is_dir():
             if root.exists():
-                raise ValueError(f"{source} is a file; a model is a folder with a config.json, or a repository of the Hub")
+                raise ValueError(
+                    f"{source} is a file; a model is a folder with a config.json, or a repository of the Hub"
+                )
             root = _fetch(source)
         transformer = root
         modules = root / "modules.json"
@@ -66,7 +68,7 @@ class ModelFolder:
                 f"(known families: {', '.join(FAMILIES)})"
             )
         name = (config.architectures or [None])[0]
-        model_class = getattr(transformers, name, None) if name else AutoModel
+        model_class: Any = getattr(transformers, name, None) if name else AutoModel
         if name and model_class not in FAST_CLASSES:
             known = ", ".join(c.__name__ for c in FAST_CLASSES)
             raise ValueError(f"{self.root} has the architecture {name!r}, which has no fast class (known: {known})")
@@ -75,7 +77,7 @@ class ModelFolder:
     def copy_rest(self, target: Path) -> Path:
         """Copies what is not the transformer's weights and config; returns the transformer's place in ``target``."""
         inner = target / self.transformer.relative_to(self.root)
-        weights = {p for pattern in _WEIGHTS for p in self.transformer.glob(pattern)} | {self.transformer / "config.json"}
+        weights = {p for pattern in ("config.json", *_WEIGHTS) for p in self.transformer.glob(pattern)}
 
         def ignore(folder: str, names: list[str]) -> list[str]:
             return [n for n in names if n in _LEFT_BEHIND or Path(folder, n) in weights]

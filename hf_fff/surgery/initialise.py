@@ -22,7 +22,8 @@ def init_from_dense(fff: FFF, dense_in: Any, dense_out: Any, norm: Any, generato
     """
     inner, nodes = dense_in.weight.shape[0], fff.config.nodes
     rounds = -(-nodes // inner)
-    neurons = torch.cat([torch.randperm(inner, generator=generator) for _ in range(rounds)])[:nodes].to(fff.weight_in.device)
+    neurons = torch.cat([torch.randperm(inner, generator=generator) for _ in range(rounds)])[:nodes]
+    neurons = neurons.to(fff.weight_in.device)
     fff.weight_in.copy_(dense_in.weight[neurons])
     fff.bias_in.copy_(dense_in.bias[neurons] if dense_in.bias is not None else torch.zeros(nodes))
     fff.weight_out.copy_(dense_out.weight[:, neurons].T)

@@ -67,8 +67,7 @@ def _encode(items: Sequence[Any], tokenizer: Any, max_length: int, batch_tokens:
                 continue
             columns = [[t[0] for t in group], [t[1] for t in group]] if is_pair else [group]
             out = tokenizer(*columns, truncation=True, max_length=max_length)
-            rows = ({k: out[k][i] for k in out} for i in range(len(group)))
-            encoded.extend((len(row["input_ids"]), row) for row in rows)
+            encoded.extend((len(out["input_ids"][i]), {k: out[k][i] for k in out}) for i in range(len(group)))
     encoded.sort(key=lambda pair: pair[0])
     rows: list[dict[str, list[int]]] = []
     for length, row in encoded:

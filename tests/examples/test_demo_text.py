@@ -28,11 +28,7 @@ def _words(line: str) -> list[str]:
 
 def _six_word_sequences(lines: list[str]) -> set[tuple[str, ...]]:
     """Return every run of six words within the lines."""
-    return {
-        tuple(words[i : i + 6])
-        for words in (_words(line) for line in lines)
-        for i in range(len(words) - 5)
-    }
+    return {tuple(words[i : i + 6]) for words in (_words(line) for line in lines) for i in range(len(words) - 5)}
 
 
 @pytest.mark.parametrize("name", MINIMUM)

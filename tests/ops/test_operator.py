@@ -90,7 +90,8 @@ def test_other_types(backend, dtype, bound, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_storage_formats_round_as_torch_does(dtype):
-    values = torch.cat([torch.randn(2000) * 10.0**e for e in range(-9, 5)] + [torch.tensor([0.0, -0.0, 65519.0, 65520.0])])
+    special = torch.tensor([0.0, -0.0, 65519.0, 65520.0])
+    values = torch.cat([torch.randn(2000) * 10.0**e for e in range(-9, 5)] + [special])
     x = values.to(dtype).unsqueeze(1)
     one = torch.ones(1, 1, dtype=dtype)
     y = NATIVE.fff(x, one, torch.zeros(1, dtype=dtype), one, 1, "identity")
@@ -106,15 +107,16 @@ def test_ties_and_nan_go_left(backend):
     weight_out = torch.arange(7.0).unsqueeze(1).expand(7, 4).contiguous()
     x = torch.ones(2, 4)
     x[1] = float("nan")
-    y, path, _ = BACKENDS[backend].fff_train(x, weight_in, torch.zeros(7), weight_out, 1, "gelu")
+    train = BACKENDS[backend].fff_train
+    y, path, _ = train(x, weight_in, torch.zeros(7), weight_out, 1, "gelu")
     assert path.flatten(1).tolist() == [[0, 1, 3], [0, 1, 3]]
     assert torch.equal(y[0], torch.zeros(4)) and y[1].isnan().all()
     tiny = torch.full((7,), 1e-30)
-    assert BACKENDS[backend].fff_train(x[:1], weight_in, tiny, weight_out, 1, "gelu")[1].flatten().tolist() == [0, 2, 6]
+    assert train(x[:1], weight_in, tiny, weight_out, 1, "gelu")[1].flatten().tolist() == [0, 2, 6]
     minus = torch.full((7,), -0.0)
-    assert BACKENDS[backend].fff_train(x[:1], weight_in, minus, weight_out, 1, "gelu")[1].flatten().tolist() == [0, 1, 3]
+    assert train(x[:1], weight_in, minus, weight_out, 1, "gelu")[1].flatten().tolist() == [0, 1, 3]
     infinite = torch.full((1, 4), float("inf"))
-    assert BACKENDS[backend].fff_train(infinite, weight_in + 1, tiny, weight_out, 1, "relu")[1].flatten().tolist() == [0, 2, 6]
+    assert train(infinite, weight_in + 1, tiny, weight_out, 1, "relu")[1].flatten().tolist() == [0, 2, 6]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
