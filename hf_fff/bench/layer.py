@@ -53,6 +53,9 @@ def _row(fff: FFF, dense: nn.Sequential, tokens: int, backward: bool, rounds: in
     inputs = torch.randn(max(2, min(_INPUTS, 16384 // tokens)), tokens, fff.hidden_size)
     weights = (fff.weight_in, fff.bias_in, fff.weight_out)
     _check(fff, inputs[0])
+    backwards: dict[str, float | None] = {"masked": None, "fff": None, "routing": None}
+    if backward:
+        backwards.update({n: t * 1e6 for n, t in _backward(fff, inputs[0], rounds).items()})
     turn = [0]
 
     def next_input() -> Tensor:
@@ -71,9 +74,6 @@ def _row(fff: FFF, dense: nn.Sequential, tokens: int, backward: bool, rounds: in
             runs["dense"].append(bench.dense_loop(*dense_args, repeats["dense"]))
             runs["fff"].append(bench.fff_loop(*fff_args, repeats["fff"]))
         loops = {n: float(torch.tensor(v).median()) * 1e6 for n, v in runs.items()}
-    backwards: dict[str, float | None] = {"masked": None, "fff": None, "routing": None}
-    if backward:
-        backwards.update({n: t * 1e6 for n, t in _backward(fff, inputs[0], rounds).items()})
     return Row(
         tokens,
         *(forward[n] * 1e6 for n in ("dense", "fff")),

@@ -41,11 +41,12 @@ def cpu_name() -> str:
 
 def summary() -> dict[str, Any]:
     """The few facts that stand beside every figure."""
+    backend = ops.backend()  # first: it loads the library, which alone knows its instruction set
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "isa": ops.isa() or "-",
-        "backend": ops.backend(),
+        "backend": backend,
         "torch": torch.__version__,
         "hf_fff": __version__,
     }

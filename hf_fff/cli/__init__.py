@@ -1,4 +1,4 @@
-"""``hf-fff``: the command line. Commands import what they need when they run, so that ``--help`` is quick."""
+"""``hf-fff``: the command line. Commands import what they need when they run."""
 
 import signal
 import sys

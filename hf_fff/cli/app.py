@@ -1,6 +1,7 @@
 """The commands."""
 
 import json
+import re
 from collections.abc import Callable
 from enum import Enum
 from functools import wraps
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from safetensors import SafetensorError
 
 from .. import __version__
 
@@ -23,8 +26,9 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-out = Console()
-err = Console(stderr=True, soft_wrap=True)
+# Paths and compilers' messages are printed as they are: rich would take "[final]" for a style and ":100:" for an emoji.
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 F = TypeVar("F", bound=Callable[..., Any])
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -37,8 +41,8 @@ def reports_errors(command: F) -> F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError, RuntimeError) as error:
-            err.print(f"error: {error}", style="red", highlight=False, markup=False)
+        except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+            err.print(f"error: {error}", style="red")
             raise typer.Exit(1) from error
 
     return wrapped  # type: ignore[return-value]
@@ -69,11 +73,17 @@ def _parse_layers(text: str | None) -> list[int] | None:
         return None
     layers: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not span:
             raise _bad("--layers", ValueError(f"{text!r} is not a list of layers such as 0,2,4 or 0-3"))
-        layers.extend(range(int(first), int(last or first) + 1))
+        layers.extend(span)
     return layers
+
+
+def _table(*names: str, **options: Any) -> Table:
+    """Where it is too narrow, text is folded, not cut off."""
+    return Table(*(Column(name, overflow="fold") for name in names), **options)
 
 
 class Init(str, Enum):
@@ -99,6 +109,7 @@ def convert(
     ] = None,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for the calibration.")] = 300,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps a layer instead of a budget: reproducible.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=256, help="Tokens of the text to use at most.")] = 600_000,
     init: Annotated[Init, typer.Option(help="First values: from the dense neurons, or random.")] = Init.dense,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to save in; the source's by default.")] = None,
@@ -124,20 +135,23 @@ def convert(
 
     import torch
 
+    from .. import ops
     from ..surgery import Calibration
     from ..surgery.folder import ModelFolder, convert_folder
     from ..surgery.text import read_texts
 
     folder = ModelFolder.find(source)
     texts = [t for path in text or [] for t in read_texts(path)]
-    calibration = Calibration(texts, budget=budget, steps=steps, seed=seed, progress=not as_json) if texts else None
+    ops.load()  # a bad HF_FFF_BACKEND is told now, not after minutes of collecting
+    plan = Calibration(texts, budget=budget, steps=steps, max_tokens=max_tokens, seed=seed, progress=not as_json)
     model = convert_folder(
         folder,
         output,
         fff,
         target_layers=target_layers,
         init=init.value,
-        calibration=calibration,
+        calibration=plan if texts else None,
+        seed=seed,
         dtype=getattr(torch, dtype.value) if dtype else None,
         overwrite=overwrite,
     )
@@ -153,7 +167,7 @@ def convert(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    table = Table("layer", "FFF", "neurons used", "of", "unexplained", title=f"{type(model).__name__} in {output}")
+    table = _table("layer", "FFF", "neurons used", "of", "unexplained", title=f"{type(model).__name__} in {output}")
     for i, c in configs.items():
         unexplained = f"{report.unexplained[i]:.3f}" if report else "not calibrated"
         table.add_row(str(i), c.shorthand, str(c.active_nodes), str(c.nodes), unexplained)
@@ -161,7 +175,8 @@ def convert(
     if report:
         out.print(
             f"{report.tokens} tokens, {report.steps} steps a layer, {report.seconds:.0f} s "
-            f"(the same again: --steps {report.steps} --seed {seed})"
+            f"(the same again: --steps {report.steps} --max-tokens {report.tokens} --seed {seed})",
+            soft_wrap=True,  # to be copied
         )
 
 
@@ -175,7 +190,7 @@ def env(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    table = Table("what", "value", show_header=False)
+    table = _table("what", "value", show_header=False)
     for key, value in _flatten(facts):
         table.add_row(key, value)
     out.print(table)
@@ -204,8 +219,8 @@ def build(
     status = loader.build("cpu", force=force, output=output)
     if as_json:
         print(json.dumps(asdict(status), indent=2, default=str))
-    else:
-        out.print(f"{status.path} ({status.origin})", highlight=False)
+    elif status.loaded:
+        out.print(f"{status.path} ({status.origin})", soft_wrap=True)
     if not status.loaded:
         raise RuntimeError(status.reason)
 
@@ -256,7 +271,8 @@ def bench_layer(
         "x",
         "+ routing",
     )
-    table = Table(*names, title=title, caption=", ".join(f"{k} {v}" for k, v in summary().items()))
+    caption = ", ".join(f"{k} {v}" for k, v in summary().items())
+    table = _table(*names, title=title, caption=caption, box=SIMPLE_HEAD, padding=0)  # fits into 80 columns
     for row in rows:
         table.add_row(
             str(row.tokens),

@@ -1,4 +1,8 @@
-"""Calibration: each FFF is fitted to the FFN whose place it takes, on that FFN's own inputs, from unlabelled text.
+"""Calibration: each FFF is fitted to the FFN whose place it takes, layer after layer, from unlabelled text.
+
+A layer is fitted on what the layers before it, converted already, make of the text, and learns what brings the residual
+stream back to the dense model's. On MiniLM at 8x8 that gives a cosine of 0.86 to the original's embeddings, where layers
+that are each fitted on the dense model's inputs give 0.81 (the same text and steps).
 
 What is minimised is the error that the layer's output sees to first order: FFN outputs differ by the next LayerNorm on the
 residual stream, so the error of dimension d counts ``gamma[d]`` and that of token t ``1 / sigma[t]``. Plain squared error is
@@ -7,8 +11,11 @@ useless here: in some layers one outlier dimension carries nearly all of the var
 
 import logging
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +31,10 @@ from .text import Batch, as_batches, shuffled
 
 logger = logging.getLogger(__name__)
 
+_FORWARD_TOKENS = 4096  # a batch on its way through the models
+_PASSES = 2.0  # what all layers cost, in passes of the dense model: that, and the converted layers twice
+_COLLECTING = 0.35  # share of a budget for them
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -33,9 +44,10 @@ class Calibration:
         data: unlabelled inputs in the format of the model's task: texts, pairs of texts, or tensors (see ``as_batches``).
         tokenizer: for texts; by default the one that lies with the model.
         budget: seconds for everything, collecting the inputs included. The number of steps is derived from it once, from the
-            measured speed of a step, and reported: with that number as ``steps`` the result is the same again.
+            measured speed of a step, and reported: with that number as ``steps``, and the report's ``tokens`` as
+            ``max_tokens``, the result is the same again.
         steps: steps a layer, instead of a budget.
-        max_tokens: tokens to collect at most; memory is ``4 * layers * hidden_size`` bytes a token.
+        max_tokens: tokens to collect at most; memory is about ``12 * hidden_size`` bytes a token.
         max_length: longer inputs are cut.
         batch_tokens: tokens a step.
         learning_rate: of Adam, at its highest.
@@ -50,8 +62,8 @@ class Calibration:
     steps: int | None = None
     max_tokens: int = 600_000
     max_length: int = 128
-    batch_tokens: int = 4096
-    learning_rate: float = 4e-3
+    batch_tokens: int = 1024
+    learning_rate: float = 2e-3
     held_out: float = 0.04
     seed: int = 0
     progress: bool = True
@@ -69,8 +81,8 @@ class Calibration:
 
 @dataclass
 class CalibrationReport:
-    """What was done, and how much of each layer's output stays unexplained (weighted, on held-out tokens; 1: nothing is
-    explained, as by a constant; 0: all)."""
+    """What was done, and how much of what each layer is to give stays unexplained (weighted, on held-out tokens; 1: nothing
+    is explained, as by a constant; 0: all). What was lost before a layer counts as its own: see the module."""
 
     tokens: int = 0
     steps: int = 0
@@ -81,7 +93,7 @@ class CalibrationReport:
 
 @dataclass
 class _Layer:
-    """A layer's inputs and outputs, both standardised, and how to get back."""
+    """What a layer's FFF reads and is to give, both standardised, and how to get back."""
 
     x: Tensor  # [tokens, H] float16: (x - x_mean) / x_scale
     y: Tensor  # [tokens, H] float16: (y - y_mean) / y_scale
@@ -92,93 +104,131 @@ class _Layer:
     y_scale: Tensor
 
 
-class _Recorder:
-    """Hooks on one dense FFN; keeps inputs and outputs of the tokens that the mask shows."""
+@dataclass
+class _Piece:
+    """A batch on its way through the layers: its hidden states in the dense model and in the one that is being made."""
 
-    def __init__(self, block: nn.Module, family: FFNInterface) -> None:
-        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.mask: Tensor | None = None
-        self.statistics: tuple[Tensor, ...] | None = None
-        self.norm: Any = block.get_submodule(family.output_norm)
-        self._x = self._y = torch.empty(0)
-        self.hooks = [
-            block.get_submodule(family.ffn_in).register_forward_pre_hook(self._see_input),
-            block.get_submodule(family.dense_out).register_forward_hook(self._see_output),
-            self.norm.register_forward_pre_hook(self._see_residual),
-        ]
+    mask: Tensor | None  # [rows * tokens]: what is no padding
+    dense: Tensor
+    fast: Tensor  # the same tensor until the first converted layer
+    rest: tuple[Any, ...]  # a layer's other arguments, the same for all layers
+    named: dict[str, Any]
 
-    def _visible(self, t: Tensor) -> Tensor:
+    def through(self, block: Any, hidden: Tensor) -> Tensor:
+        out = block(hidden, *self.rest, **self.named)
+        return out[0] if isinstance(out, tuple) else out
+
+    def visible(self, t: Tensor) -> Tensor:
         t = t.detach().flatten(0, -2).float()
         return t if self.mask is None else t[self.mask]
 
-    def _see_input(self, _module: nn.Module, args: Any) -> None:
-        self._x = self._visible(args[0])
 
-    def _see_output(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        self._y = self._visible(output)
+class _Arrived(Exception):
+    """Ends a forward pass at the first layer."""
 
-    def _see_residual(self, _module: nn.Module, args: Any) -> None:
-        if not len(self._x):
-            return
-        weight = 1 / self._visible(args[0]).std(-1).clamp_min(1e-6)
-        x, y = self._x, self._y
-        if self.statistics is None:  # of the first batch: they only have to be about right, what is fitted adapts
-            gamma = self.norm.weight.detach().float().abs()
-            gamma = gamma.clamp_min(1e-3 * float(gamma.max()))
-            y_mean = y.mean(0)
-            size = ((y - y_mean) * gamma * weight.unsqueeze(1)).square().mean().sqrt().clamp_min(1e-12)
-            size = size / weight.square().mean().sqrt()
-            x_scale = x.std(0, correction=0).clamp_min(1e-6)
-            self.statistics = (x.mean(0), x_scale, y_mean, size / gamma)
-        x_mean, x_scale, y_mean, y_scale = self.statistics
-        self.parts.append((((x - x_mean) / x_scale).half(), ((y - y_mean) / y_scale).half(), weight))
 
-    def close(self) -> None:
-        for hook in self.hooks:
+def _pieces(
+    base_model: nn.Module, family: FFNInterface, batches: list[Batch], c: Calibration, deadline: float
+) -> tuple[list[_Piece], int]:
+    """The batches as they enter the first layer, and how many tokens they hold: as many as the time allows."""
+    first = family.blocks(base_model)[0]
+    device = next(base_model.parameters()).device
+    pieces: list[_Piece] = []
+    tokens, start = 0, time.monotonic()
+
+    def enter(_module: nn.Module, args: Any, named: dict[str, Any]) -> None:
+        hidden, *rest = args or (named.pop("hidden_states"),)
+        pieces.append(_Piece(mask, hidden, hidden, tuple(rest), named))
+        raise _Arrived
+
+    hook = first.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        for number, batch in enumerate(batches):
+            inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
+            mask = inputs.get("attention_mask")
+            mask = None if mask is None else mask.flatten().bool()
+            with suppress(_Arrived):
+                base_model(**inputs)
+            if number == 0:  # how long a batch takes through all layers
+                hook.remove()
+                start = time.monotonic()
+                base_model(**inputs)
+                each = _PASSES * (time.monotonic() - start)
+                hook = first.register_forward_pre_hook(enter, with_kwargs=True)
+            tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+            if tokens >= c.max_tokens or start + len(pieces) * each > deadline:
+                break
+    finally:
+        hook.remove()
+    return pieces, tokens
+
+
+def _dense_layer(block: Any, fast_block: Any, family: FFNInterface, pieces: list[_Piece]) -> _Layer | None:
+    """Takes the dense hidden states through a dense layer; returns what its FFF has to learn (None if all is padding).
+
+    The FFF reads what the layers before it, converted already, make of the text. What it is to give is what brings the
+    residual stream back to the dense model's: so each layer also makes good, as far as it can, what those before it missed.
+    """
+    norm: Any = block.get_submodule(family.output_norm)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    statistics: tuple[Tensor, ...] | None = None
+    with _watched(block, family) as seen, _watched(fast_block, family) as seen_fast:
+        for piece in pieces:
+            before, piece.dense = piece.dense, piece.through(block, piece.dense)
+            residual = piece.visible(seen["residual"])
+            if not len(residual):
+                continue
+            x, y = piece.visible(seen["x"]), piece.visible(seen["y"])
+            if piece.fast is not before:
+                piece.through(fast_block, piece.fast)
+                x = piece.visible(seen_fast["x"])
+                y = residual - piece.visible(seen_fast["residual"] - seen_fast["y"])
+            weight = 1 / residual.std(-1).clamp_min(1e-6)
+            if statistics is None:  # of the first batch: they only have to be about right, what is fitted adapts
+                gamma = norm.weight.detach().float().abs()
+                gamma = gamma.clamp_min(1e-3 * float(gamma.max()))
+                y_mean = y.mean(0)
+                size = ((y - y_mean) * gamma * weight.unsqueeze(1)).square().mean().sqrt().clamp_min(1e-12)
+                size = size / weight.square().mean().sqrt()
+                x_scale = x.std(0, correction=0).clamp_min(1e-6)
+                statistics = (x.mean(0), x_scale, y_mean, size / gamma)
+            x_mean, x_scale, y_mean, y_scale = statistics
+            parts.append((((x - x_mean) / x_scale).half(), ((y - y_mean) / y_scale).half(), weight))
+    if statistics is None:
+        return None
+    x, y, weight = (torch.cat(list(column)) for column in zip(*parts, strict=True))
+    return _Layer(x, y, weight / weight.square().mean().sqrt(), *statistics)
+
+
+@contextmanager
+def _watched(block: Any, family: FFNInterface) -> Iterator[dict[str, Tensor]]:
+    """What the FFN of a layer reads (x) and gives (y), and the residual stream after it, of the last pass."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        block.get_submodule(family.ffn_in).register_forward_pre_hook(lambda _, args: seen.update(x=args[0])),
+        block.get_submodule(family.dense_out).register_forward_hook(lambda _, __, output: seen.update(y=output)),
+        block.get_submodule(family.output_norm).register_forward_pre_hook(
+            lambda _, args: seen.update(residual=args[0])
+        ),
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
             hook.remove()
 
-    def finish(self) -> _Layer:
-        x, y, weight = (torch.cat(list(column)) for column in zip(*self.parts, strict=True))
-        self.parts.clear()
-        assert self.statistics is not None
-        return _Layer(x, y, weight / weight.square().mean().sqrt(), *self.statistics)
 
-
-def _collect(
-    base_model: nn.Module,
-    family: FFNInterface,
-    layers: list[int],
-    batches: list[Batch],
-    c: Calibration,
-    deadline: float,
-) -> dict[int, _Layer]:
-    blocks = family.blocks(base_model)
-    recorders = {i: _Recorder(blocks[i], family) for i in layers}
-    device = next(base_model.parameters()).device
-    modes = [(module, module.training) for module in base_model.modules()]
-    base_model.eval()
-    tokens = 0
-    bar = tqdm(total=c.max_tokens, desc="collecting", unit="tok", unit_scale=True, disable=not c.progress, leave=False)
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
     try:
         with torch.no_grad():
-            for batch in batches:
-                inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-                mask = inputs.get("attention_mask")
-                for recorder in recorders.values():
-                    recorder.mask = None if mask is None else mask.flatten().bool()
-                base_model(**inputs)
-                seen = int(batch["attention_mask"].sum()) if mask is not None else batch["input_ids"].numel()
-                tokens += seen
-                bar.update(seen)
-                if tokens >= c.max_tokens or time.monotonic() > deadline:
-                    break
+            yield
     finally:
-        bar.close()
         for module, mode in modes:
             module.training = mode
-        for recorder in recorders.values():
-            recorder.close()
-    return {i: recorder.finish() for i, recorder in recorders.items() if recorder.parts}
 
 
 class _Fit:
@@ -214,6 +264,15 @@ class _Fit:
             self._order = self._draw(len(self.train_tokens))
         batch, self._order = self._order[:size], self._order[size:]
         return batch
+
+    def run(self, steps: int, tell: Callable[[float], object]) -> None:
+        """All steps, the learning rate rising and falling; ``tell`` hears now and then what is unexplained."""
+        schedule = get_cosine_schedule_with_warmup(self.optimizer, max(1, steps // 20), steps + 1)
+        for step in range(steps):
+            self.step()
+            schedule.step()
+            if step % max(1, steps // 8) == 0:
+                tell(self.unexplained())
 
     @torch.enable_grad()
     def step(self) -> None:
@@ -251,62 +310,64 @@ def calibrate(
         ValueError: no text, or so little of it that there is nothing to fit to.
     """
     start = time.monotonic()
-    deadline = start + (0.5 * c.budget if c.budget is not None and c.steps is None else float("inf"))
-    batches = as_batches(c.data, lambda: _tokenizer(c, dense), max_length=c.max_length, batch_tokens=c.batch_tokens)
+    seconds = float("inf") if c.steps is not None or c.budget is None else c.budget
+    batches = as_batches(c.data, lambda: _tokenizer(c, dense), max_length=c.max_length, batch_tokens=_FORWARD_TOKENS)
     batches = shuffled(batches, c.seed)
-    collected = _collect(dense.base_model, family, sorted(layers), batches, c, deadline)
-    tokens = min((len(layer.x) for layer in collected.values()), default=0)
-    report = CalibrationReport(tokens=tokens, collect_seconds=time.monotonic() - start)
-    if report.tokens < 256:
-        raise ValueError(f"the calibration data has {report.tokens} tokens; at least 256 are needed")
-    blocks = family.blocks(fast.base_model)
-
-    def new_fit(index: int) -> _Fit:
-        directions = blocks[index].get_submodule(family.ffn_in).weight_in.detach().float()
-        return _Fit(collected[index], layers[index], directions * collected[index].x_scale, c)
-
-    report.steps = c.steps or _steps_within(c, start, layers, new_fit)
-    bar = tqdm(total=report.steps * len(layers), desc="calibrating", unit="step", disable=not c.progress)
-    for index in sorted(layers):
-        fit = new_fit(index)
-        schedule = get_cosine_schedule_with_warmup(fit.optimizer, max(1, report.steps // 20), report.steps + 1)
-        every = max(1, report.steps // 8)
-        for step in range(report.steps):
-            fit.step()
-            schedule.step()
-            bar.update()
-            if step % every == 0:
-                bar.set_postfix_str(f"layer {index}: {fit.unexplained():.3f} unexplained")
-        report.unexplained[index] = fit.unexplained()
-        block = blocks[index]
-        fit.write(block.get_submodule(family.ffn_in), block.get_submodule(family.dense_out))
-        del collected[index]
+    dense_blocks, fast_blocks = family.blocks(dense.base_model), family.blocks(fast.base_model)
+    report = CalibrationReport(steps=c.steps or 0)
+    first, last = min(layers), max(layers)
+    with _evaluating(dense, fast):
+        pieces, report.tokens = _pieces(dense.base_model, family, batches, c, start + _COLLECTING * seconds)
+        if report.tokens < 256:
+            raise ValueError(f"the calibration data has {report.tokens} tokens; at least 256 are needed")
+        bar = tqdm(total=len(layers), desc="calibrating", unit="layer", disable=not c.progress)
+        for index in range(last + 1):
+            begin = time.monotonic()
+            data = _dense_layer(dense_blocks[index], fast_blocks[index], family, pieces)
+            report.collect_seconds += time.monotonic() - begin
+            if index in layers and data is not None:
+                if c.steps is None and not report.steps:
+                    to_come = report.collect_seconds * _PASSES * (last - index) / (index + 1)
+                    report.steps = _steps_within(start + seconds - to_come, data, layers, c)
+                block = fast_blocks[index]
+                fff, output_bias = block.get_submodule(family.ffn_in), block.get_submodule(family.dense_out)
+                fit = _Fit(data, layers[index], fff.weight_in.float() * data.x_scale, c)
+                fit.run(report.steps, partial(_tell, bar, index))
+                report.unexplained[index] = fit.unexplained()
+                fit.write(fff, output_bias)
+                bar.update()
+            del data
+            begin = time.monotonic()
+            for piece in pieces if index < last else []:
+                piece.fast = piece.dense if index < first else piece.through(fast_blocks[index], piece.fast)
+            report.collect_seconds += time.monotonic() - begin
     bar.set_postfix_str(", ".join(f"{i}: {v:.3f}" for i, v in report.unexplained.items()))
     bar.close()
     report.seconds = time.monotonic() - start
     return report
 
 
-def _steps_within(c: Calibration, start: float, layers: dict[int, FFFConfig], new_fit: Callable[[int], _Fit]) -> int:
-    """Steps a layer that the budget allows, from the speed of a few steps that are thrown away."""
-    assert c.budget is not None
-    seconds = {}
-    for config in set(layers.values()):
-        index = next(i for i, other in layers.items() if other == config)
+def _tell(bar: Any, index: int, unexplained: float) -> None:
+    bar.set_postfix_str(f"layer {index}: {unexplained:.3f} unexplained")
+
+
+def _steps_within(deadline: float, data: _Layer, layers: dict[int, FFFConfig], c: Calibration) -> int:
+    """Steps a layer that the time allows, from the speed of a few steps that are thrown away."""
+    set_up, per_step, generator = 0.0, 0.0, torch.Generator().manual_seed(c.seed)
+    for config, count in Counter(layers.values()).items():
         begin = time.monotonic()
-        fit = new_fit(index)
-        for _ in range(2):
+        fit = _Fit(data, config, torch.randn(config.nodes, data.x.shape[1], generator=generator), c)
+        for _ in range(3):
             fit.step()
-        set_up, begin = time.monotonic() - begin, time.monotonic()
-        for _ in range(5):
+        set_up += count * (time.monotonic() - begin)
+        begin = time.monotonic()
+        for _ in range(10):
             fit.step()
-        seconds[config] = (set_up, (time.monotonic() - begin) / 5)
-    left = c.budget - (time.monotonic() - start) - sum(seconds[config][0] for config in layers.values())
-    steps = int(left / sum(seconds[config][1] for config in layers.values()))
+        fit.unexplained()  # also waits for a GPU
+        per_step += count * (time.monotonic() - begin) / 10
+    steps = int((deadline - time.monotonic() - set_up) / per_step)
     if steps < 50:
-        logger.warning(
-            "a budget of %.0f s allows %d steps a layer, which is too few: taking 50", c.budget, max(steps, 0)
-        )
+        logger.warning("the calibration's budget allows %d steps a layer, which is too few: taking 50", max(steps, 0))
     return max(50, steps)
 
 

@@ -45,10 +45,7 @@ class ModelFolder:
         transformer = root
         modules = root / "modules.json"
         if modules.is_file():
-            first = json.loads(modules.read_text(encoding="utf-8"))[0]
-            if not str(first.get("type", "")).endswith(".Transformer"):
-                raise ValueError(f"the first module of {source} is {first.get('type')!r}, not a transformer")
-            transformer = root / first.get("path", "")
+            transformer = root / _transformer_path(modules)
         if not (transformer / "config.json").is_file():
             raise ValueError(f"{source} is no model: there is no config.json in {transformer}")
         return cls(root, transformer)
@@ -87,6 +84,18 @@ class ModelFolder:
         return inner
 
 
+def _transformer_path(modules: Path) -> str:
+    """Where sentence-transformers' list of modules says that the transformer is."""
+    try:
+        first = json.loads(modules.read_text(encoding="utf-8"))[0]
+        kind, path = str(first["type"]), str(first.get("path", ""))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{modules} is no list of sentence-transformers' modules") from error
+    if not kind.endswith(".Transformer"):
+        raise ValueError(f"the first module in {modules} is {kind!r}, not a transformer")
+    return path
+
+
 def _fetch(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -105,6 +114,7 @@ def convert_folder(
     target_layers: list[int] | None = None,
     init: str = "dense",
     calibration: Calibration | None = None,
+    seed: int = 0,
     dtype: Any = None,
     overwrite: bool = False,
 ) -> Any:
@@ -113,14 +123,18 @@ def convert_folder(
     A sentence-transformers folder stays one: ``SentenceTransformer(output)`` opens it after ``import hf_fff``.
 
     Raises:
-        ValueError: as ``convert_ffn_to_fff``, or the output lies in the source.
+        ValueError: as ``convert_ffn_to_fff``, or the output lies in the source or holds it.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
     """
     if source.root.resolve() in output.resolve().parents:
         raise ValueError(f"the output {output} lies in the source {source.root}")
+    if output.resolve() in source.root.resolve().parents:
+        raise ValueError(f"the output {output} holds the source {source.root}: it would be lost")
     with atomic_folder(output, overwrite=overwrite) as target:
         dense = source.load_dense()
-        fast = convert_ffn_to_fff(dense, config, target_layers=target_layers, init=init, calibration=calibration)
+        fast = convert_ffn_to_fff(
+            dense, config, target_layers=target_layers, init=init, calibration=calibration, seed=seed
+        )
         if dtype is not None:
             fast = fast.to(dtype)
         fast.save_pretrained(source.copy_rest(target))

@@ -7,6 +7,16 @@ import torch
 
 from hf_fff import FFFConfig, ops
 from hf_fff.bench import layer
+from hf_fff.ops import loader
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine, threads that wait for each other make tiny shapes a thousand times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_rows():
@@ -47,3 +57,35 @@ def test_a_wrong_output_is_not_timed(monkeypatch, change):
     monkeypatch.setattr(layer, "interleaved", lambda *a, **k: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match="output is wrong: nothing was timed"):
         layer.bench_layer(FFFConfig(2, 2), 16, [8], rounds=3)
+
+
+def test_a_wrong_gradient_is_not_timed(monkeypatch):
+    honest, calls = ops.fff_train, []
+
+    def train(*args):
+        y, path, logits = honest(*args)
+        calls.append(args)
+        return y, path, logits + (len(calls) > 1)  # the first call is that of the check of the output
+
+    monkeypatch.setattr(ops, "fff_train", train)
+    monkeypatch.setattr(layer, "interleaved", lambda *a, **k: pytest.fail("timed"))
+    with pytest.raises(RuntimeError, match="the gradient of x is wrong: nothing was timed"):
+        layer.bench_layer(FFFConfig(2, 2), 16, [8], rounds=3)
+
+
+def test_without_the_library_of_loops(monkeypatch):
+    """The rest is measured all the same."""
+    load = loader.load
+    monkeypatch.setattr(loader, "load", lambda name="cpu": loader.Status(name) if name == "bench" else load(name))
+    (row,) = layer.bench_layer(FFFConfig(1, 2), 8, [3], rounds=3, backward=False)
+    assert row.dense_loop is None and row.fff_loop is None and row.dense > 0 and row.fff > 0
+
+
+@pytest.mark.parametrize("shape", ["1x0", "1x5", "7x2"])
+def test_other_shapes_and_many_tokens(monkeypatch, shape):
+    """That the checks accept what is right; nothing is timed."""
+    times = {"dense": 1e-3, "fff": 2e-3, "masked": 3e-3, "routing": 4e-3}
+    monkeypatch.setattr(layer, "interleaved", lambda candidates, **_: {name: times[name] for name in candidates})
+    monkeypatch.setattr(ops, "backend", lambda device="cpu": "torch")
+    (row,) = layer.bench_layer(FFFConfig.from_shorthand(shape), 33, [2_000])
+    assert row == layer.Row(2_000, 1e3, 2e3, None, None, 3e3, 2e3, 4e3)

@@ -163,6 +163,23 @@ def test_a_bad_config_leaves_nothing(tiny, tmp_path):
         assert {p.name for p in tmp_path.iterdir()} == {"dense"}
 
 
+def test_output_that_holds_the_source(tiny, tmp_path):
+    """Replacing it would delete the source."""
+    (tmp_path / "holder").mkdir()
+    source = tiny.rename(tmp_path / "holder" / "source")
+    before = listing(tmp_path)
+    with pytest.raises(ValueError, match="holds the source"):
+        convert(source, tmp_path / "holder", overwrite=True)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "[1]", '[{"path": ""}]', "no JSON"])
+def test_a_list_of_modules_that_is_none(tiny, content):
+    (tiny / "modules.json").write_text(content)
+    with pytest.raises(ValueError, match="modules.json is no list of sentence-transformers' modules"):
+        ModelFolder.find(str(tiny))
+
+
 def test_output_within_the_source(tiny):
     before = listing(tiny)
     for inner in (tiny / "fast", tiny / "1_Pooling" / "fast"):
