@@ -20,10 +20,13 @@ ACTIVATION_ALIASES = {
     "identity": "identity",
     "linear": "identity",
 }
-KINDS = ("tree",)
-MAX_TREES, MAX_DEPTH = 65536, 24
+MAX_TREES, MAX_DEPTH, MAX_WIDTH = 65536, 24, 1 << 24
 
-_SHORTHAND = re.compile(r"(\d+)x(\d+)")
+# kind -> the fields that say how large it is
+KINDS: dict[str, tuple[str, ...]] = {"tree": ("n_trees", "depth"), "mlp": ("width",), "none": ()}
+_SIZES = tuple(field for sizes in KINDS.values() for field in sizes)
+
+_TREE, _MLP = re.compile(r"(\d+)x(\d+)"), re.compile(r"mlp:(\d+)")
 
 
 def _require_int(field: str, value: Any, low: int, high: int) -> None:
@@ -41,36 +44,46 @@ def _require_number(field: str, value: Any, *, above_zero: bool) -> None:
 
 @dataclass(frozen=True)
 class FFFConfig:
-    """One FFF layer: ``n_trees`` balanced binary trees of ``depth`` (arXiv 2311.10770 writes it ``KxD``).
+    """What stands in the place of one layer's feedforward network.
 
+    ``kind="tree"``, the default: ``n_trees`` balanced binary trees of ``depth`` (arXiv 2311.10770 writes it ``KxD``).
     **Depth is counted as in the paper**: depth D visits D + 1 neurons, and a tree has ``2**(D+1) - 1`` of them. So "1x11"
-    uses 12 of 4095 neurons, "8x8" 72 of 4088.
+    uses 12 of 4095 neurons, "8x8" 72 of 4088. ``kind="mlp"``: a dense MLP of ``width`` neurons ("mlp:72"). ``kind="none"``: no
+    network at all, the output bias alone ("none"). These two are what a tree has to be measured against, and where they do
+    as well, they are the better choice.
 
     Args:
         n_trees: K, the number of parallel trees (1 to 65536).
         depth: D (0 to 24).
         activation: "gelu" (exact, the default), "gelu_new" (tanh form), "relu", "silu", "identity", or one of the names that
             transformers has for them.
-        kind: what stands in the feedforward network's place; "tree".
+        kind: "tree", "mlp" or "none".
         routing_gradient: alpha of the straight-through routing gradient used in training; 0 is the paper's training.
         routing_temperature: tau of the same.
+        width: neurons of an "mlp" (1 to 16777216).
 
     Raises:
         ValueError: a value out of range; the message names the field, the value and what is allowed.
     """
 
-    n_trees: int
-    depth: int
+    n_trees: int | None = None
+    depth: int | None = None
     activation: str = "gelu"
     kind: str = "tree"
     routing_gradient: float = 3.0
     routing_temperature: float = 1.0
+    width: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r} is not known (allowed: {', '.join(KINDS)})")
-        _require_int("n_trees", self.n_trees, 1, MAX_TREES)
-        _require_int("depth", self.depth, 0, MAX_DEPTH)
+        sizes = KINDS[self.kind]
+        for name in _SIZES:
+            if name not in sizes and getattr(self, name) is not None:
+                raise ValueError(f"{name}={getattr(self, name)!r} means nothing to kind={self.kind!r}")
+        limits = {"n_trees": (1, MAX_TREES), "depth": (0, MAX_DEPTH), "width": (1, MAX_WIDTH)}
+        for name in sizes:
+            _require_int(name, getattr(self, name), *limits[name])
         if not isinstance(self.activation, str) or self.activation not in ACTIVATION_ALIASES:
             raise ValueError(f"activation={self.activation!r} is not known (allowed: {', '.join(ACTIVATION_ALIASES)})")
         object.__setattr__(self, "activation", ACTIVATION_ALIASES[self.activation])
@@ -80,43 +93,49 @@ class FFFConfig:
     @property
     def tree_nodes(self) -> int:
         """Nodes of one tree."""
-        return 2 ** (self.depth + 1) - 1
+        return 2 ** ((self.depth or 0) + 1) - 1 if self.kind == "tree" else 0
 
     @property
     def nodes(self) -> int:
         """Neurons of the layer."""
-        return self.n_trees * self.tree_nodes
+        return self.width or (self.n_trees or 0) * self.tree_nodes
 
     @property
     def active_nodes(self) -> int:
         """Neurons that one token uses."""
-        return self.n_trees * (self.depth + 1)
+        return self.width or (self.n_trees or 0) * ((self.depth or 0) + 1)
 
     @property
     def shorthand(self) -> str:
-        """``"KxD"``."""
-        return f"{self.n_trees}x{self.depth}"
+        """``"KxD"``, ``"mlp:WIDTH"`` or ``"none"``."""
+        return {"tree": f"{self.n_trees}x{self.depth}", "mlp": f"mlp:{self.width}", "none": "none"}[self.kind]
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        other = set(_SIZES) - set(KINDS[self.kind])
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in other}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "FFFConfig":
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        fields = [f.name for f in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(fields), key=str):
             raise ValueError(f"unknown fff field(s) {', '.join(map(repr, unknown))} (allowed: {', '.join(fields)})")
-        required = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
+        required = KINDS.get(values.get("kind", "tree"), ()) if isinstance(values.get("kind", ""), str) else ()
         if missing := [name for name in required if name not in values]:
             raise ValueError(f"fff field(s) {', '.join(map(repr, missing))} missing")
         return cls(**values)
 
     @classmethod
     def from_shorthand(cls, text: str, **fields: Any) -> "FFFConfig":
-        """``"64x5"``: 64 trees of depth 5."""
-        match = _SHORTHAND.fullmatch(text.strip())
-        if not match:
-            raise ValueError(f'fff={text!r} is not of the form "KxD" (trees x depth), such as "8x8" or "64x5"')
-        return cls(n_trees=int(match[1]), depth=int(match[2]), **fields)
+        """``"64x5"``: 64 trees of depth 5; ``"mlp:72"``: a dense MLP of 72 neurons; ``"none"``: neither."""
+        if match := _TREE.fullmatch(text.strip()):
+            return cls(n_trees=int(match[1]), depth=int(match[2]), **fields)
+        if match := _MLP.fullmatch(text.strip()):
+            return cls(kind="mlp", width=int(match[1]), **fields)
+        if text.strip() == "none":
+            return cls(kind="none", **fields)
+        raise ValueError(
+            f'fff={text!r} is not of the form "KxD" (trees x depth), such as "8x8" or "64x5", nor "mlp:WIDTH", nor "none"'
+        )
 
 
 ConfigLike: TypeAlias = FFFConfig | str | Mapping[str, Any]

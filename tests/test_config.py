@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -237,3 +238,38 @@ TREE = {"n_trees": 8, "depth": 8}
 def test_bad_json(value, message):
     with pytest.raises(ValueError, match=message):
         layers_from_json(value, 3)
+
+
+# --- the other kinds ------------------------------------------------------------------------------------------------
+
+
+def test_controls():
+    mlp, none = FFFConfig.from_shorthand("mlp:72", activation="relu"), FFFConfig.from_shorthand("none")
+    assert (mlp.kind, mlp.width, mlp.nodes, mlp.active_nodes, mlp.shorthand) == ("mlp", 72, 72, 72, "mlp:72")
+    assert (none.kind, none.nodes, none.active_nodes, none.shorthand) == ("none", 0, 0, "none")
+    for config in (mlp, none):
+        assert FFFConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert "n_trees" not in mlp.to_dict() and "width" not in none.to_dict()
+    assert "width" not in FFFConfig(8, 8).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "mlp"}, "width=None is not an integer (allowed: 1 to 16777216)"),
+        ({"kind": "mlp", "width": 0}, "width=0 is out of range (allowed: 1 to 16777216)"),
+        ({"kind": "mlp", "width": 72, "depth": 3}, "depth=3 means nothing to kind='mlp'"),
+        ({"kind": "none", "width": 72}, "width=72 means nothing to kind='none'"),
+        ({"n_trees": 8, "depth": 8, "width": 72}, "width=72 means nothing to kind='tree'"),
+        ({"kind": ["mlp"]}, "kind=['mlp'] is not known (allowed: tree, mlp, none)"),
+    ],
+)
+def test_bad_controls(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FFFConfig(**fields)
+
+
+@pytest.mark.parametrize("text", ["mlp", "mlp:", "mlp:-3", "mlp:7.5", "MLP:72", "None", "mlp:7 2"])
+def test_bad_shorthand_of_controls(text):
+    with pytest.raises(ValueError, match="is not of the form"):
+        FFFConfig.from_shorthand(text)

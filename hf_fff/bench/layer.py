@@ -66,7 +66,7 @@ def _row(fff: FFF, dense: nn.Sequential, tokens: int, backward: bool, rounds: in
     loops: dict[str, float | None] = {"dense": None, "fff": None}
     if ops.backend() == "native" and loader.load("bench").loaded:
         bench = torch.ops.hf_fff_bench
-        fff_args = (inputs, *(w.detach() for w in weights), c.n_trees, c.depth)
+        fff_args = (inputs, *(w.detach() for w in weights), fff.n_trees, c.depth)
         dense_args = (inputs, dense[0].weight, dense[0].bias, dense[2].weight, dense[2].bias)
         repeats = {n: max(3, int(0.02 / max(t, 1e-6))) for n, t in forward.items()}
         runs: dict[str, list[float]] = {"dense": [], "fff": []}
@@ -85,8 +85,8 @@ def _row(fff: FFF, dense: nn.Sequential, tokens: int, backward: bool, rounds: in
 def _check(fff: FFF, x: Tensor) -> None:
     """The visited path is consistent with its logits, and the output is the sum along it, both in float64."""
     c = fff.config
-    y, path, _ = ops.fff_train(x, fff.weight_in, fff.bias_in, fff.weight_out, c.n_trees, c.activation)
-    rows = path.long() + torch.arange(c.n_trees).unsqueeze(-1) * c.tree_nodes
+    y, path, _ = ops.fff_train(x, fff.weight_in, fff.bias_in, fff.weight_out, fff.n_trees, c.activation)
+    rows = path.long() + torch.arange(fff.n_trees).unsqueeze(-1) * c.tree_nodes
     z = torch.einsum("th,tkdh->tkd", x.double(), fff.weight_in[rows].double()) + fff.bias_in[rows].double()
     act = torch_backend.activation_functions(c.activation)[0]
     expected = torch.einsum("tkd,tkdh->th", act(z), fff.weight_out[rows].double())
@@ -100,14 +100,14 @@ def _backward(fff: FFF, x: Tensor, rounds: int) -> dict[str, float]:
     c = fff.config
     weights = [w.detach() for w in (fff.weight_in, fff.bias_in, fff.weight_out)]
     grad_y = torch.randn_like(x)
-    _, path, logits = ops.fff_train(x, *weights, c.n_trees, c.activation)
-    rows = (path.long() + torch.arange(c.n_trees).unsqueeze(-1) * c.tree_nodes).flatten(1)
+    _, path, logits = ops.fff_train(x, *weights, fff.n_trees, c.activation)
+    rows = (path.long() + torch.arange(fff.n_trees).unsqueeze(-1) * c.tree_nodes).flatten(1)
     leaves = [t.detach().clone().requires_grad_() for t in (x, *weights)]
     with torch.enable_grad():
         every = F.linear(leaves[0], leaves[1], leaves[2])
         mask = torch.zeros_like(every).scatter_(1, rows, 1.0)
         y = (torch_backend.activation_functions(c.activation)[0](every) * mask) @ leaves[3]
-    arguments = (grad_y, x, *weights, path, logits, c.n_trees, c.activation)
+    arguments = (grad_y, x, *weights, path, logits, fff.n_trees, c.activation)
     masked = torch.autograd.grad(y, leaves, grad_y, retain_graph=True)
     ours = torch.ops.hf_fff.fff_backward(*arguments)
     for name, a, b in zip(("x", "weight_in", "bias_in", "weight_out"), ours, masked, strict=True):

@@ -102,7 +102,9 @@ class Dtype(str, Enum):
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a dense model, or a repository of the Hub.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    fff: Annotated[str, typer.Option(help="Trees x depth, such as 8x8: depth D visits D + 1 neurons a tree.")],
+    fff: Annotated[
+        str, typer.Option(help="Trees x depth, such as 8x8 (depth D visits D + 1 neurons a tree); mlp:WIDTH; none.")
+    ],
     layers: Annotated[str | None, typer.Option(help="Layers to convert, such as 0,2,4 or 0-3; all by default.")] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Unlabelled text to calibrate on, one paragraph a line; may be repeated.")

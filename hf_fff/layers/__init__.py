@@ -1,5 +1,17 @@
-"""Modules that know no model: import only torch and the operator."""
+"""Modules with plain parameters that know no model."""
 
+from typing import Any
+
+from ..config import FFFConfig
+from .controls import MLP, NoFFN
 from .fff import FFF, OutputBias
 
-__all__ = ["FFF", "OutputBias"]
+Feedforward = FFF | MLP | NoFFN
+_OF_KIND: dict[str, type[FFF] | type[MLP] | type[NoFFN]] = {"tree": FFF, "mlp": MLP, "none": NoFFN}
+
+__all__ = ["FFF", "MLP", "Feedforward", "NoFFN", "OutputBias", "feedforward"]
+
+
+def feedforward(hidden_size: int, config: FFFConfig, **options: Any) -> Feedforward:
+    """The module that ``config`` describes; ``options`` are its ``device`` and ``dtype``."""
+    return _OF_KIND[config.kind](hidden_size, config, **options)

@@ -41,6 +41,11 @@ class FFF(nn.Module):
             raise ValueError(f"hidden_size={hidden_size!r} must be an integer of at least 1")
         self.hidden_size = hidden_size
         self.config: FFFConfig = as_config(config)
+        if self.config.n_trees is None:
+            raise ValueError(
+                f"an FFF is of kind='tree', not {self.config.kind!r}: hf_fff.layers.feedforward makes others"
+            )
+        self.n_trees = self.config.n_trees
         nodes = self.config.nodes
         self.weight_in = nn.Parameter(torch.empty(nodes, hidden_size, device=device, dtype=dtype))
         self.bias_in = nn.Parameter(torch.empty(nodes, device=device, dtype=dtype))
@@ -66,7 +71,7 @@ class FFF(nn.Module):
             self.weight_in,
             self.bias_in,
             self.weight_out,
-            c.n_trees,
+            self.n_trees,
             c.activation,
             c.routing_gradient,
             c.routing_temperature,

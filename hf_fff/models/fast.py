@@ -7,14 +7,14 @@ from torch import nn
 from transformers import initialization as init
 
 from ..config import FFFConfig, layers_from_json, layers_to_json, resolve_layers
-from ..layers import FFF, OutputBias
+from ..layers import FFF, MLP, NoFFN, OutputBias, feedforward
 from .families import FAMILIES, FFNInterface
 
 
 class FastConfigMixin:
     """Adds ``fff`` to a family's config: which layers hold which FFF.
 
-    ``fff`` may be given as ``"KxD"``, an ``FFFConfig``, a dict from layer to config, or the JSON object itself, which is what it
+    ``fff`` may be given as ``"KxD"`` (or ``"mlp:WIDTH"``, ``"none"``), an ``FFFConfig``, a dict from layer to config, or the JSON object itself, which is what it
     becomes: ``{"version": 1, "kind": "tree", "n_trees": 8, ...}`` or ``{"version": 1, "layers": {"0": {...}, ...}}``.
     """
 
@@ -52,7 +52,7 @@ def replace_ffns(base_model: nn.Module, family: FFNInterface, layers: dict[int, 
             continue
         weight = block.get_submodule(family.dense_out).weight
         like = {"device": weight.device, "dtype": weight.dtype}
-        block.set_submodule(family.ffn_in, FFF(weight.shape[0], layers[index], **like))
+        block.set_submodule(family.ffn_in, feedforward(weight.shape[0], layers[index], **like))
         block.set_submodule(family.dense_out, OutputBias(weight.shape[0], **like))
 
 
@@ -74,7 +74,7 @@ class FastModelMixin:
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, (FFF, OutputBias)):
+        if isinstance(module, (FFF, MLP, NoFFN, OutputBias)):
             module.reset_parameters(init)
 
     @classmethod

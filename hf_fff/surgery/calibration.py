@@ -24,15 +24,17 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
 from ..config import FFFConfig
-from ..layers import FFF, OutputBias
+from ..layers import FFF, MLP, Feedforward, NoFFN, OutputBias, feedforward
 from ..models import FFNInterface
-from .initialise import balance_hyperplanes
+from ..ops.torch_backend import activation_functions
+from .initialise import balance_hyperplanes, best_neurons, solve_outputs
 from .text import Batch, as_batches, shuffled
 
 logger = logging.getLogger(__name__)
 
 _FORWARD_TOKENS = 4096  # a batch on its way through the models
 _PASSES = 2.0  # what all layers cost, in passes of the dense model: that, and the converted layers twice
+_MLP_RATE = 2.0  # an MLP learns best at a higher rate than a tree
 _COLLECTING = 0.35  # share of a budget for them
 
 
@@ -234,25 +236,47 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
 class _Fit:
     """The regression of one layer, in standardised coordinates."""
 
-    def __init__(self, data: _Layer, config: FFFConfig, directions: Tensor, c: Calibration) -> None:
+    def __init__(self, data: _Layer, ffn: Feedforward, dense_in: Any, dense_out: Any, c: Calibration) -> None:
         self.data, self.c = data, c
         self.generator = torch.Generator().manual_seed(c.seed)
         device, hidden = data.x.device, data.x.shape[1]
-        self.fff = FFF(hidden, config, device="meta").to_empty(device=device)  # all of it is filled below
-        with torch.no_grad():
-            self.fff.weight_in.copy_(directions)
         self.bias = nn.Parameter(torch.zeros(hidden, device=device))
         count = len(data.x)
         held_out = min(max(1, int(count * c.held_out)), 32_768)
         # The last tokens come from texts that no training token is from, but for one at the border.
         self.train_tokens = torch.arange(count - held_out) if count > held_out else torch.arange(count)
         self.test_tokens = slice(count - held_out, count)
-        balance_hyperplanes(self.fff, data.x[self._draw(32_768)].float())
+        self.ffn = self._start(ffn, dense_in, dense_out)
         self._order = torch.empty(0, dtype=torch.long)
+        rate = c.learning_rate * (_MLP_RATE if isinstance(ffn, MLP) else 1)
         fused = device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(
-            [*self.fff.parameters(), self.bias], lr=c.learning_rate, betas=(0.9, 0.99), fused=fused
-        )
+        self.optimizer = torch.optim.Adam([*self.ffn.parameters(), self.bias], lr=rate, betas=(0.9, 0.99), fused=fused)
+
+    @torch.no_grad()
+    def _start(self, ffn: Feedforward, dense_in: Any, dense_out: Any) -> Feedforward:
+        """First values, in standardised coordinates: a tree's directions, balanced; an MLP of the best dense neurons."""
+        d, draw = self.data, self._draw(32_768)
+        x, y, weight = d.x[draw].float(), d.y[draw].float(), d.weight[draw]
+        new = feedforward(x.shape[1], ffn.config, device="meta").to_empty(device=x.device)  # all of it is filled here
+        if isinstance(new, NoFFN):
+            self.bias.copy_((y * weight.square().unsqueeze(1)).sum(0) / weight.square().sum())
+            return new
+        assert not isinstance(ffn, NoFFN)
+        new.weight_in.copy_(ffn.weight_in.float() * d.x_scale)
+        if isinstance(new, FFF):
+            balance_hyperplanes(new, x)
+            return new
+        values = activation_functions(new.config.activation)[0](dense_in((x * d.x_scale + d.x_mean).to(ffn.weight_in)))
+        best = best_neurons(values.float() * weight.unsqueeze(1), dense_out.weight.T.float() / d.y_scale)
+        best = best[: new.config.nodes]  # where the MLP is wider than the dense network, its own neurons fill it up
+        own = ffn.weight_in.detach().float().clone()
+        own[: len(best)] = dense_in.weight[best].float()
+        new.bias_in.copy_(ffn.bias_in)
+        new.bias_in[: len(best)] = dense_in.bias[best].float() if dense_in.bias is not None else 0.0
+        new.bias_in.add_(own @ d.x_mean)
+        new.weight_in.copy_(own * d.x_scale)
+        solve_outputs(new, self.bias, x, y, weight)
+        return new
 
     def _draw(self, count: int) -> Tensor:
         order = torch.randperm(len(self.train_tokens), generator=self.generator)[:count]
@@ -267,6 +291,8 @@ class _Fit:
 
     def run(self, steps: int, tell: Callable[[float], object]) -> None:
         """All steps, the learning rate rising and falling; ``tell`` hears now and then what is unexplained."""
+        if isinstance(self.ffn, NoFFN):
+            return  # solved already
         schedule = get_cosine_schedule_with_warmup(self.optimizer, max(1, steps // 20), steps + 1)
         for step in range(steps):
             self.step()
@@ -278,7 +304,7 @@ class _Fit:
     def step(self) -> None:
         index = self._next_batch()
         x, y = self.data.x[index].float(), self.data.y[index].float()
-        error = (self.fff(x) + self.bias - y) * self.data.weight[index].unsqueeze(1)
+        error = (self.ffn(x) + self.bias - y) * self.data.weight[index].unsqueeze(1)
         self.optimizer.zero_grad()
         error.square().mean().backward()
         self.optimizer.step()
@@ -288,16 +314,18 @@ class _Fit:
         """Weighted share of the held-out outputs' variance that is not explained."""
         x, y = self.data.x[self.test_tokens].float(), self.data.y[self.test_tokens].float()
         weight = self.data.weight[self.test_tokens].unsqueeze(1)
-        error = ((self.fff(x) + self.bias - y) * weight).square().sum()
+        error = ((self.ffn(x) + self.bias - y) * weight).square().sum()
         return float(error / ((y - y.mean(0)) * weight).square().sum())
 
     @torch.no_grad()
-    def write(self, fff: FFF, output_bias: OutputBias) -> None:
+    def write(self, ffn: Feedforward, output_bias: OutputBias) -> None:
         """Undoes the standardisation and fills the model's own layer."""
-        d, w = self.data, self.fff.weight_in / self.data.x_scale
-        fff.weight_in.copy_(w)
-        fff.bias_in.copy_(self.fff.bias_in - w @ d.x_mean)
-        fff.weight_out.copy_(self.fff.weight_out * d.y_scale)
+        d = self.data
+        if not isinstance(self.ffn, NoFFN) and not isinstance(ffn, NoFFN):
+            w = self.ffn.weight_in / d.x_scale
+            ffn.weight_in.copy_(w)
+            ffn.bias_in.copy_(self.ffn.bias_in - w @ d.x_mean)
+            ffn.weight_out.copy_(self.ffn.weight_out * d.y_scale)
         output_bias.bias.copy_(d.y_mean + self.bias * d.y_scale)
 
 
@@ -326,15 +354,16 @@ def calibrate(
             data = _dense_layer(dense_blocks[index], fast_blocks[index], family, pieces)
             report.collect_seconds += time.monotonic() - begin
             if index in layers and data is not None:
+                block, dense_block = fast_blocks[index], dense_blocks[index]
+                ffn, output_bias = block.get_submodule(family.ffn_in), block.get_submodule(family.dense_out)
+                dense_in, dense_out = (dense_block.get_submodule(n) for n in (family.dense_in, family.dense_out))
                 if c.steps is None and not report.steps:
                     to_come = report.collect_seconds * _PASSES * (last - index) / (index + 1)
-                    report.steps = _steps_within(start + seconds - to_come, data, layers, c)
-                block = fast_blocks[index]
-                fff, output_bias = block.get_submodule(family.ffn_in), block.get_submodule(family.dense_out)
-                fit = _Fit(data, layers[index], fff.weight_in.float() * data.x_scale, c)
+                    report.steps = _steps_within(start + seconds - to_come, data, layers, dense_in, dense_out, c)
+                fit = _Fit(data, ffn, dense_in, dense_out, c)
                 fit.run(report.steps, partial(_tell, bar, index))
                 report.unexplained[index] = fit.unexplained()
-                fit.write(fff, output_bias)
+                fit.write(ffn, output_bias)
                 bar.update()
             del data
             begin = time.monotonic()
@@ -351,20 +380,28 @@ def _tell(bar: Any, index: int, unexplained: float) -> None:
     bar.set_postfix_str(f"layer {index}: {unexplained:.3f} unexplained")
 
 
-def _steps_within(deadline: float, data: _Layer, layers: dict[int, FFFConfig], c: Calibration) -> int:
+def _steps_within(
+    deadline: float, data: _Layer, layers: dict[int, FFFConfig], dense_in: Any, dense_out: Any, c: Calibration
+) -> int:
     """Steps a layer that the time allows, from the speed of a few steps that are thrown away."""
-    set_up, per_step, generator = 0.0, 0.0, torch.Generator().manual_seed(c.seed)
+    set_up, per_step = 0.0, 0.0
     for config, count in Counter(layers.values()).items():
         begin = time.monotonic()
-        fit = _Fit(data, config, torch.randn(config.nodes, data.x.shape[1], generator=generator), c)
+        if config.kind == "none":
+            continue
+        with torch.random.fork_rng(devices=[]):
+            ffn = feedforward(data.x.shape[1], config).to(data.x.device, dense_in.weight.dtype)
+        fit = _Fit(data, ffn, dense_in, dense_out, c)
         for _ in range(3):
             fit.step()
         set_up += count * (time.monotonic() - begin)
         begin = time.monotonic()
         for _ in range(10):
             fit.step()
-        fit.unexplained()  # also waits for a GPU
+        fit.bias[0].item()  # waits for a GPU
         per_step += count * (time.monotonic() - begin) / 10
+    if not per_step:
+        return 1  # nothing that takes steps
     steps = int((deadline - time.monotonic() - set_up) / per_step)
     if steps < 50:
         logger.warning("the calibration's budget allows %d steps a layer, which is too few: taking 50", max(steps, 0))

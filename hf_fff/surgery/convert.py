@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..config import LayersLike, layers_to_json, resolve_layers
-from ..layers import FFF
+from ..layers import feedforward
 from ..models import FAMILIES, FAST_CLASSES, FFNInterface
 from .calibration import Calibration, calibrate
 from .initialise import init_from_dense
@@ -30,7 +30,7 @@ def convert_ffn_to_fff(
 
     Args:
         model: a transformers model of a known family, with any head.
-        config: an ``FFFConfig``, ``"KxD"`` such as ``"8x8"``, or a dict from layer number to such a config. A shorthand
+        config: an ``FFFConfig``, ``"KxD"`` such as ``"8x8"`` (or a control, ``"mlp:72"`` or ``"none"``), or a dict from layer number to such a config. A shorthand
             takes the model's own activation.
         target_layers: which layers; all by default.
         init: first values: "dense" draws each node from the dense neurons and matches the size of the output, "random" does
@@ -64,10 +64,10 @@ def convert_ffn_to_fff(
         like = {"device": dense_out.weight.device, "dtype": dense_out.weight.dtype}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + index)
-            fff = FFF(dense_out.weight.shape[0], layers[index], **like)
-        block.set_submodule(family.ffn_in, fff.train(block.training))
+            ffn = feedforward(dense_out.weight.shape[0], layers[index], **like)
+        block.set_submodule(family.ffn_in, ffn.train(block.training))
         if init == "dense":
-            init_from_dense(fff, dense_in, dense_out, dense_blocks[index].get_submodule(family.input_norm), generator)
+            init_from_dense(ffn, dense_in, dense_out, dense_blocks[index].get_submodule(family.input_norm), generator)
         bias = dense_out.bias if plan is None else nn.Parameter(dense_out.bias.detach().clone())
         block.get_submodule(family.dense_out).bias = bias
     if plan is None:

@@ -4,33 +4,68 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..layers import FFF
+from ..layers import FFF, MLP, Feedforward, NoFFN
 from ..ops.torch_backend import activation_functions
 
 
 @torch.no_grad()
-def init_from_dense(fff: FFF, dense_in: Any, dense_out: Any, norm: Any, generator: torch.Generator) -> None:
-    """Each node becomes one neuron of the dense FFN, all neurons in equal shares; the output is scaled to the dense one's size.
+def init_from_dense(ffn: Feedforward, dense_in: Any, dense_out: Any, norm: Any, generator: torch.Generator) -> None:
+    """Each neuron becomes one of the dense FFN, and the output is scaled to the dense one's size.
 
-    A token meets ``active_nodes`` of them instead of all, so their sum is too small; the scale is measured on inputs as the
-    LayerNorm before the FFN makes them from noise.
+    A tree takes all dense neurons in equal shares, an MLP those that do most for the output. A token meets few of them, so
+    their sum is too small; the scale is measured on inputs as the LayerNorm before the FFN makes them from noise.
 
     Args:
         dense_in, dense_out: the FFN's projections, ``[inner, H]`` and ``[H, inner]``.
         norm: the LayerNorm whose output the FFN reads.
     """
-    inner, nodes = dense_in.weight.shape[0], fff.config.nodes
-    rounds = -(-nodes // inner)
-    neurons = torch.cat([torch.randperm(inner, generator=generator) for _ in range(rounds)])[:nodes]
-    neurons = neurons.to(fff.weight_in.device)
-    fff.weight_in.copy_(dense_in.weight[neurons])
-    fff.bias_in.copy_(dense_in.bias[neurons] if dense_in.bias is not None else torch.zeros(nodes))
-    fff.weight_out.copy_(dense_out.weight[:, neurons].T)
-    noise = torch.randn(512, fff.hidden_size, generator=generator).to(fff.weight_in)
+    if isinstance(ffn, NoFFN):
+        return
+    noise = torch.randn(512, ffn.hidden_size, generator=generator).to(ffn.weight_in)
     x = noise * norm.weight + norm.bias
-    want = activation_functions(fff.config.activation)[0](dense_in(x)) @ dense_out.weight.T
-    fff.weight_out.mul_((_spread(want) / _spread(fff(x)).clamp_min(1e-12)).to(fff.weight_out.dtype))
+    values = activation_functions(ffn.config.activation)[0](dense_in(x))
+    inner, nodes = dense_in.weight.shape[0], ffn.config.nodes
+    if isinstance(ffn, MLP):
+        order = best_neurons(values, dense_out.weight.T)
+    else:
+        order = torch.randperm(inner, generator=generator)
+    rounds = [order] + [torch.randperm(inner, generator=generator) for _ in range(-(-nodes // inner) - 1)]
+    neurons = torch.cat([r.to(ffn.weight_in.device) for r in rounds])[:nodes]
+    ffn.weight_in.copy_(dense_in.weight[neurons])
+    ffn.bias_in.copy_(dense_in.bias[neurons] if dense_in.bias is not None else torch.zeros(nodes))
+    ffn.weight_out.copy_(dense_out.weight[:, neurons].T)
+    want = values @ dense_out.weight.T
+    ffn.weight_out.mul_((_spread(want) / _spread(ffn(x)).clamp_min(1e-12)).to(ffn.weight_out.dtype))
+
+
+def best_neurons(values: Tensor, weight_out: Tensor) -> Tensor:
+    """All neurons, those that move the output most first.
+
+    Args:
+        values: ``[tokens, neurons]``, activations.
+        weight_out: ``[neurons, H]``.
+    """
+    return (values.float().var(0) * weight_out.float().square().sum(1)).argsort(descending=True)
+
+
+@torch.no_grad()
+def solve_outputs(mlp: MLP, bias: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> None:
+    """Ridge regression: the ``weight_out`` and ``bias`` that give ``y`` best with the neurons as they are.
+
+    Args:
+        x, y: ``[tokens, H]``, inputs and wanted outputs.
+        weight: ``[tokens]``, of each token's error.
+    """
+    act, _ = activation_functions(mlp.config.activation)
+    values = act(F.linear(x, mlp.weight_in, mlp.bias_in))
+    design = (torch.cat([values, torch.ones_like(x[:, :1])], 1) * weight.unsqueeze(1)).double()
+    gram = design.T @ design
+    gram.diagonal().add_(1e-3 * gram.diagonal().mean())
+    solution = torch.linalg.solve(gram, design.T @ (y * weight.unsqueeze(1)).double())
+    mlp.weight_out.copy_(solution[:-1])
+    bias.copy_(solution[-1])
 
 
 def _spread(y: Tensor) -> Tensor:
@@ -45,13 +80,12 @@ def balance_hyperplanes(fff: FFF, x: Tensor) -> None:
     Args:
         x: ``[tokens, H]``, inputs of the layer.
     """
-    c = fff.config
-    tokens = x.shape[0]
-    weight = fff.weight_in.view(c.n_trees, c.tree_nodes, -1)
-    bias = fff.bias_in.view(c.n_trees, c.tree_nodes)
-    for tree in range(c.n_trees):
+    tokens, tree_nodes = x.shape[0], fff.config.tree_nodes
+    weight = fff.weight_in.view(fff.n_trees, tree_nodes, -1)
+    bias = fff.bias_in.view(fff.n_trees, tree_nodes)
+    for tree in range(fff.n_trees):
         node = torch.zeros(tokens, dtype=torch.long, device=x.device)
-        for level in range(c.depth + 1):
+        for level in range((tree_nodes + 1).bit_length() - 1):
             first, count = 2**level - 1, 2**level
             z = (x * weight[tree][node]).sum(-1)
             place = node - first

@@ -21,6 +21,7 @@ from hf_fff.models import FAST_CLASSES
 
 FFFS = ["1x11", "32x6"]
 MIXED = {0: "4x3", 2: FFFConfig(2, 5, "relu")}  # and layer 1 dense
+CONTROLS = {0: "mlp:8", 1: "none", 2: "2x3"}
 
 
 def convert(model, config="4x3", **options):
@@ -43,7 +44,7 @@ def load_clean(auto, folder, **options):
     return model
 
 
-@pytest.mark.parametrize("config", [*FFFS, MIXED], ids=[*FFFS, "mixed"])
+@pytest.mark.parametrize("config", [*FFFS, MIXED, CONTROLS], ids=[*FFFS, "mixed", "controls"])
 @pytest.mark.parametrize("head", HEADS)
 def test_save_and_load(tmp_path, head, config):
     fast = fast_tiny(head, config)

@@ -111,6 +111,34 @@ def test_budget_gives_steps(caplog):
     assert "too few: taking 50" in caplog.text
 
 
+def test_the_controls_fit_too():
+    """An MLP as wide as the dense network starts as that network; none explains nothing; both say so."""
+    model = tiny_bert()
+    whole = fit(model, {1: "mlp:64"}, steps=1)
+    assert whole.calibration_report.unexplained[1] < 1e-3
+    fast = fit(model, {0: "mlp:8", 1: "none"}, steps=60)
+    unexplained = fast.calibration_report.unexplained
+    assert 0.05 < unexplained[0] < fit(model, {0: "mlp:8"}, steps=1).calibration_report.unexplained[0]
+    assert unexplained[1] == pytest.approx(1, abs=0.05)
+    wide = fit(model, {1: "mlp:80"}, steps=1)  # wider than the dense network
+    assert wide.calibration_report.unexplained[1] < 1e-3
+
+
+def test_none_is_the_best_constant():
+    model = tiny_bert()
+    fast = fit(model, {0: "none"}, steps=1)
+    seen = watch(model, 0, random_ids())
+    weight = seen["residual"].std(-1, keepdim=True) ** -2
+    mean = (seen["y"] * weight).sum((0, 1)) / weight.sum()
+    assert torch.allclose(fast.encoder.layer[0].output.dense.bias, mean, atol=0.05 * float(seen["y"].std()))
+
+
+@pytest.mark.parametrize("config", ["mlp:8", "none", {0: "mlp:8", 1: "none", 2: "2x3"}], ids=str)
+def test_budget_of_the_controls(config):
+    report = fit(tiny_bert(), config, steps=None, budget=0.5).calibration_report
+    assert report.steps >= 1 and list(report.unexplained) == [0, 1, 2]
+
+
 # --- what it may be given -------------------------------------------------------------------------------------------
 
 TEXTS = [
