@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .models.fastbert.modeling_fastbert import FastBertModel as FastBertModel
     from .surgery import Calibration as Calibration
     from .surgery import convert_ffn_to_fff as convert_ffn_to_fff
+    from .training import DistillationArguments as DistillationArguments
+    from .training import DistillationTrainer as DistillationTrainer
 
 _FASTBERT = "models.fastbert.modeling_fastbert"
 _HOME = {
@@ -35,6 +37,8 @@ _HOME = {
     "FFFConfig": "config",
     "Calibration": "surgery",
     "convert_ffn_to_fff": "surgery",
+    "DistillationArguments": "training",
+    "DistillationTrainer": "training",
     "FastBertConfig": "models.fastbert.configuration_fastbert",
     "FastBertModel": _FASTBERT,
     "FastBertForPreTraining": _FASTBERT,

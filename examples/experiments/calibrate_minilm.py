@@ -1,4 +1,4 @@
-"""MiniLM calibrated on a text file, without distillation: cosine to the original on unseen text, as JSON.
+"""MiniLM calibrated on text files and, with --distil-steps, distilled on them: cosine to the original on unseen text, as JSON.
 
     python examples/experiments/calibrate_minilm.py --model DIR --text calibrate.txt --unseen unseen.txt --fff 8x8
 
@@ -7,6 +7,7 @@ Each text file has one paragraph a line; nothing of the unseen one may be in the
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hf_fff import Calibration, convert_ffn_to_fff
 from hf_fff.surgery.text import as_batches, read_texts
+from hf_fff.training import DistillationArguments, distil_texts
 
 
 @torch.no_grad()
@@ -29,6 +31,16 @@ def embeddings(model, batches):
     return torch.cat(rows)
 
 
+def fidelity(dense, fast, tokenizer, unseen):
+    """Mean and 5 % quantile of the cosine to the original's embeddings, for each set of texts."""
+    result = {}
+    for name, texts in unseen.items():
+        batches = as_batches(texts, lambda: tokenizer, max_length=128, batch_tokens=8192)
+        cosine = (embeddings(dense, batches) * embeddings(fast, batches)).sum(1)
+        result[f"cosine {name}"] = [round(float(cosine.mean()), 4), round(float(cosine.quantile(0.05)), 4)]
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -40,6 +52,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=600_000)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--distil-steps", type=int, default=0, help="of 64 texts; 0: calibration alone")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -64,10 +77,24 @@ def main() -> None:
     result = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("text", "unseen")}}
     result |= {"seconds": round(time.monotonic() - begin, 1), "tokens": report.tokens, "steps": report.steps}
     result["unexplained"] = {i: round(v, 3) for i, v in report.unexplained.items()}
-    for path in args.unseen:
-        batches = as_batches(read_texts(path)[:2000], lambda: tokenizer, max_length=128, batch_tokens=8192)
-        cosine = (embeddings(dense, batches) * embeddings(fast, batches)).sum(1)
-        result[f"cosine {path.stem}"] = [round(float(cosine.mean()), 4), round(float(cosine.quantile(0.05)), 4)]
+    unseen = {path.stem: read_texts(path)[:2000] for path in args.unseen}
+    result |= fidelity(dense, fast, tokenizer, unseen)
+    if args.distil_steps:
+        with tempfile.TemporaryDirectory() as folder:
+            training = DistillationArguments(
+                folder,
+                max_steps=args.distil_steps,
+                per_device_train_batch_size=64,
+                save_strategy="no",
+                logging_steps=500,
+                disable_tqdm=True,
+                bf16=device == "cuda",
+                seed=args.seed,
+            )
+            distil_texts(fast, dense, texts, tokenizer, training)
+        report = fast.distillation_report
+        result |= {"distil_seconds": round(report.seconds, 1)}
+        result |= {f"distilled {k}": v for k, v in fidelity(dense, fast, tokenizer, unseen).items()}
     result["device"] = torch.cuda.get_device_name() if device == "cuda" else device
     result["torch"] = torch.__version__
     print(json.dumps(result), flush=True)

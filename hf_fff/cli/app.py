@@ -41,7 +41,7 @@ def reports_errors(command: F) -> F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        except (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError) as error:
             err.print(f"error: {error}", style="red")
             raise typer.Exit(1) from error
 
@@ -86,6 +86,24 @@ def _table(*names: str, **options: Any) -> Table:
     return Table(*(Column(name, overflow="fold") for name in names), **options)
 
 
+def _check_use(fff: str, text: list[Path], output: Path, overwrite: bool) -> None:
+    """What can be told from the options alone."""
+    from ..config import FFFConfig
+    from ..files import check_output
+
+    try:
+        FFFConfig.from_shorthand(fff)
+    except ValueError as error:
+        raise _bad("--fff", error) from error
+    for path in text:
+        if not path.is_file():
+            raise _bad("--text", ValueError(f"{path} is not a file"))
+    try:
+        check_output(output, overwrite=overwrite)
+    except OSError as error:
+        raise _bad("OUT", error) from error
+
+
 class Init(str, Enum):
     dense = "dense"
     random = "random"
@@ -119,21 +137,8 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a dense model's feedforward networks into fast ones, and save the model."""
-    from ..config import FFFConfig
-    from ..files import check_output
-
-    try:
-        FFFConfig.from_shorthand(fff)
-    except ValueError as error:
-        raise _bad("--fff", error) from error
     target_layers = _parse_layers(layers)
-    for path in text or []:
-        if not path.is_file():
-            raise _bad("--text", ValueError(f"{path} is not a file"))
-    try:
-        check_output(output, overwrite=overwrite)
-    except OSError as error:
-        raise _bad("OUT", error) from error
+    _check_use(fff, text or [], output, overwrite)
 
     import torch
 
@@ -180,6 +185,102 @@ def convert(
             f"(the same again: --steps {report.steps} --max-tokens {report.tokens} --seed {seed})",
             soft_wrap=True,  # to be copied
         )
+
+
+@app.command()
+@reports_errors
+def distill(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a dense model, or a repository of the Hub.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    fff: Annotated[
+        str, typer.Option(help="Trees x depth, such as 8x8 (depth D visits D + 1 neurons a tree); mlp:WIDTH; none.")
+    ],
+    text: Annotated[list[Path], typer.Option(help="Unlabelled text, one paragraph a line; may be repeated.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")],
+    budget: Annotated[float, typer.Option(min=1, help="Seconds for the calibration before it.")] = 300,
+    calibration_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps a layer instead of a budget: reproducible.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Paragraphs a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="For all but what replaces the FFNs.")] = 3e-4,
+    fff_learning_rate: Annotated[float, typer.Option(help="For what replaces the FFNs.")] = 1e-3,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens at which a paragraph is cut.")] = 128,
+    bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where that is safe; for GPUs.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 1000,
+    resume: Annotated[bool, typer.Option(help="Continue from the work folder if there is one.")] = True,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints, removed in the end; OUT.work by default.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an output folder that is not empty.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert, calibrate, and train the whole model to give the dense one's hidden states and embeddings."""
+    _check_use(fff, text, output, overwrite)
+    for option, rate in (("--learning-rate", learning_rate), ("--fff-learning-rate", fff_learning_rate)):
+        if not rate > 0:
+            raise _bad(option, ValueError(f"{rate} must be above 0"))
+
+    import sys
+    from contextlib import redirect_stdout
+    from dataclasses import asdict
+
+    import torch
+
+    from .. import ops
+    from ..surgery import Calibration
+    from ..surgery.folder import ModelFolder
+    from ..surgery.text import read_texts
+    from ..training import DistillationArguments, distil_folder
+
+    folder = ModelFolder.find(source)
+    texts = [t for path in text for t in read_texts(path)]
+    ops.load()
+    arguments = DistillationArguments(
+        output_dir=str(work or output.with_name(f"{output.name}.work")),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        learning_rate=learning_rate,
+        fff_learning_rate=fff_learning_rate,
+        bf16=bf16,
+        seed=seed,
+        save_steps=save_steps,
+        save_total_limit=2,
+        logging_steps=50,
+        disable_tqdm=as_json,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    plan = Calibration(texts, budget=budget, steps=calibration_steps, seed=seed, progress=not as_json)
+    with redirect_stdout(sys.stderr):  # where the Trainer tells how it goes on
+        model = distil_folder(
+            folder,
+            output,
+            fff,
+            texts,
+            arguments,
+            calibration=plan,
+            max_length=max_length,
+            resume=resume,
+            overwrite=overwrite,
+        )
+    report = model.distillation_report
+    result = {
+        "output": str(output),
+        "model_class": type(model).__name__,
+        "layers": {str(i): c.shorthand for i, c in model.config.fff_layers.items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "distillation": asdict(report),
+    }
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    out.print(
+        f"{type(model).__name__} in {output}: cosine to the dense model's embeddings {report.cosine_before:.4f} calibrated, "
+        f"{report.cosine:.4f} distilled ({report.steps} steps on {report.rows} paragraphs, {report.held_out} held out, "
+        f"{report.seconds:.0f} s)",
+        soft_wrap=True,
+    )
 
 
 @app.command()

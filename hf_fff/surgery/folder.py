@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,16 +127,34 @@ def convert_folder(
         ValueError: as ``convert_ffn_to_fff``, or the output lies in the source or holds it.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
     """
-    if source.root.resolve() in output.resolve().parents:
-        raise ValueError(f"the output {output} lies in the source {source.root}")
-    if output.resolve() in source.root.resolve().parents:
-        raise ValueError(f"the output {output} holds the source {source.root}: it would be lost")
-    with atomic_folder(output, overwrite=overwrite) as target:
+
+    def make() -> Any:
         dense = source.load_dense()
         fast = convert_ffn_to_fff(
             dense, config, target_layers=target_layers, init=init, calibration=calibration, seed=seed
         )
-        if dtype is not None:
-            fast = fast.to(dtype)
-        fast.save_pretrained(source.copy_rest(target))
-    return fast
+        return fast if dtype is None else fast.to(dtype)
+
+    return write_folder(source, output, make, overwrite=overwrite)
+
+
+def check_places(source: ModelFolder, output: Path) -> None:
+    """Raises ``ValueError`` where the output lies in the source or holds it."""
+    if source.root.resolve() in output.resolve().parents:
+        raise ValueError(f"the output {output} lies in the source {source.root}")
+    if output.resolve() in source.root.resolve().parents:
+        raise ValueError(f"the output {output} holds the source {source.root}: it would be lost")
+
+
+def write_folder(source: ModelFolder, output: Path, make: Callable[[], Any], *, overwrite: bool = False) -> Any:
+    """Writes the model that ``make`` gives, with all else that lies in the source; returns the model.
+
+    Raises:
+        ValueError: the output lies in the source or holds it.
+        FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
+    """
+    check_places(source, output)
+    with atomic_folder(output, overwrite=overwrite) as target:
+        model = make()
+        model.save_pretrained(source.copy_rest(target))
+    return model

@@ -1,0 +1,359 @@
+"""Distillation: does it learn, is the loss what is said, what does it leave alone, and does it go on where it stopped?"""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from ast import literal_eval
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import HEADS, same, tiny_bert, tiny_inputs
+from transformers import BertTokenizer, TrainerCallback
+
+from hf_fff import DistillationArguments, DistillationTrainer, convert_ffn_to_fff
+from hf_fff.training import TokenisedTexts, distil_texts
+
+pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
+
+WORDS = [f"word{i}" for i in range(100)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows(count=96, tokens=12, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 120, (count, tokens), generator=g)
+    lengths = torch.randint(4, tokens + 1, (count,), generator=g)
+    mask = (torch.arange(tokens) < lengths.unsqueeze(1)).long()
+    return [{"input_ids": i * m, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
+
+
+def pair(config="2x3", head="Model", **options):
+    teacher = tiny_bert(HEADS[head], **options)
+    return convert_ffn_to_fff(teacher, config), copy.deepcopy(teacher)
+
+
+def arguments(folder, **options):
+    usual = {"max_steps": 30, "per_device_train_batch_size": 16, "logging_steps": 5, "save_strategy": "no"}
+    usual |= {"learning_rate": 1e-3, "fff_learning_rate": 1e-2, "disable_tqdm": True, "use_cpu": True}
+    return DistillationArguments(output_dir=str(folder), **{**usual, **options})
+
+
+def trainer(folder, student, teacher, data=None, **options):
+    return DistillationTrainer(
+        student,
+        arguments(folder, **options),
+        teacher=teacher,
+        train_dataset=rows() if data is None else data,
+        eval_dataset=rows(41, seed=1),
+    )
+
+
+@pytest.fixture
+def tokenizer():
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    return BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
+
+
+def texts(count=100):
+    g = torch.Generator().manual_seed(0)
+    return [" ".join(WORDS[i] for i in torch.randint(0, 100, (3 + n % 9,), generator=g)) for n in range(count)]
+
+
+def weights(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("config", ["2x3", "mlp:8", "none", {1: "2x3"}], ids=str)
+def test_learns(tmp_path, config):
+    t = trainer(tmp_path, *pair(config))
+    before = t.evaluate()
+    t.train()
+    after = t.evaluate()
+    assert after["eval_loss"] < 0.9 * before["eval_loss"] and after["eval_hidden"] < before["eval_hidden"]
+    assert before["eval_cosine"] < after["eval_cosine"] < 1
+    logs = [row for row in t.state.log_history if "loss" in row]
+    assert len(logs) == 6 and logs[-1]["loss"] < logs[0]["loss"]
+    for row in logs:
+        assert math.isclose(row["loss"], 0.5 * row["hidden"] + 10 * (1 - row["cosine"]), rel_tol=1e-4)
+
+
+def oracle(student, teacher, batches, scale_rows):
+    """hidden and cosine of all batches' rows as one, in float64 and row by row, without padding."""
+    student, teacher = (copy.deepcopy(m).double().eval() for m in (student.base_model, teacher.base_model))
+
+    def states(model, row):
+        row = {k: v[row["attention_mask"].bool()].unsqueeze(0) for k, v in row.items()}
+        with torch.no_grad():
+            return [h[0] for h in model(**row, output_hidden_states=True).hidden_states[1:]]
+
+    want = [states(teacher, row) for row in scale_rows]
+    spread = [torch.cat(column).std(0, correction=0) for column in zip(*want, strict=True)]
+    spread = [s.clamp_min(0.01 * float(s.sort().values[(len(s) - 1) // 2])) for s in spread]
+    errors, cosines = [[] for _ in spread], []
+    for row in batches:
+        have, want = states(student, row), states(teacher, row)
+        for total, h, w, s in zip(errors, have, want, spread, strict=True):
+            total.append((h - w).div(s).square().mean(1))
+        a, b = have[-1].mean(0), want[-1].mean(0)
+        cosines.append(float(a @ b / a.norm() / b.norm()))
+    hidden = sum(float(torch.cat(total).mean()) for total in errors) / len(errors)
+    return hidden, sum(cosines) / len(cosines)
+
+
+def test_the_loss_is_what_is_said(tmp_path):
+    student, teacher = pair({0: "2x3", 2: "mlp:8"}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    data = rows()
+    t = trainer(tmp_path, student, teacher, data, hidden_weight=0.7, embedding_weight=3.0)
+    metrics = t.evaluate()
+    hidden, cosine = oracle(student, teacher, rows(41, seed=1), data)
+    assert metrics["eval_hidden"] == pytest.approx(hidden, rel=1e-4)
+    assert metrics["eval_cosine"] == pytest.approx(cosine, rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(0.7 * hidden + 3 * (1 - cosine), rel=1e-4)
+    batch = {k: torch.stack([row[k] for row in data[:5]]) for k in data[0]}
+    hidden, cosine = oracle(student, teacher, data[:5], data)
+    loss = t.compute_loss(student.base_model, batch | {"labels": torch.zeros(5)})
+    assert loss.item() == pytest.approx(0.7 * hidden + 3 * (1 - cosine), rel=1e-4)
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(tmp_path):
+    student, teacher = pair()
+    one, other = (trainer(tmp_path, student, teacher, per_device_eval_batch_size=size).evaluate() for size in (7, 41))
+    for name in ("eval_loss", "eval_cosine", "eval_hidden"):
+        assert one[name] == pytest.approx(other[name], rel=1e-5)
+
+
+def test_accumulated_batches_weigh_as_one_step(tmp_path):
+    logs = []
+    for size, accumulated in ((16, 1), (8, 2)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated, "max_steps": 2}
+        data = [rows(tokens=6)[0]] * 32  # all alike, so that the parts weigh alike
+        t = trainer(tmp_path, *pair(), data, **options, logging_steps=1)
+        t.train()
+        logs.append([row["loss"] for row in t.state.log_history if "loss" in row])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
+def test_groups_of_parameters(tmp_path):
+    student, teacher = pair({0: "2x3", 1: "mlp:8", 2: "none"}, "ForSequenceClassification")
+    names = {id(p): n for n, p in student.base_model.named_parameters()}
+    for decay, count in ((0.0, 2), (0.1, 4)):
+        t = trainer(tmp_path, student, teacher, weight_decay=decay)
+        groups = t.create_optimizer().param_groups
+        assert len(groups) == count and [g["lr"] for g in groups] == [1e-3] * (count // 2) + [1e-2] * (count // 2)
+        assert {g["weight_decay"] for g in groups} == {0.0, decay}
+        fff = {names[id(p)] for g in groups if g["lr"] == 1e-2 for p in g["params"]}
+        want = [f"encoder.layer.{i}.intermediate.{n}" for i in (0, 1) for n in ("weight_in", "bias_in", "weight_out")]
+        assert fff == {*want, *(f"encoder.layer.{i}.output.dense.bias" for i in range(3))}
+        assert sum(len(g["params"]) for g in groups) == len(names)
+
+
+def test_what_is_left_alone(tmp_path):
+    student, teacher = pair("2x3", "ForSequenceClassification", num_labels=3)
+    student.bert.embeddings.LayerNorm.bias.requires_grad_(False)
+    before, dense = weights(student), weights(teacher)
+    rates = [m.p for m in student.modules() if isinstance(m, torch.nn.Dropout)]
+    assert any(rates)
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen["rates"] = {m.p for m in student.bert.modules() if isinstance(m, torch.nn.Dropout)}
+            seen["frozen"] = {n for n, p in student.named_parameters() if not p.requires_grad}
+
+    t = trainer(tmp_path, student, teacher, max_steps=3)
+    t.add_callback(Look())
+    t.train()
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert seen == {"rates": {0.0}, "frozen": {"bert.embeddings.LayerNorm.bias", *pooler}}
+    assert same(weights(teacher), dense)
+    moved = {n for n, v in weights(student).items() if not torch.equal(v, before[n])}
+    assert set(before) - moved == {"bert.embeddings.LayerNorm.bias", *pooler, "classifier.weight", "classifier.bias"}
+    assert [m.p for m in student.modules() if isinstance(m, torch.nn.Dropout)] == rates
+    assert [n for n, p in student.named_parameters() if not p.requires_grad] == ["bert.embeddings.LayerNorm.bias"]
+    t.save_model(tmp_path / "saved")
+    saved = type(student).from_pretrained(tmp_path / "saved")
+    assert same(weights(saved), weights(student))
+
+
+def test_models_that_do_not_fit(tmp_path):
+    teacher = tiny_bert()
+    student = convert_ffn_to_fff(teacher, "2x3")
+    with pytest.raises(ValueError, match="share parameters.*copy.deepcopy"):
+        trainer(tmp_path, student, teacher)
+    for field, value in (("hidden_size", 64), ("num_hidden_layers", 2), ("vocab_size", 121)):
+        has = getattr(student.config, field)
+        with pytest.raises(ValueError, match=f"{field} differs: {has} in the student, {value} in the teacher"):
+            trainer(tmp_path, student, tiny_bert(**{field: value}))
+
+
+def test_data_that_is_too_little(tmp_path, tokenizer):
+    student, teacher = pair()
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        trainer(tmp_path, student, teacher, [])
+    with pytest.raises(ValueError, match="train_dataset has 15 rows, fewer than one batch, which has 16"):
+        trainer(tmp_path, student, teacher, rows(15))
+    for few, message in (([" "], "no text"), (texts(16), "has 15 rows, fewer than one batch, which has 16")):
+        with pytest.raises(ValueError, match=message):
+            distil_texts(student, teacher, few, tokenizer, arguments(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_weight", -1), ("embedding_weight", float("nan")), ("learning_rate", 0), ("fff_learning_rate", -1.0)],
+)
+def test_arguments_out_of_range(tmp_path, field, value):
+    with pytest.raises(ValueError, match=field):
+        arguments(tmp_path, **{field: value})
+    with pytest.raises(ValueError, match="both 0"):
+        arguments(tmp_path, hidden_weight=0, embedding_weight=0)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3, 1000])
+def test_stops_where_the_loss_is_not_finite(tmp_path, logging_steps):
+    student, teacher = pair()
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                with torch.no_grad():
+                    student.encoder.layer[1].output.dense.bias.fill_(float("inf"))
+
+    options = {"logging_steps": logging_steps, "max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+    t = trainer(tmp_path, student, teacher, **options)
+    t.add_callback(Break())
+    with pytest.raises(FloatingPointError, match="not finite at step 5: layer 1 is the first whose hidden state"):
+        t.train()
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    student, teacher = pair()
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with torch.no_grad():
+                student.encoder.layer[1].output.dense.bias.fill_(float("inf"))
+
+    t = trainer(tmp_path, student, teacher, save_strategy="steps", save_steps=1)
+    t.add_callback(Break())
+    with pytest.raises(FloatingPointError, match="after step 1 the weights encoder.layer.1.output.dense.bias"):
+        t.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+class Interrupt(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop", [4, 8])  # in the first epoch, which has 6 steps, and in the second
+@pytest.mark.parametrize("kind", ["rows", "texts"])
+def test_resumed_as_if_not_interrupted(tmp_path, tokenizer, stop, kind):
+    options = {"max_steps": 14, "save_strategy": "steps", "save_steps": stop}
+
+    def run(resume=None, interrupt=False):
+        student, teacher = pair()
+        data = TokenisedTexts(texts(96), tokenizer, 16) if kind == "texts" else rows()
+        t = DistillationTrainer(
+            student,
+            arguments(tmp_path, **options),
+            teacher=teacher,
+            train_dataset=data,
+            processing_class=tokenizer,
+        )
+        if interrupt:
+            t.add_callback(Interrupt())
+            with pytest.raises(KeyboardInterrupt):
+                t.train()
+        else:
+            t.train(resume_from_checkpoint=resume)
+        return weights(student)
+
+    stopped = run(interrupt=True)
+    resumed = run(resume=str(tmp_path / f"checkpoint-{stop}"))
+    whole = run()
+    assert same(resumed, whole) and not same(stopped, whole)
+
+
+def test_texts_are_cut_and_not_padded(tokenizer):
+    written = texts(2000)
+    data = TokenisedTexts(written, tokenizer, 10)
+    assert len(data) == 2000 and {len(data[i]["input_ids"]) for i in range(2000)} == set(range(5, 11))
+    for i in (0, 1, 1023, 1024, 1999):
+        assert data[i] == dict(tokenizer(written[i], truncation=True, max_length=10))
+
+
+def test_from_texts(tmp_path, tokenizer):
+    teacher = tiny_bert(HEADS["ForSequenceClassification"])
+    student, dense = convert_ffn_to_fff(teacher, "2x3"), weights(teacher)
+    done = distil_texts(student, teacher, texts(), tokenizer, arguments(tmp_path), held_out=0.1, max_length=500)
+    report = done.distillation_report
+    assert done is student and not student.training and same(weights(teacher), dense)
+    assert (report.rows, report.held_out, report.steps) == (90, 10, 30)
+    assert report.cosine_before < report.cosine < 1
+    assert "forward" not in vars(student.bert)
+    with torch.no_grad():
+        student(**tiny_inputs(student))
+
+
+def test_a_tied_head_stays_tied(tmp_path, tokenizer):
+    teacher = tiny_bert(HEADS["ForMaskedLM"])
+    student, dense = convert_ffn_to_fff(teacher, "2x3"), weights(teacher)
+    distil_texts(student, teacher, texts(), tokenizer, arguments(tmp_path, max_steps=2))
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+    assert same(weights(teacher), dense)
+    assert not torch.equal(student.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
+
+
+TWO_PROCESSES = """
+import sys
+sys.path[:0] = [{folder!r}, {tests!r}]
+from test_distillation import *
+t = trainer({out!r}, *pair("2x3", "ForSequenceClassification"), max_steps=4)
+before = t.evaluate()
+t.train()
+after = t.evaluate()
+total = sum(float(p.double().abs().sum()) for p in t.student.parameters())
+text = repr((t.args.world_size, total, before["eval_loss"], after["eval_loss"]))
+open({out!r} + f"/{{t.args.process_index}}", "w").write(text)
+"""
+
+
+@pytest.mark.full
+def test_two_processes_train_one_model(tmp_path):
+    """An evaluation comes first, after which accelerate would leave each process to itself."""
+    here = Path(__file__).parent
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES.format(folder=str(here), tests=str(here.parent), out=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run(command, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    first, second = (literal_eval((tmp_path / name).read_text()) for name in "01")
+    assert first == second and first[0] == 2 and first[3] < first[2]
+    alone = trainer(tmp_path, *pair("2x3", "ForSequenceClassification")).evaluate()
+    assert alone["eval_loss"] == pytest.approx(first[2])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_in_bfloat16(tmp_path):
+    student, teacher = pair()
+    t = trainer(tmp_path, student, teacher, use_cpu=False, bf16=True)
+    before = t.evaluate()
+    t.train()
+    assert t.evaluate()["eval_cosine"] > before["eval_cosine"]
+
+
+def test_in_bfloat16(tmp_path):
+    t = trainer(tmp_path, *pair(), bf16=True)
+    before = t.evaluate()
+    t.train()
+    assert t.evaluate()["eval_cosine"] > before["eval_cosine"]
