@@ -8,46 +8,18 @@ from torch.nn import functional as F
 
 from ..config import ConfigLike, FFFConfig, as_config
 from ..ops.torch_backend import activation_functions
+from .fff import Neurons
 
 
-class MLP(nn.Module):
-    """A dense feedforward network without output bias, of kind "mlp": ``act(x @ weight_in.T + bias_in) @ weight_out``.
+class MLP(Neurons):
+    """A dense feedforward network without output bias, of kind "mlp": ``act(x @ weight_in.T + bias_in) @ weight_out``."""
 
-    Parameters are named and shaped as those of ``FFF``: ``weight_in`` and ``weight_out`` ``[width, hidden_size]``,
-    ``bias_in`` ``[width]``.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        config: ConfigLike,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.config: FFFConfig = as_config(config)
-        width = self.config.nodes
-        self.weight_in = nn.Parameter(torch.empty(width, hidden_size, device=device, dtype=dtype))
-        self.bias_in = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
-        self.weight_out = nn.Parameter(torch.empty(width, hidden_size, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self, init: ModuleType = nn.init) -> None:
-        """As ``nn.Linear`` does; ``init`` is where ``uniform_`` comes from."""
-        bound_in, bound_out = self.hidden_size**-0.5, self.config.nodes**-0.5
-        init.uniform_(self.weight_in, -bound_in, bound_in)
-        init.uniform_(self.bias_in, -bound_in, bound_in)
-        init.uniform_(self.weight_out, -bound_out, bound_out)
+    kind = "mlp"
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden_size] -> [..., hidden_size]``."""
         act, _ = activation_functions(self.config.activation)
         return F.linear(act(F.linear(x, self.weight_in, self.bias_in)), self.weight_out.T)
-
-    def extra_repr(self) -> str:
-        return f"{self.hidden_size}, {self.config.shorthand}, {self.config.activation}"
 
 
 class NoFFN(nn.Module):

@@ -9,24 +9,13 @@ from .. import ops
 from ..config import ConfigLike, FFFConfig, as_config
 
 
-class FFF(nn.Module):
-    """Fast feedforward network: ``n_trees`` balanced binary trees of neurons, of which a token visits one path each.
+class Neurons(nn.Module):
+    """``config.nodes`` neurons, as plain parameters, so that whatever works on parameters works here."""
 
-    Args:
-        hidden_size: H, size of input and output.
-        config: an ``FFFConfig``, ``"KxD"``, or a dict of its fields.
-
-    Parameters (plain ones, so that whatever works on parameters works here):
-        weight_in: ``[nodes, hidden_size]``, tree-major: tree k holds rows ``k * tree_nodes`` and on, in heap order.
-        bias_in: ``[nodes]``.
-        weight_out: ``[nodes, hidden_size]``.
-
-    Source: arXiv 2311.10770, section 2. There is no output bias, as in the paper.
-    """
-
-    weight_in: nn.Parameter
-    bias_in: nn.Parameter
-    weight_out: nn.Parameter
+    kind: str
+    weight_in: nn.Parameter  # [nodes, hidden_size]
+    bias_in: nn.Parameter  # [nodes]
+    weight_out: nn.Parameter  # [nodes, hidden_size]
 
     def __init__(
         self,
@@ -41,11 +30,11 @@ class FFF(nn.Module):
             raise ValueError(f"hidden_size={hidden_size!r} must be an integer of at least 1")
         self.hidden_size = hidden_size
         self.config: FFFConfig = as_config(config)
-        if self.config.n_trees is None:
+        if self.config.kind != self.kind:
             raise ValueError(
-                f"an FFF is of kind='tree', not {self.config.kind!r}: hf_fff.layers.feedforward makes others"
+                f"an {type(self).__name__} is of kind={self.kind!r}, not {self.config.kind!r}: "
+                "hf_fff.layers.feedforward makes any"
             )
-        self.n_trees = self.config.n_trees
         nodes = self.config.nodes
         self.weight_in = nn.Parameter(torch.empty(nodes, hidden_size, device=device, dtype=dtype))
         self.bias_in = nn.Parameter(torch.empty(nodes, device=device, dtype=dtype))
@@ -63,6 +52,33 @@ class FFF(nn.Module):
         init.uniform_(self.bias_in, -bound_in, bound_in)
         init.uniform_(self.weight_out, -bound_out, bound_out)
 
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"{self.hidden_size}, {c.shorthand}, {c.activation}, uses {c.active_nodes} of {c.nodes} neurons"
+
+
+class FFF(Neurons):
+    """Fast feedforward network: ``n_trees`` balanced binary trees of neurons, of which a token visits one path each.
+
+    Args:
+        hidden_size: H, size of input and output.
+        config: an ``FFFConfig``, ``"KxD"``, or a dict of its fields.
+
+    Parameters:
+        weight_in: ``[nodes, hidden_size]``, tree-major: tree k holds rows ``k * tree_nodes`` and on, in heap order.
+        bias_in: ``[nodes]``.
+        weight_out: ``[nodes, hidden_size]``.
+
+    Source: arXiv 2311.10770, section 2. There is no output bias, as in the paper.
+    """
+
+    kind = "tree"
+
+    @property
+    def n_trees(self) -> int:
+        assert self.config.n_trees is not None
+        return self.config.n_trees
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden_size] -> [..., hidden_size]``."""
         c = self.config
@@ -76,10 +92,6 @@ class FFF(nn.Module):
             c.routing_gradient,
             c.routing_temperature,
         )
-
-    def extra_repr(self) -> str:
-        c = self.config
-        return f"{self.hidden_size}, {c.shorthand}, {c.activation}, uses {c.active_nodes} of {c.nodes} neurons"
 
 
 class OutputBias(nn.Module):
