@@ -126,6 +126,14 @@ def test_convert_prints_what_it_reached(model, text, tmp_path):
     )
 
 
+@pytest.mark.parametrize("fff", ["mlp:9", "none"])
+def test_convert_to_a_control(model, tmp_path, fff):
+    result = run("convert", model, tmp_path / "fast", "--fff", fff)
+    assert result.exit_code == 0 and fff in result.stdout
+    fast = AutoModel.from_pretrained(tmp_path / "fast")
+    assert {c.shorthand for c in fast.config.fff_layers.values()} == {fff}
+
+
 def test_convert_chosen_layers_and_dtype(model, tmp_path):
     result = run("convert", model, tmp_path / "fast", "--fff", "4x2", "--layers", "0,2-2", "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output
@@ -183,6 +191,7 @@ def test_overwrite(model, tmp_path):
 
 WRONG_USE = {
     "shorthand": (["--fff", "8y8"], "KxD"),
+    "width": (["--fff", "mlp:0"], "width=0 is out of range (allowed: 1 to 16777216)"),
     "trees": (["--fff", "0x3"], "n_trees=0 is out of range (allowed: 1 to 65536)"),
     "depth": (["--fff", "8x99"], "depth=99 is out of range (allowed: 0 to 24)"),
     "no shorthand": ([], "--fff"),
