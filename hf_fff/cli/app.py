@@ -31,6 +31,13 @@ out = Console(markup=False, emoji=False, highlight=False)
 err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 F = TypeVar("F", bound=Callable[..., Any])
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Folder of a dense model, or a repository of the Hub.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+Kind = Annotated[
+    str, typer.Option(help="Trees x depth, such as 8x8 (depth D visits D + 1 neurons a tree); mlp:WIDTH; none.")
+]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an output folder that is not empty.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -115,14 +122,22 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+def _facts(model: Any, output: Path) -> dict[str, Any]:
+    """What ``--json`` tells of any model that was written."""
+    return {
+        "output": str(output),
+        "model_class": type(model).__name__,
+        "layers": {str(i): c.shorthand for i, c in model.config.fff_layers.items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
 @app.command()
 @reports_errors
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a dense model, or a repository of the Hub.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    fff: Annotated[
-        str, typer.Option(help="Trees x depth, such as 8x8 (depth D visits D + 1 neurons a tree); mlp:WIDTH; none.")
-    ],
+    source: Source,
+    output: Output,
+    fff: Kind,
     layers: Annotated[str | None, typer.Option(help="Layers to convert, such as 0,2,4 or 0-3; all by default.")] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Unlabelled text to calibrate on, one paragraph a line; may be repeated.")
@@ -131,9 +146,9 @@ def convert(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps a layer instead of a budget: reproducible.")] = None,
     max_tokens: Annotated[int, typer.Option(min=256, help="Tokens of the text to use at most.")] = 600_000,
     init: Annotated[Init, typer.Option(help="First values: from the dense neurons, or random.")] = Init.dense,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Seed = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to save in; the source's by default.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an output folder that is not empty.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Convert a dense model's feedforward networks into fast ones, and save the model."""
@@ -165,10 +180,7 @@ def convert(
     report = getattr(model, "calibration_report", None)
     configs = model.config.fff_layers
     result = {
-        "output": str(output),
-        "model_class": type(model).__name__,
-        "layers": {str(i): c.shorthand for i, c in configs.items()},
-        "parameters": sum(p.numel() for p in model.parameters()),
+        **_facts(model, output),
         "calibration": vars(report) if report else None,
     }
     if as_json:
@@ -190,11 +202,9 @@ def convert(
 @app.command()
 @reports_errors
 def distill(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a dense model, or a repository of the Hub.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    fff: Annotated[
-        str, typer.Option(help="Trees x depth, such as 8x8 (depth D visits D + 1 neurons a tree); mlp:WIDTH; none.")
-    ],
+    source: Source,
+    output: Output,
+    fff: Kind,
     text: Annotated[list[Path], typer.Option(help="Unlabelled text, one paragraph a line; may be repeated.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")],
     budget: Annotated[float, typer.Option(min=1, help="Seconds for the calibration before it.")] = 300,
@@ -206,13 +216,13 @@ def distill(
     fff_learning_rate: Annotated[float, typer.Option(help="For what replaces the FFNs.")] = 1e-3,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens at which a paragraph is cut.")] = 128,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where that is safe; for GPUs.")] = False,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Seed = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 1000,
     resume: Annotated[bool, typer.Option(help="Continue from the work folder if there is one.")] = True,
     work: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints, removed in the end; OUT.work by default.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an output folder that is not empty.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Convert, calibrate, and train the whole model to give the dense one's hidden states and embeddings."""
@@ -266,10 +276,7 @@ def distill(
         )
     report = model.distillation_report
     result = {
-        "output": str(output),
-        "model_class": type(model).__name__,
-        "layers": {str(i): c.shorthand for i, c in model.config.fff_layers.items()},
-        "parameters": sum(p.numel() for p in model.parameters()),
+        **_facts(model, output),
         "distillation": asdict(report),
     }
     if as_json:

@@ -184,7 +184,7 @@ def _dense_layer(block: Any, fast_block: Any, family: FFNInterface, pieces: list
             if piece.fast is not before:
                 piece.through(fast_block, piece.fast)
                 x = piece.visible(seen_fast["x"])
-                y = residual - piece.visible(seen_fast["residual"] - seen_fast["y"])
+                y = residual - (piece.visible(seen_fast["residual"]) - piece.visible(seen_fast["y"]))
             weight = 1 / residual.std(-1).clamp_min(1e-6)
             if statistics is None:  # of the first batch: they only have to be about right, what is fitted adapts
                 gamma = norm.weight.detach().float().abs()
