@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from hf_fff import __version__, convert_ffn_to_fff, ops
 from hf_fff.bench import layer, machine
-from hf_fff.cli.app import app, out
+from hf_fff.cli.app import app
+from hf_fff.cli.common import out
 from hf_fff.ops import loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
