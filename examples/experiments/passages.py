@@ -1,46 +1,69 @@
-"""Passages for calibrate_minilm.py: runs of 12 to 100 words from text files NAME.train.txt and NAME.valid.txt (one paragraph a line).
+"""Text for the experiments: half of it single sentences, half runs of sentences of up to 90 words, one a line.
 
-python examples/experiments/passages.py DATA OUT      # writes OUT/shared.txt and OUT/shared_valid.txt
+    python examples/experiments/passages.py DATA OUT
+
+From DATA/NAME.train.txt and DATA/NAME.valid.txt (one paragraph a line) it writes OUT/train.txt, OUT/unseen_short.txt and
+OUT/unseen_long.txt.
 """
 
 import random
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PASSAGES = {
-    "brown": 12000,
-    "novels": 14000,
-    "imdb_unsup": 14000,
-    "wiki_paragraphs": 6000,
-    "wiki_sentences": 12000,
-    "speeches": 5000,
-    "python_peps": 4000,
-    "rust_book": 1000,
+MEGABYTES = {  # of each source at most
+    "brown": 6,
+    "novels": 10,
+    "imdb_unsup": 14,
+    "wiki_paragraphs": 3,
+    "wiki_sentences": 3,
+    "speeches": 3,
+    "python_peps": 5,
+    "rust_book": 1,
 }
-UNSEEN = 150  # of each
+UNSEEN = 400  # of each source, short and long each
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[A-Z\"'(])")
 
 
-def passages(path: Path, rng: random.Random) -> Iterator[str]:
+def sentences(path: Path) -> Iterator[str]:
     for line in path.read_text(encoding="utf-8").splitlines():
-        words = line.split() if len(line) >= 20 else []
-        while words:
-            size = rng.choice([12, 20, 40, 80, 90, 100])
-            yield " ".join(words[:size])
-            words = words[size:]
+        yield from (s for s in _SENTENCE_END.split(line.strip()) if s and 4 <= len(s.split()) <= 90)
+
+
+def short_and_long(path: Path, rng: random.Random, characters: float) -> tuple[list[str], list[str]]:
+    """Sentences alone, and runs of as many as fit into 90 words, of about ``characters`` together."""
+    every = list(sentences(path))
+    at = rng.randrange(len(every))
+    every = every[at:] + every[:at]
+    runs: tuple[list[str], list[str]] = ([], [])
+    at, size = 0, [0, 0]
+    while at < len(every) and sum(size) < characters:
+        kind = int(size[0] > size[1])  # whichever has less of it so far
+        end, words = at + 1, len(every[at].split())
+        while kind and end < len(every) and (words := words + len(every[end].split())) <= 90:
+            end += 1
+        runs[kind].append(" ".join(every[at:end]))
+        size[kind] += len(runs[kind][-1])
+        at = end
+    return runs
 
 
 def main() -> None:
     data, out = map(Path, sys.argv[1:])
     rng = random.Random(0)
-    for split, file in (("train", "shared.txt"), ("valid", "shared_valid.txt")):
-        chosen: list[str] = []
-        for name, count in PASSAGES.items():
-            found = list(passages(data / f"{name}.{split}.txt", rng))
-            rng.shuffle(found)
-            chosen += found[: count if split == "train" else UNSEEN]
-        rng.shuffle(chosen)
-        (out / file).write_text("\n".join(chosen), encoding="utf-8")
+    train: list[str] = []
+    unseen: tuple[list[str], list[str]] = ([], [])
+    for name, megabytes in MEGABYTES.items():
+        for part in short_and_long(data / f"{name}.train.txt", rng, 1e6 * megabytes):
+            train += part
+        for all_of_it, part in zip(unseen, short_and_long(data / f"{name}.valid.txt", rng, 1e6), strict=True):
+            rng.shuffle(part)
+            all_of_it += part[:UNSEEN]
+    for name, texts in (("train", train), ("unseen_short", unseen[0]), ("unseen_long", unseen[1])):
+        rng.shuffle(texts)
+        (out / f"{name}.txt").write_text("\n".join(texts), encoding="utf-8")
+        print(f"{name}: {len(texts)} texts, {sum(len(t.split()) for t in texts)} words")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ This folder and ``kernels/`` know neither models nor transformers: whoever wants
 """
 
 import ctypes
+import warnings
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from . import torch_backend
 from ._schema import ACTIVATIONS, depth_of, library
-from .loader import Status, load, status
+from .loader import Status, load, setting, status
 
 __all__ = ["ACTIVATIONS", "Status", "backend", "depth_of", "fff", "fff_train", "has_native", "isa", "load", "status"]
 
@@ -28,9 +31,30 @@ def _fallback(name: str) -> Any:
     def kernel(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.device.type == "cpu" and not has_native() and load("cpu").loaded:
             return operator(x, *args, **kwargs)
+        if x.device.type == "cuda" and (on_gpu := _triton()):
+            return getattr(on_gpu, name)(x, *args, **kwargs)
         return in_torch(x, *args, **kwargs)
 
     return kernel
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The Triton kernels, if they work here: tried once, on a few numbers."""
+    if setting() == "torch":
+        return None
+    try:
+        from . import triton_backend
+
+        triton_backend.try_out()
+    except Exception as error:  # whatever it is: Triton wants a driver, a C compiler, Python's headers
+        warnings.warn(
+            f"hf_fff: the Triton kernels do not work here, the slower PyTorch code is used: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    return triton_backend
 
 
 def has_native(device: str = "cpu") -> bool:
@@ -39,8 +63,10 @@ def has_native(device: str = "cpu") -> bool:
 
 
 def backend(device: str = "cpu") -> str:
-    """``"native"`` or ``"torch"``: what a call on this device runs, loading the native library where there is one."""
-    return "native" if has_native(device) or (device == "cpu" and load("cpu").loaded) else "torch"
+    """``"native"``, ``"triton"`` or ``"torch"``: what a call on this device runs, loading the native library where there is one."""
+    if has_native(device) or (device == "cpu" and load("cpu").loaded):
+        return "native"
+    return "triton" if device == "cuda" and torch.cuda.is_available() and _triton() else "torch"
 
 
 def isa() -> str | None:

@@ -115,15 +115,15 @@ def load(name: str = "cpu") -> Status:
         ValueError: ``HF_FFF_BACKEND`` or ``name`` is none of those known.
         RuntimeError: it cannot be loaded and ``HF_FFF_BACKEND=native``.
     """
-    library, setting = _library(name), _setting()
+    library, wanted = _library(name), setting()
     if name not in _statuses:
         with _lock:
             if name not in _statuses:
-                _statuses[name] = found = _find(library, setting)
-                if found.reason and (found.loaded or setting == "auto"):
+                _statuses[name] = found = _find(library, wanted)
+                if found.reason and (found.loaded or wanted == "auto"):
                     _warn(found)
     status = _statuses[name]
-    if setting == "native" and not status.loaded:
+    if wanted == "native" and not status.loaded:
         raise RuntimeError(f"HF_FFF_BACKEND=native, but the {name} library cannot be loaded: {status.reason}")
     return status
 
@@ -215,13 +215,13 @@ def _library(name: str) -> Library:
     return LIBRARIES[name]
 
 
-def _setting() -> str:
-    setting = os.environ.get("HF_FFF_BACKEND") or "auto"
-    if setting == "hub":
+def setting() -> str:
+    value = os.environ.get("HF_FFF_BACKEND") or "auto"
+    if value == "hub":
         raise NotImplementedError(f"HF_FFF_BACKEND='hub' is not available yet (allowed now: {', '.join(SETTINGS)})")
-    if setting not in SETTINGS:
-        raise ValueError(f"HF_FFF_BACKEND={setting!r} is not known (allowed: {', '.join(SETTINGS)})")
-    return setting
+    if value not in SETTINGS:
+        raise ValueError(f"HF_FFF_BACKEND={value!r} is not known (allowed: {', '.join(SETTINGS)})")
+    return value
 
 
 def _warn(status: Status) -> None:
@@ -230,17 +230,17 @@ def _warn(status: Status) -> None:
     warnings.warn(f"hf_fff: {what}{status.reason}{more}", RuntimeWarning, stacklevel=3)
 
 
-def _find(library: Library, setting: str) -> Status:
-    if setting == "torch":
+def _find(library: Library, wanted: str) -> Status:
+    if wanted == "torch":
         return Status(library.name, reason="HF_FFF_BACKEND=torch")
-    if wanted := os.environ.get("HF_FFF_KERNEL_PATH"):
-        path = Path(wanted).expanduser().absolute()
+    if given := os.environ.get("HF_FFF_KERNEL_PATH"):
+        path = Path(given).expanduser().absolute()
         if path.name not in {other.file_name for other in LIBRARIES.values() if other != library}:
             try:
                 return _open(library, path / library.file_name if path.is_dir() else path, "HF_FFF_KERNEL_PATH")
             except (OSError, BuildError) as error:  # asked for this one: nothing else may take its place unseen
                 advice = "Make it a file or a folder from `hf-fff build --output FOLDER`, or unset it."
-                return Status(library.name, reason=f"HF_FFF_KERNEL_PATH={wanted} cannot be used: {error}. {advice}")
+                return Status(library.name, reason=f"HF_FFF_KERNEL_PATH={given} cannot be used: {error}. {advice}")
     problem = ""
     bundled = _PACKAGE / "_lib" / library.file_name
     if bundled.exists():

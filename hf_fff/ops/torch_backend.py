@@ -52,12 +52,12 @@ def activation_functions(name: str) -> tuple[Callable[[Tensor], Tensor], Callabl
     return _FUNCTIONS[name]
 
 
-def _pays_dense(weight: Tensor, walk: int) -> bool:
+def pays_dense(weight: Tensor, walk: int) -> bool:
     return weight.shape[0] <= _DENSE_RATIO.get(weight.device.type, 8) * walk
 
 
-def _pieces(tokens: int, elements_per_token: int) -> Iterator[slice]:
-    size = max(1, _PIECE // max(1, elements_per_token))
+def pieces(tokens: int, elements_per_token: int, most: int = _PIECE) -> Iterator[slice]:
+    size = max(1, most // max(1, elements_per_token))
     return (slice(i, min(i + size, tokens)) for i in range(0, tokens, size))
 
 
@@ -73,7 +73,7 @@ def _descend(x: Tensor, weight_in: Tensor, bias_in: Tensor, n_trees: int, depth:
     acc = logits_dtype(x)
     node = torch.zeros(x.shape[0], n_trees, dtype=torch.long, device=x.device)
     roots = torch.arange(n_trees, device=x.device) * tree_nodes
-    dense = _pays_dense(weight_in, n_trees * (depth + 1))
+    dense = pays_dense(weight_in, n_trees * (depth + 1))
     every = F.linear(x, weight_in).to(acc) + bias_in.to(acc) if dense else None
     nodes, logits = [], []
     for _ in range(depth + 1):
@@ -90,7 +90,7 @@ def _descend(x: Tensor, weight_in: Tensor, bias_in: Tensor, n_trees: int, depth:
 
 def _combine(coefficient: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """Sum of ``coefficient * weight[rows]`` over the visits: ``[T, walk] -> [T, H]``."""
-    if _pays_dense(weight, rows.shape[1]):
+    if pays_dense(weight, rows.shape[1]):
         spread = torch.zeros(rows.shape[0], weight.shape[0], dtype=weight.dtype, device=weight.device)
         return spread.scatter_(1, rows, coefficient.to(weight.dtype)) @ weight
     return (coefficient.unsqueeze(1) @ weight[rows].to(coefficient.dtype)).squeeze(1).to(weight.dtype)
@@ -114,7 +114,7 @@ def fff_train(
     y = torch.empty_like(tokens)
     path = torch.empty(len(tokens), n_trees, depth + 1, dtype=torch.int32, device=x.device)
     logits = torch.empty(path.shape, dtype=logits_dtype(x), device=x.device)
-    for piece in _pieces(len(tokens), max(walk * hidden, nodes)):
+    for piece in pieces(len(tokens), max(walk * hidden, nodes)):
         path[piece], logits[piece] = _descend(tokens[piece], weight_in, bias_in, n_trees, depth)
         rows = _rows(path[piece], nodes // n_trees).flatten(1)
         y[piece] = _combine(act(logits[piece]).flatten(1), rows, weight_out)
@@ -175,8 +175,8 @@ def fff_backward(
     sum_in, sum_bias, sum_out = (
         torch.zeros_like(w, dtype=acc) if need_weights else x.new_empty(0) for w in (weight_in, bias_in, weight_out)
     )
-    dense = _pays_dense(weight_in, walk) or routing_gradient != 0
-    for piece in _pieces(len(x_tokens), nodes if dense else walk * hidden):
+    dense = pays_dense(weight_in, walk) or routing_gradient != 0
+    for piece in pieces(len(x_tokens), nodes if dense else walk * hidden):
         xs, gs, z = x_tokens[piece], grad_tokens[piece], logits[piece]
         rows = _rows(path[piece], nodes // n_trees).flatten(1)
         if dense:

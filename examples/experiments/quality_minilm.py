@@ -1,0 +1,124 @@
+"""MiniLM converted, calibrated and distilled on unlabelled text; how near it is to the original, as one line of JSON.
+
+    python examples/experiments/quality_minilm.py --model DIR --text train.txt --unseen short.txt long.txt --fff 8x8 --steps 3000
+
+Each text file has one paragraph a line; nothing of an unseen one may be in the others. ``--fff dense`` trains a copy of the
+original: what a step of that takes.
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer
+
+from hf_fff import Calibration, FFFConfig, convert_ffn_to_fff
+from hf_fff.surgery.text import as_batches, read_texts
+from hf_fff.training import DistillationArguments, distil_texts
+
+
+@torch.no_grad()
+def embeddings(model, batches):
+    model.eval()
+    rows = []
+    for batch in batches:
+        batch = {k: v.to(model.device) for k, v in batch.items()}
+        mask = batch["attention_mask"].unsqueeze(-1)
+        rows.append(F.normalize((model(**batch)[0].float() * mask).sum(1) / mask.sum(1), dim=1))
+    return torch.cat(rows)
+
+
+def fidelity(dense, fast, tokenizer, unseen):
+    """Mean and 5 % quantile of the cosine to the original's embeddings, and the share of its ten nearest neighbours."""
+    result = {}
+    for name, texts in unseen.items():
+        batches = as_batches(texts, lambda: tokenizer, max_length=128, batch_tokens=8192)
+        a, b = embeddings(dense, batches), embeddings(fast, batches)
+        cosine = (a * b).sum(1)
+        near, found = ((e @ e.T).fill_diagonal_(-2).topk(10).indices for e in (a, b))
+        shared = (near.unsqueeze(2) == found.unsqueeze(1)).any(2).float().mean()
+        result[name] = {
+            "cosine": round(float(cosine.mean()), 4),
+            "cosine_p5": round(float(cosine.quantile(0.05)), 4),
+            "neighbours": round(float(shared), 4),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--unseen", type=Path, nargs="+", required=True)
+    parser.add_argument("--fff", default="8x8")
+    parser.add_argument("--calibration-steps", type=int, default=1000)
+    parser.add_argument("--max-tokens", type=int, default=600_000)
+    parser.add_argument("--steps", type=int, default=0, help="of the distillation; 0: calibration alone")
+    parser.add_argument("--batch-size", type=int, default=192, help="texts a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--fff-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--hidden-weight", type=float, default=0.5)
+    parser.add_argument("--embedding-weight", type=float, default=10.0)
+    parser.add_argument("--routing-gradient", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dense = AutoModel.from_pretrained(args.model, dtype=torch.float32).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = [text for path in args.text for text in read_texts(path)]
+    unseen = {path.stem: read_texts(path) for path in args.unseen}
+    result = {k: v for k, v in vars(args).items() if k not in ("model", "text", "unseen")}
+    if args.fff == "dense":
+        fast = copy.deepcopy(dense)
+    else:
+        plan = Calibration(
+            texts,
+            tokenizer=tokenizer,
+            steps=args.calibration_steps,
+            max_tokens=args.max_tokens,
+            batch_tokens=4096,
+            learning_rate=4e-3,
+            seed=args.seed,
+            progress=False,
+        )
+        fields = {} if args.fff == "none" or args.fff.startswith("mlp") else {"routing_gradient": args.routing_gradient}
+        config = FFFConfig.from_shorthand(args.fff, **fields)
+        fast = convert_ffn_to_fff(dense, config, calibration=plan, seed=args.seed)
+        report = fast.calibration_report
+        result |= {"calibration_seconds": round(report.seconds, 1), "calibration_tokens": report.tokens}
+        result["unexplained"] = {i: round(v, 3) for i, v in report.unexplained.items()}
+        result["calibrated"] = fidelity(dense, fast, tokenizer, unseen)
+    if args.steps:
+        with tempfile.TemporaryDirectory() as folder:
+            training = DistillationArguments(
+                folder,
+                max_steps=args.steps,
+                per_device_train_batch_size=args.batch_size,
+                per_device_eval_batch_size=args.batch_size,
+                learning_rate=args.learning_rate,
+                fff_learning_rate=args.fff_learning_rate,
+                hidden_weight=args.hidden_weight,
+                embedding_weight=args.embedding_weight,
+                save_strategy="no",
+                logging_steps=250,
+                disable_tqdm=True,
+                dataloader_num_workers=2 if device == "cuda" else 0,
+                bf16=device == "cuda",
+                seed=args.seed,
+            )
+            distil_texts(fast, dense, texts, tokenizer, training)
+        report = fast.distillation_report
+        result |= {"distillation_seconds": round(report.seconds, 1), "eval_loss": round(report.loss, 4)}
+        result["distilled"] = fidelity(dense, fast, tokenizer, unseen)
+    result["device"] = torch.cuda.get_device_name() if device == "cuda" else device
+    result["torch"] = torch.__version__
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
