@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from hf_fff import Calibration, FFFConfig, convert_ffn_to_fff
+from hf_fff import Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff
 from hf_fff.surgery.text import as_batches, read_texts
 from hf_fff.training import DistillationArguments, distil_texts
 
@@ -49,6 +49,34 @@ def fidelity(dense, fast, tokenizer, unseen):
     return result
 
 
+def calibrated(args, dense, tokenizer, texts):
+    """The model after its layerwise fit, and what that says of itself."""
+    place = args.cache and args.cache / f"{args.fff}-{args.seed}-{args.routing_gradient}-{args.calibration_steps}"
+    if place and (place / "report.json").exists():
+        fast = FastBertModel.from_pretrained(place, dtype=torch.float32).to(dense.device)
+        return fast, json.loads((place / "report.json").read_text())
+    plan = Calibration(
+        texts,
+        tokenizer=tokenizer,
+        steps=args.calibration_steps,
+        max_tokens=args.max_tokens,
+        batch_tokens=4096,
+        learning_rate=4e-3,
+        seed=args.seed,
+        progress=False,
+    )
+    fields = {} if args.fff == "none" or args.fff.startswith("mlp") else {"routing_gradient": args.routing_gradient}
+    config = FFFConfig.from_shorthand(args.fff, **fields)
+    fast = convert_ffn_to_fff(dense, config, calibration=plan, seed=args.seed)
+    done = fast.calibration_report
+    report = {"calibration_seconds": round(done.seconds, 1), "calibration_tokens": done.tokens}
+    report["unexplained"] = {str(i): round(v, 3) for i, v in done.unexplained.items()}
+    if place:
+        fast.save_pretrained(place)
+        (place / "report.json").write_text(json.dumps(report))
+    return fast, report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -65,6 +93,7 @@ def main() -> None:
     parser.add_argument("--embedding-weight", type=float, default=10.0)
     parser.add_argument("--routing-gradient", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=Path, help="folder for calibrated models, which are then not made anew")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,27 +101,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = [text for path in args.text for text in read_texts(path)]
     unseen = {path.stem: read_texts(path) for path in args.unseen}
-    result = {k: v for k, v in vars(args).items() if k not in ("model", "text", "unseen")}
+    result = {k: v for k, v in vars(args).items() if k not in ("model", "text", "unseen", "cache")}
     if args.fff == "dense":
         fast = copy.deepcopy(dense)
     else:
-        plan = Calibration(
-            texts,
-            tokenizer=tokenizer,
-            steps=args.calibration_steps,
-            max_tokens=args.max_tokens,
-            batch_tokens=4096,
-            learning_rate=4e-3,
-            seed=args.seed,
-            progress=False,
-        )
-        fields = {} if args.fff == "none" or args.fff.startswith("mlp") else {"routing_gradient": args.routing_gradient}
-        config = FFFConfig.from_shorthand(args.fff, **fields)
-        fast = convert_ffn_to_fff(dense, config, calibration=plan, seed=args.seed)
-        report = fast.calibration_report
-        result |= {"calibration_seconds": round(report.seconds, 1), "calibration_tokens": report.tokens}
-        result["unexplained"] = {i: round(v, 3) for i, v in report.unexplained.items()}
-        result["calibrated"] = fidelity(dense, fast, tokenizer, unseen)
+        fast, report = calibrated(args, dense, tokenizer, texts)
+        result |= report | {"calibrated": fidelity(dense, fast, tokenizer, unseen)}
     if args.steps:
         with tempfile.TemporaryDirectory() as folder:
             training = DistillationArguments(

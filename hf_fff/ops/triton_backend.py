@@ -18,7 +18,7 @@ from . import torch_backend
 from ._schema import check_arguments, logits_dtype
 from .torch_backend import pays_dense, pieces
 
-_BLOCK = 4096  # nodes that a program holds at a time
+_BLOCK = 2048  # nodes that a program holds at a time: more would not fit into the registers
 _PIECE = 1 << 27  # elements of the largest intermediate tensor
 
 
@@ -94,32 +94,32 @@ def _slopes_kernel(
     leaf = tl.load(path + (token * trees + tree) * LEVELS + LEVELS - 1, mask=here, other=0)
     worth = tl.zeros([TOKENS, 2**LEVELS], tl.float32)
     for up in tl.static_range(LEVELS):
-        FIRST: tl.constexpr = 2 ** (LEVELS - 1 - up) - 1  # of the level's nodes, of which there are FIRST + 1
-        place = tl.arange(0, FIRST + 1)
-        at = row[:, None] + FIRST + place[None, :]
+        place = tl.arange(0, 2 ** (LEVELS - 1 - up))  # within the level
+        first = 2 ** (LEVELS - 1 - up) - 1
+        at = row[:, None] + first + place[None, :]
         mask = here[:, None] & (place >= 0)[None, :]
         z = tl.load(every + at, mask=mask, other=0).to(tl.float32)
-        z += tl.load(bias + tree * NODES + FIRST + place).to(tl.float32)[None, :]
+        z += tl.load(bias + tree * NODES + first + place).to(tl.float32)[None, :]
         g = tl.load(gain + at, mask=mask, other=0).to(tl.float32)
         a = _act(z, ACTIVATION)
         slope = g * _slope(z, ACTIVATION)
         if ROUTING:
-            left, right = tl.split(tl.reshape(worth, [TOKENS, FIRST + 1, 2]))
+            left, right = tl.split(tl.reshape(worth, [TOKENS, 2 ** (LEVELS - 1 - up), 2]))
             s = tl.sigmoid(z / tau)
             slope += alpha * (right - left) * s * (1 - s) / tau
             worth = a * g + tl.where(z > 0, right, left)
-        visited = place[None, :] == (((leaf + 1) >> up) - 1 - FIRST)[:, None]
+        visited = place[None, :] == (((leaf + 1) >> up) - 1 - first)[:, None]
         tl.store(into_logits + at, tl.where(visited, slope, 0.0).to(into_logits.dtype.element_ty), mask=mask)
         tl.store(values + at, tl.where(visited, a, 0.0).to(values.dtype.element_ty), mask=mask)
 
 
 def _serves(x: Tensor, weight_in: Tensor, n_trees: int, levels: int) -> bool:
     """Not float64, and not where a token visits a tiny part of the nodes: there PyTorch gathers rows."""
-    return x.dtype != torch.float64 and 2**levels <= _BLOCK and pays_dense(weight_in, n_trees * levels)
+    return x.dtype != torch.float64 and 2**levels <= 2 * _BLOCK and pays_dense(weight_in, n_trees * levels)
 
 
 def _launch(kernel: Any, every: Tensor, n_trees: int, width: int, *args: Any, **constants: Any) -> None:
-    size = max(1, min(_BLOCK // width, 32))
+    size = max(1, min(_BLOCK // width, 16))
     with torch.cuda.device_of(every):
         kernel[(triton.cdiv(len(every), size), n_trees)](every, *args, len(every), n_trees, TOKENS=size, **constants)
 
