@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .models.fastbert.modeling_fastbert import FastBertForTokenClassification as FastBertForTokenClassification
     from .models.fastbert.modeling_fastbert import FastBertModel as FastBertModel
+    from .models.usage import fff_usage as fff_usage
     from .surgery import Calibration as Calibration
     from .surgery import convert_ffn_to_fff as convert_ffn_to_fff
     from .training import DistillationArguments as DistillationArguments
@@ -37,6 +38,7 @@ _HOME = {
     "FFFConfig": "config",
     "Calibration": "surgery",
     "convert_ffn_to_fff": "surgery",
+    "fff_usage": "models.usage",
     "DistillationArguments": "training",
     "DistillationTrainer": "training",
     "FastBertConfig": "models.fastbert.configuration_fastbert",

@@ -1,8 +1,9 @@
 """``hf-fff distill``."""
 
 import json
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,23 +23,54 @@ from .common import (
 )
 
 
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 @app.command()
 @reports_errors
 def distill(
     source: Source,
     output: Output,
     fff: Kind,
-    text: Annotated[list[Path], typer.Option(help="Unlabelled text, one paragraph a line; may be repeated.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Unlabelled text, one paragraph a line; may be repeated.")
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="classification, regression, tokens, qa or mlm, for which SRC is finetuned; general without."
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Labelled rows of the task: .tsv, .csv, .json(l), .parquet, or NAME:SPLIT; may be repeated."),
+    ] = None,
+    transfer: Annotated[
+        list[str] | None, typer.Option(help="Inputs of the task without labels (.txt too); may be repeated.")
+    ] = None,
+    text_columns: Annotated[
+        str | None, typer.Option(help="Columns of the texts, such as premise,hypothesis; guessed by default.")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels; guessed by default.")] = None,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for the calibration before it.")] = 300,
     calibration_steps: Annotated[
         int | None, typer.Option(min=1, help="Steps a layer instead of a budget: reproducible.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Paragraphs a step.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="For all but what replaces the FFNs.")] = 3e-4,
-    fff_learning_rate: Annotated[float, typer.Option(help="For what replaces the FFNs.")] = 1e-3,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens at which a paragraph is cut.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=256, help="Tokens to calibrate on at most.")] = 600_000,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows a step; 64 by default, 32 with a task.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="For all but what replaces the FFNs; 3e-4 by default, 2e-4 with a task.")
+    ] = None,
+    fff_learning_rate: Annotated[
+        float | None, typer.Option(help="For what replaces the FFNs; 1e-3 by default, 5e-4 with a task.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens at which an input is cut.")] = 128,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where that is safe; for GPUs.")] = False,
+    device: Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU if there is one.")] = Device.auto,
     seed: Seed = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 1000,
     resume: Annotated[bool, typer.Option(help="Continue from the work folder if there is one.")] = True,
@@ -48,11 +80,18 @@ def distill(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Convert, calibrate, and train the whole model to give the dense one's hidden states and embeddings."""
-    check_use(fff, text, output, overwrite)
+    """Convert, calibrate, and train the whole model to give what the dense one gives.
+
+    Without --task that is the dense model's hidden states and embeddings, on any --text; with it, the logits of its head, on
+    labelled --data, copies of them with other tokens, and --transfer inputs. For mlm, --text is the data.
+    """
+    check_use(fff, text or [], output, overwrite)
     for option, rate in (("--learning-rate", learning_rate), ("--fff-learning-rate", fff_learning_rate)):
-        if not rate > 0:
+        if rate is not None and not rate > 0:
             raise bad_option(option, ValueError(f"{rate} must be above 0"))
+    _check_data(
+        task, text, data, {"--transfer": transfer, "--text-columns": text_columns, "--label-column": label_column}
+    )
 
     import sys
     from contextlib import redirect_stdout
@@ -64,33 +103,56 @@ def distill(
     from ..surgery import Calibration
     from ..surgery.folder import ModelFolder
     from ..surgery.text import read_texts
-    from ..training import DistillationArguments, distil_folder
+    from ..training import DistillationArguments, TaskRows, distil_folder, get_objective, task_arguments
 
+    if task:
+        try:
+            get_objective(task)
+        except ValueError as error:
+            raise bad_option("--task", error) from error
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise bad_option("--device", ValueError("this machine has no GPU that torch can use"))
+    given = {
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "fff_learning_rate": fff_learning_rate,
+    }
+    options: dict[str, Any] = {
+        **({} if task else {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 64}),
+        **{name: value for name, value in given.items() if value is not None},
+        "output_dir": str(work or output.with_name(f"{output.name}.work")),
+        "max_steps": steps,
+        "bf16": bf16,
+        "seed": seed,
+        "save_steps": save_steps,
+        "save_total_limit": 2,
+        "logging_steps": 50,
+        "disable_tqdm": as_json,
+        "use_cpu": device is Device.cpu,
+        "dataloader_pin_memory": torch.cuda.is_available() and device is not Device.cpu,
+    }
+    arguments = task_arguments(task, **options) if task else DistillationArguments(**options)
+    rows: Any
+    if task:
+        from ..tasks import Columns
+
+        columns = Columns(tuple(text_columns.split(",")) if text_columns else None, label_column)
+        labelled = _read("--data", data or []) + _read("--text", [str(path) for path in text or []])
+        rows = TaskRows(task, labelled, _read("--transfer", transfer or []), columns)
+    else:
+        rows = [t for path in text or [] for t in read_texts(path)]
     folder = ModelFolder.find(source)
-    texts = [t for path in text for t in read_texts(path)]
     ops.load()
-    arguments = DistillationArguments(
-        output_dir=str(work or output.with_name(f"{output.name}.work")),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        learning_rate=learning_rate,
-        fff_learning_rate=fff_learning_rate,
-        bf16=bf16,
-        seed=seed,
-        save_steps=save_steps,
-        save_total_limit=2,
-        logging_steps=50,
-        disable_tqdm=as_json,
-        dataloader_pin_memory=torch.cuda.is_available(),
+    plan = Calibration(
+        None, budget=budget, steps=calibration_steps, max_tokens=max_tokens, seed=seed, progress=not as_json
     )
-    plan = Calibration(texts, budget=budget, steps=calibration_steps, seed=seed, progress=not as_json)
     with redirect_stdout(sys.stderr):  # where the Trainer tells how it goes on
         model = distil_folder(
             folder,
             output,
             fff,
-            texts,
+            rows,
             arguments,
             calibration=plan,
             max_length=max_length,
@@ -105,9 +167,40 @@ def distill(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    out.print(
-        f"{type(model).__name__} in {output}: cosine to the dense model's embeddings {report.cosine_before:.4f} calibrated, "
-        f"{report.cosine:.4f} distilled ({report.steps} steps on {report.rows} paragraphs, {report.held_out} held out, "
-        f"{report.seconds:.0f} s)",
-        soft_wrap=True,
+    out.print(f"{type(model).__name__} in {output}: {_told(report)}", soft_wrap=True)
+
+
+def _told(report: Any) -> str:
+    how = f"({report.steps} steps on {report.rows} rows, {report.held_out} held out, {report.seconds:.0f} s)"
+    if report.task is None:
+        return (
+            f"cosine to the dense model's embeddings {report.cosine_before:.4f} calibrated, {report.cosine:.4f} distilled "
+            f"{how}"
+        )
+    return (
+        f"{report.metric} {report.score_before:.4f} calibrated, {report.score:.4f} distilled, {report.score_teacher:.4f} of "
+        f"the dense model {how}"
     )
+
+
+def _check_data(task: str | None, text: Any, data: Any, of_task: dict[str, Any]) -> None:
+    """Which options go together."""
+    if task is None:
+        for option, value in {"--data": data, **of_task}.items():
+            if value:
+                raise bad_option(option, ValueError("is for a task: name it with --task"))
+        if not text:
+            raise bad_option("--text", ValueError("is needed, or --task and --data"))
+    elif text and task != "mlm":
+        raise bad_option("--text", ValueError(f"is for distillation without a task, or mlm; {task} learns from --data"))
+    elif not data and not text:
+        raise bad_option("--data", ValueError(f"is needed with --task {task}"))
+
+
+def _read(option: str, sources: list[str]) -> list[dict[str, Any]]:
+    from ..tasks import read_rows
+
+    try:
+        return [row for source in sources for row in read_rows(source)]
+    except (ValueError, OSError) as error:
+        raise bad_option(option, error) from error

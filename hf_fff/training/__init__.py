@@ -1,19 +1,22 @@
 """Recipes: subclasses of transformers.Trainer."""
 
-from .distillation import (
-    DistillationArguments,
-    DistillationReport,
-    DistillationTrainer,
-    TokenisedTexts,
-    distil_folder,
-    distil_texts,
-)
+from .arguments import DistillationArguments, task_arguments
+from .data import TaskMix, TokenisedTexts
+from .distil import DistillationReport, distil_task, distil_texts
+from .objectives import get_objective
+from .trainer import DistillationTrainer
+from .work import TaskRows, distil_folder
 
 __all__ = [
     "DistillationArguments",
     "DistillationReport",
     "DistillationTrainer",
+    "TaskMix",
+    "TaskRows",
     "TokenisedTexts",
     "distil_folder",
+    "distil_task",
     "distil_texts",
+    "get_objective",
+    "task_arguments",
 ]

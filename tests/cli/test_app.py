@@ -2,82 +2,22 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import HEADS, outputs, same, tiny_bert, tiny_inputs
-from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizer, DistilBertConfig
-from typer.testing import CliRunner
+from command import listing, run, unwrapped
+from tiny import outputs, same, tiny_inputs
+from transformers import AutoModel, AutoModelForSequenceClassification, DistilBertConfig
 
 from hf_fff import __version__, convert_ffn_to_fff, ops
 from hf_fff.bench import layer, machine
-from hf_fff.cli.app import app
-from hf_fff.cli.common import out
 from hf_fff.ops import loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
-
-WORDS = [f"word{i}" for i in range(100)]
-
-
-def run(*args):
-    """What a command prints, without the colours that some variables force."""
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    printed = {name: getattr(result, name) for name in ("stdout", "stderr", "output")}
-    plain = {name: re.sub(r"\x1b\[[0-9;]*m", "", text) for name, text in printed.items()}
-    return SimpleNamespace(exit_code=result.exit_code, **plain)
-
-
-@pytest.fixture(autouse=True)
-def usual_width(monkeypatch):
-    """Of what is no terminal; else COLUMNS would count, which the console reads when it is made."""
-    monkeypatch.setattr(out, "_width", 80)
-    monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine, threads that wait for each other make tiny shapes a thousand times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def model(tmp_path):
-    """A tiny classifier with its tokenizer, in a folder."""
-    folder = tmp_path / "dense"
-    dense = tiny_bert(HEADS["ForSequenceClassification"], num_labels=3)
-    dense.save_pretrained(folder)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, len(WORDS), (120, 12), generator=generator).tolist()
-    path.write_text("\n".join(" ".join(WORDS[i] for i in row) for row in rows))
-    return path
-
-
-def listing(folder):
-    """Files and what is in them, folders too: an empty one that stays behind is a leftover as well."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
-
-
-def unwrapped(output):
-    """Without the box that wraps messages."""
-    return " ".join(" ".join(line.strip("│╭╮╰╯─ ") for line in output.splitlines()).split())
 
 
 def test_version_and_help():
@@ -419,95 +359,3 @@ def test_the_table_of_the_benchmark(monkeypatch):
     lines = [line.split() for line in run("bench", "layer").stdout.splitlines()]
     assert "4096 111111 22222 5.0x 33333 4444 7.5x 555555 66.7 8334x 7.78".split() in lines
     assert "1 20 10 2.0x - - - - - - -".split() in lines
-
-
-def distill(model, text, output, *options):
-    usual = ("--fff", "2x3", "--text", text, "--steps", 6, "--calibration-steps", 3, "--batch-size", 16, "--json")
-    return run("distill", model, output, *usual, *options)
-
-
-def test_distill(model, text, tmp_path):
-    before = listing(tmp_path)
-    result = distill(model, text, tmp_path / "fast", "--steps", 40)
-    assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told["layers"] == {"0": "2x3", "1": "2x3", "2": "2x3"} and told["distillation"]["steps"] == 40
-    assert told["distillation"]["cosine_before"] < told["distillation"]["cosine"] < 1
-    assert {k: v for k, v in listing(tmp_path).items() if not k.startswith("fast")} == before  # the work folder is gone
-    fast = AutoModel.from_pretrained(tmp_path / "fast")
-    assert type(fast).__name__ == "FastBertModel" and len(fast.config.fff_layers) == 3
-    head = AutoModelForSequenceClassification.from_pretrained(tmp_path / "fast").classifier.weight
-    assert torch.equal(head, AutoModelForSequenceClassification.from_pretrained(model).classifier.weight)
-    assert (tmp_path / "fast" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
-
-
-@pytest.mark.parametrize("stop", [2, 6])  # in between, and with nothing left to train
-def test_distill_goes_on_where_it_was_interrupted(model, text, tmp_path, monkeypatch, stop):
-    from hf_fff.training import DistillationTrainer
-
-    assert distill(model, text, tmp_path / "whole", "--save-steps", 2).exit_code == 0
-    save = DistillationTrainer._save_checkpoint
-
-    def interrupted(self, *args):
-        save(self, *args)
-        if self.state.global_step == stop:
-            raise RuntimeError("the power is gone")
-
-    work = tmp_path / "checkpoints"
-    options = ("--save-steps", 2, "--work", work)
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "_save_checkpoint", interrupted)
-        result = distill(model, text, tmp_path / "fast", *options)
-    assert result.exit_code == 1 and "the power is gone" in result.stderr and not (tmp_path / "fast").exists()
-    (work / "checkpoint-9").mkdir()  # one of which the last files were not written
-    kept = listing(work)
-    assert {"start", "options.json", f"checkpoint-{stop}"} <= set(kept)
-    result = distill(model, text, tmp_path / "fast", *options, "--seed", 1)
-    assert result.exit_code == 1 and "made with other options (seed: 0 there, 1 now)" in unwrapped(result.stderr)
-    assert listing(work) == kept and not (tmp_path / "fast").exists()
-    result = distill(model, text, tmp_path / "fast", *options)
-    assert result.exit_code == 0 and not work.exists(), result.output
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "fast")]
-    assert weights[0] == weights[1]
-
-
-def test_distill_anew(model, text, tmp_path):
-    work = tmp_path / "fast.work"
-    (work / "start").mkdir(parents=True)
-    (work / "start" / "config.json").write_text("{}")
-    (work / "options.json").write_text("{}")
-    result = distill(model, text, tmp_path / "fast")
-    assert result.exit_code == 1 and "--no-resume starts anew" in unwrapped(result.stderr)
-    assert distill(model, text, tmp_path / "fast", "--no-resume").exit_code == 0 and not work.exists()
-
-
-def test_the_output_of_distill_does_not_lie_in_its_work_folder(model, text, tmp_path):
-    before = listing(tmp_path)
-    result = distill(model, text, tmp_path / "work" / "fast", "--work", tmp_path / "work")
-    assert result.exit_code == 1 and "lies in the work folder" in unwrapped(result.stderr)
-    assert listing(tmp_path) == before
-
-
-WRONG_DISTILLATION = {
-    "fff": (["--fff", "9"], 2, "--fff"),
-    "text": (["--text", "nowhere.txt"], 2, "--text"),
-    "steps": (["--steps", "0"], 2, "--steps"),
-    "rate": (["--learning-rate", "0"], 2, "--learning-rate"),
-    "batch": (["--batch-size", "200"], 1, "fewer than one batch, which has 200"),
-    "work in the output": (["--work", "{0}/fast/work"], 1, "lies in the output"),
-    "output is the work": (["--work", "{0}/fast"], 1, "is or lies in the output"),
-    "work in the source": (["--work", "{0}/dense/work"], 1, "lies in the source"),
-    "work is another's": (["--work", "{0}/other"], 1, "is no work folder"),
-    "work is another's, anew": (["--work", "{0}/other", "--no-resume"], 1, "is no work folder"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG_DISTILLATION)
-def test_distill_used_wrongly(model, text, tmp_path, name):
-    options, exit_code, message = WRONG_DISTILLATION[name]
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.txt").write_text("ten years of work")
-    before = listing(tmp_path)
-    result = distill(model, text, tmp_path / "fast", *(option.format(tmp_path) for option in options))
-    assert result.exit_code == exit_code and message in unwrapped(result.stderr), result.output
-    assert listing(tmp_path) == before and result.stdout == ""

@@ -1,0 +1,151 @@
+"""``hf-fff eval``."""
+
+import json
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import Json, Seed, app, bad_option, out, reports_errors, table_of
+
+if TYPE_CHECKING:
+    from ..tasks import Task
+
+
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@app.command("eval")
+@reports_errors
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model, or a repository of the Hub.")],
+    task: Annotated[str, typer.Option(help="classification, regression, tokens, qa, mlm, similarity or embeddings.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Rows: .tsv, .csv, .jsonl, .json, .txt, .parquet, or NAME[:CONFIG]:SPLIT of the Hub; may be repeated."
+        ),
+    ],
+    teacher: Annotated[str | None, typer.Option(help="The dense model: how far MODEL agrees with it.")] = None,
+    none: Annotated[
+        str | None, typer.Option(help="The same without FFNs: which share of the gap to the teacher MODEL recovers.")
+    ] = None,
+    text_columns: Annotated[
+        str | None, typer.Option(help="Columns of text, comma-separated; well-known names by default.")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels; a well-known name by default.")] = None,
+    max_length: Annotated[int, typer.Option(min=4, help="Tokens at which a row is cut; at least 32 for qa.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are computed at once.")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows to use at most, the first ones.")] = None,
+    device: Annotated[
+        Device | None, typer.Option(help="Where to compute; a GPU by default where there is one.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure how good a model is at a task, and how close it is to its teacher."""
+    if none is not None and teacher is None:
+        raise bad_option("--none", ValueError("what is recovered is told against a --teacher, which is missing"))
+    if seed < 0:
+        raise bad_option("--seed", ValueError(f"{seed} must be at least 0"))
+
+    import torch
+
+    from ..models.usage import fff_usage
+    from ..tasks import Columns, get_task, read_rows
+    from ..tasks import evaluate as measure
+    from ..tasks.evaluate import batches, check_teacher
+
+    try:
+        kind = get_task(task)
+    except ValueError as error:
+        raise bad_option("--task", error) from error
+    if task == "embeddings" and teacher is None:
+        raise bad_option("--task", ValueError("embeddings are measured against a --teacher, which is missing"))
+    if max_length < kind.least_length:
+        raise bad_option("--max-length", ValueError(f"{max_length} must be at least {kind.least_length} for {task}"))
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise bad_option("--device", ValueError("there is no CUDA device"))
+    rows: list[dict[str, Any]] = []
+    for source in data:
+        try:
+            rows += read_rows(source)
+        except (OSError, ValueError) as error:
+            raise bad_option("--data", error) from error
+
+    place = device.value if device else "cuda" if torch.cuda.is_available() else "cpu"
+    sources = {role: s for role, s in (("model", model), ("teacher", teacher), ("none", none)) if s is not None}
+    loaded = {role: _load(source, kind, place) for role, source in sources.items()}
+    student, tokenizer = loaded["model"]
+    for role, (other, its_tokenizer) in loaded.items():
+        check_teacher(student, other, kind, role)
+        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"{model} and {sources[role]} have different tokenizers: they cannot be compared")
+    encoded = kind.encode(
+        rows[:limit],
+        tokenizer,
+        student.config,
+        max_length=max_length,
+        columns=Columns(tuple(text_columns.split(",")) if text_columns else None, label_column),
+        seed=seed,
+    )
+    dense = loaded["teacher"][0] if teacher is not None else None
+    scores = {
+        role: measure(m, kind, encoded, tokenizer, teacher=dense, batch_size=batch_size, progress=not as_json)
+        for role, (m, _) in loaded.items()
+    }
+    usage = fff_usage(student, (batch for _, batch in batches(encoded, kind.collator(tokenizer), batch_size)))
+    result = {
+        "task": task,
+        "rows": len(encoded.rows),
+        "items": len(encoded),  # texts of embedders, windows of long contexts
+        **{role: {"source": source, "metrics": scores[role]} for role, source in sources.items()},
+        "recovered": _recovered(scores, kind) if none is not None else None,
+        "usage": {str(i): values for i, values in usage.items()},
+    }
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        _show(result, scores)
+
+
+def _load(source: str, task: "Task", device: str) -> tuple[Any, Any]:
+    """A model with the task's head, dense or converted, and its tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from ..surgery.folder import ModelFolder
+
+    folder = ModelFolder.find(source).transformer
+    try:
+        task.check_model(AutoConfig.from_pretrained(folder))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return task.auto_class.from_pretrained(folder).to(device).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _recovered(scores: dict[str, dict[str, float]], task: "Task") -> dict[str, Any]:
+    """(x - none) / (teacher - none); the share is None where the teacher is no other than none."""
+    metric = next(name for name in (task.gap_metric, "agreement", "cosine") if name in scores["model"])
+    x, teacher, none = (scores[role][metric] for role in ("model", "teacher", "none"))
+    return {"metric": metric, "share": (x - none) / (teacher - none) if teacher != none else None}
+
+
+def _show(result: dict[str, Any], scores: dict[str, dict[str, float]]) -> None:
+    title = f"{result['model']['source']}: {result['task']}, {result['rows']} rows"
+    told = table_of("metric", *scores, title=title)
+    for name in scores["model"]:
+        told.add_row(name, *(f"{values[name]:.4f}" for values in scores.values()))
+    out.print(told)
+    if (recovered := result["recovered"]) is not None:
+        share = recovered["share"]
+        found = "cannot be told, for they are alike" if share is None else f"{share:.1%}"
+        out.print(f"recovered of the gap in {recovered['metric']} between none and teacher: {found}")
+    if result["usage"]:
+        used = table_of(
+            "layer", "depth", "nodes never visited", "entropy of the leaves, bits", title="Use of the trees"
+        )
+        for layer, values in result["usage"].items():
+            used.add_row(layer, str(values["depth"]), f"{values['dead']:.1%}", f"{values['entropy']:.2f}")
+        out.print(used)

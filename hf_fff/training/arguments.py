@@ -1,0 +1,83 @@
+"""How to distil: the weights of the loss, the rates, and what was measured to be good for a task."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .objectives import get_objective
+
+_WEIGHTS = ("hidden_weight", "embedding_weight", "logits_weight", "label_weight")
+_FOR_LOGITS = ("logits_weight", "label_weight")
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """transformers' ``TrainingArguments`` with the weights of the loss, a rate for what replaced the FFNs, and other defaults.
+
+    These are the defaults of general distillation; ``task_arguments`` gives those of a task.
+
+    Raises:
+        ValueError: a weight below 0, all of them 0, or a rate or temperature that is not above 0.
+    """
+
+    hidden_weight: float = field(default=0.5, metadata={"help": "Of the hidden states' error in the loss."})
+    embedding_weight: float = field(default=10.0, metadata={"help": "Of 1 - cosine of the embeddings in the loss."})
+    logits_weight: float = field(
+        default=0.0, metadata={"help": "Of temperature**2 * KL(teacher, student), or of the error of a number."}
+    )
+    label_weight: float = field(default=0.0, metadata={"help": "Of the loss on labels, where there are any."})
+    temperature: float = field(default=2.0, metadata={"help": "By which logits are divided for the KL divergence."})
+    fff_learning_rate: float = field(
+        default=1e-3,
+        metadata={"help": "For what replaced the FFNs, output biases included; learning_rate for the rest."},
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "For all but what replaced the FFNs."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the rates fall."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps in which the rates rise; below 1: a share."})
+    report_to: Any = field(default="none", metadata={"help": "Where to report to."})
+    # The filter would hide a loss that is not finite, and wait for the GPU at every step to do so.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN losses out of the logs."})
+    # Nothing is unused: what the loss cannot reach is frozen.
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Passed to DDP."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in _WEIGHTS:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0")
+        if not sum(getattr(self, name) for name in _WEIGHTS) > 0:
+            raise ValueError(f"{', '.join(_WEIGHTS)} are all 0: there is nothing to learn")
+        for name in ("learning_rate", "fff_learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be above 0")
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether the loss looks at logits, so that it must be known what they are."""
+        return any(getattr(self, name) for name in _FOR_LOGITS)
+
+
+_TASK: dict[str, Any] = {
+    "hidden_weight": 1.0,
+    "embedding_weight": 0.0,
+    "logits_weight": 2.0,
+    "label_weight": 0.5,
+    "learning_rate": 2e-4,
+    "fff_learning_rate": 5e-4,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "mlm": {"label_weight": 0.0, "learning_rate": 3e-4, "fff_learning_rate": 1e-3},
+}
+
+
+def task_arguments(task: str, **overrides: Any) -> DistillationArguments:
+    """The arguments of a task's distillation, as they were measured to be good; ``overrides`` come before them.
+
+    Raises:
+        ValueError: a task that has no logits to distil; as ``DistillationArguments``.
+    """
+    get_objective(task)
+    return DistillationArguments(**{**_TASK, **_OWN.get(task, {}), **overrides})

@@ -1,0 +1,178 @@
+"""What is trained on: texts without labels, or the mix of rows from which a task is distilled."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from ..tasks import Encoded, get_task
+from ..tasks.data import Masking, unmasked
+from .objectives import get_objective
+
+_REPLACED = 0.15  # of the tokens, in the copies of labelled rows
+_BATCH_TOKENS = 4096  # of inputs to calibrate on
+
+
+def check_rows(name: str, data: Any, least: int) -> None:
+    """Raises ``ValueError`` where a data set is empty or smaller than a batch; one without length is not looked at."""
+    if data is None or not hasattr(data, "__len__") or isinstance(data, Mapping):
+        return
+    if not len(data):
+        raise ValueError(f"{name} is empty")
+    if len(data) < least:
+        raise ValueError(f"{name} has {len(data)} rows, fewer than one batch, which has {least}")
+
+
+class ByLength(Sampler[int]):
+    """Rows of similar length together, in an order that depends on seed and epoch alone: so resuming finds it again."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class TokenisedTexts(Dataset[dict[str, list[int]]]):
+    """Texts as rows of ids, not padded; held as int32, since lists of integers are ten times as large.
+
+    Args:
+        max_length: longer texts are cut.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: Any, max_length: int) -> None:
+        self.lengths: list[int] = []
+        columns: dict[str, list[Tensor]] = {}
+        for start in range(0, len(texts), 1024):
+            encoded = tokenizer(list(texts[start : start + 1024]), truncation=True, max_length=max_length)
+            self.lengths += [len(row) for row in encoded["input_ids"]]
+            for name, rows in encoded.items():
+                flat = [value for row in rows for value in row]
+                columns.setdefault(name, []).append(torch.tensor(flat, dtype=torch.int32))
+        self._columns = {name: torch.cat(parts) for name, parts in columns.items()}
+        self._ends = torch.tensor(self.lengths, dtype=torch.int64).cumsum(0).tolist()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        end = self._ends[index]
+        return {name: flat[end - self.lengths[index] : end].tolist() for name, flat in self._columns.items()}
+
+
+class TaskMix(Dataset[dict[str, Any]]):
+    """The rows from which a task is distilled: a quarter labelled ones; a quarter copies of them in which 15 % of the tokens
+    are replaced by others of the labelled rows, drawn as often as they occur there; half transfer rows, which are inputs of
+    the same form. Without transfer rows, half and half of the first two. Copies and transfer rows have no labels: what they
+    are to give, the teacher says.
+
+    Of ``"mlm"`` all rows are alike, and other tokens are masked each time.
+
+    A row depends on ``seed`` and its number alone. Rows come in passes, so that each is seen as often as the others.
+
+    Args:
+        length: how many rows to give.
+
+    Raises:
+        ValueError: no labels in ``labelled``, no rows, a task without logits.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        labelled: Encoded,
+        tokenizer: Any,
+        length: int,
+        *,
+        transfer: Encoded | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._objective, self._seed = get_objective(task), seed
+        check_rows("the labelled data", labelled, 1)
+        check_rows("the transfer data", transfer, 1)
+        if length < 1:
+            raise ValueError(f"length={length!r} must be at least 1: as many rows as the training takes")
+        if not labelled.labelled:
+            raise ValueError(f"the data to distil {task!r} on has no labels; what has none is transfer data")
+        self._special = np.array(tokenizer.all_special_ids)
+        self._masking = Masking(tokenizer) if task == "mlm" else None
+        if self._masking and transfer is not None:
+            raise ValueError("of 'mlm' all rows are alike, transfer rows too: give all of them as the labelled data")
+        self._unigrams = np.array([i for ids in labelled.columns["input_ids"] for i in ids], dtype=np.int32)
+        self._unigrams = self._unigrams[~np.isin(self._unigrams, self._special)]
+        pattern: list[tuple[str, Encoded]]  # of what row i is, by i modulo the pattern's length
+        if self._masking:
+            pattern = [("masked", labelled)]
+        else:
+            pattern = [("labelled", labelled), ("replaced", labelled)]
+            pattern += [] if transfer is None else [("transfer", transfer)] * 2
+        orders = {
+            kind: _passes(len(data), torch.Generator().manual_seed(seed + number))
+            for number, (kind, data) in enumerate(dict(pattern).items())
+        }
+        self._rows = [(*pattern[i % len(pattern)], next(orders[pattern[i % len(pattern)][0]])) for i in range(length)]
+        self.lengths = [data.lengths[number] for _, data, number in self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        kind, data, number = self._rows[index]
+        row = data[number]
+        if kind == "labelled":
+            return row
+        if kind == "transfer":
+            return row | self._objective.unlabelled(len(row["input_ids"]))
+        generator = np.random.default_rng((self._seed, index % len(self)))
+        draws = generator.random(len(row["input_ids"]))
+        if self._masking:
+            whole = unmasked({name: torch.tensor(row[name]) for name in ("input_ids", "labels")})
+            masked, labels = self._masking(whole, torch.from_numpy(draws))
+            return row | {"input_ids": masked.tolist(), "labels": labels.tolist()}
+        ids = np.array(row["input_ids"])
+        replaced = (draws < _REPLACED) & ~np.isin(ids, self._special)
+        if replaced.any():
+            ids[replaced] = generator.choice(self._unigrams, int(replaced.sum()))
+        return row | {"input_ids": ids.tolist()} | self._objective.unlabelled(len(ids))
+
+
+def _passes(rows: int, generator: torch.Generator) -> Iterator[int]:
+    """Row numbers without end, in passes of all of them."""
+    while True:
+        yield from torch.randperm(rows, generator=generator).tolist()
+
+
+def calibration_batches(
+    task: str, labelled: Encoded, transfer: Encoded | None, tokenizer: Any, max_tokens: int
+) -> list[dict[str, Tensor]]:
+    """Inputs of the task as the model meets them, without labels, to calibrate on: labelled and transfer rows by turns, in the
+    order in which they come, until there are ``max_tokens`` tokens; padded in batches of similar length."""
+    by_turns = zip_longest(
+        *([(data, i) for i in range(len(data))] for data in (labelled, transfer) if data is not None)
+    )
+    rows, tokens = [], 0
+    for data, i in (place for turn in by_turns for place in turn if place is not None):
+        if tokens >= max_tokens:
+            break
+        rows.append((data, i))
+        tokens += data.lengths[i]
+    rows.sort(key=lambda place: place[0].lengths[place[1]])
+    collate, names = get_task(task).collator(tokenizer), get_objective(task).labels
+    batches: list[dict[str, Tensor]] = []
+    while rows:
+        count = max(1, _BATCH_TOKENS // rows[-1][0].lengths[rows[-1][1]])
+        part, rows = [data[i] for data, i in rows[-count:]], rows[:-count]
+        batches.append(collate([{k: v for k, v in row.items() if k not in names} for row in part]))
+    return batches
