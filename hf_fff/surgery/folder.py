@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from ..config import LayersLike
 from ..files import atomic_folder
+from ..memory import memory_explained
 from ..models import FAMILIES, FAST_CLASSES
 from .calibration import Calibration
 from .convert import convert_ffn_to_fff
@@ -126,13 +127,15 @@ def convert_folder(
     Raises:
         ValueError: as ``convert_ffn_to_fff``, or the output lies in the source or holds it.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
+        RuntimeError: out of memory.
     """
 
     def make() -> Any:
         dense = source.load_dense()
-        fast = convert_ffn_to_fff(
-            dense, config, target_layers=target_layers, init=init, calibration=calibration, seed=seed
-        )
+        with memory_explained("converting", "the calibration's max_tokens or the maximal length of the inputs"):
+            fast = convert_ffn_to_fff(
+                dense, config, target_layers=target_layers, init=init, calibration=calibration, seed=seed
+            )
         return fast if dtype is None else fast.to(dtype)
 
     return write_folder(source, output, make, overwrite=overwrite)

@@ -1,6 +1,7 @@
 """From a student, its teacher and data to a trained student: general distillation on texts, and that of a task."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ _HELD_OUT_ROWS = 2048  # more would only cost time
 @dataclass
 class DistillationReport:
     """What was done, and what it gave on held-out rows, before and after: the mean cosine of the embeddings to the teacher's;
-    of a task also its main metric, and the teacher's own."""
+    of a task also its main metric, and the teacher's own. ``undone``: the training had made that worse, so the student is as it
+    was before."""
 
     rows: int
     held_out: int
@@ -27,6 +29,7 @@ class DistillationReport:
     cosine_before: float
     cosine: float
     loss: float
+    undone: bool = False
     task: str | None = None
     metric: str | None = None
     score_before: float | None = None
@@ -59,6 +62,9 @@ def distil_texts(
         ValueError: too little text; as ``DistillationTrainer``.
         FloatingPointError: as ``DistillationTrainer``.
         RuntimeError: out of memory.
+
+    Warns:
+        UserWarning: the training made the student worse on the held-out texts, and is undone.
     """
     train, test = split_texts(texts, args, held_out)
     max_length = length_for(max_length, student)
@@ -100,6 +106,9 @@ def distil_task(
         ValueError: data that is empty or has no labels, no steps; as ``DistillationTrainer``.
         FloatingPointError: as ``DistillationTrainer``.
         RuntimeError: out of memory.
+
+    Warns:
+        UserWarning: the training made the main metric worse on the held-out rows, and is undone.
     """
     length = mixed_rows(args)
     check_rows("the held-out data", held_out, 1)
@@ -132,10 +141,12 @@ def _distil(
     score: Callable[[Any], float] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Evaluates, trains, and evaluates again: what a report says of that."""
+    """Evaluates, trains, and evaluates again: what a report says of that. Undoes a training that made the student worse, as a
+    short one does: its first steps cost more than they give."""
     if shares_parameters(student, teacher):
         own_parameters(student)
     start = time.monotonic()
+    begun = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
     advice = "the batch size (per_device_train_batch_size) or the maximal length of the inputs"
     with memory_explained("training", advice):
         trainer = DistillationTrainer(student, args, teacher=teacher, **options)
@@ -147,12 +158,23 @@ def _distil(
         finally:
             unprepare(trainer.model)
         scores += [score(student)] if score else []
+    was, now = scores[1:] if scores else (before["eval_cosine"], after["eval_cosine"])
+    if undone := now < was:
+        name = get_task(options["task"]).main_metric if score else "cosine"
+        warnings.warn(
+            f"{done.global_step} steps made the {name} on held-out rows worse ({was:.4f} before, {now:.4f} after) and are undone: "
+            "take more steps, or lower learning rates",
+            stacklevel=3,
+        )
+        student.load_state_dict(begun)
+        after, scores = before, [*scores[:2], *scores[1:2]]
     return {
         "steps": done.global_step,
         "seconds": time.monotonic() - start,
         "cosine_before": before["eval_cosine"],
         "cosine": after["eval_cosine"],
         "loss": after["eval_loss"],
+        "undone": undone,
         **dict(zip(("score_teacher", "score_before", "score"), scores, strict=False)),
     }
 

@@ -16,7 +16,7 @@ from ..models import FAST_CLASSES
 from ..surgery import Calibration, convert_ffn_to_fff
 from ..surgery.folder import ModelFolder, check_places, write_folder
 from ..surgery.text import shuffled
-from ..tasks import Columns, get_task
+from ..tasks import Columns, evaluate, get_task
 from .arguments import DistillationArguments
 from .data import calibration_batches
 from .distil import distil_task, distil_texts, length_for, mixed_rows, split_rows, split_texts
@@ -176,6 +176,7 @@ def _plan_of_task(
         return kind.encode(rows, tokenizer, dense.config, max_length=max_length, columns=columns, seed=args.seed)
 
     test = encode(test_rows, data.columns)
+    evaluate(dense, kind, encode(test_rows[:2], data.columns), tokenizer)  # a package that scoring wants may be missing
     transfer = shuffled(_transfer_rows(data), args.seed)
     if data.task == "mlm":  # where all rows are labelled alike
         rows, transfer = shuffled([*rows, *transfer], args.seed), []

@@ -1,5 +1,9 @@
 """The Triton kernels: on a GPU where there is one, else in Triton's interpreter (see conftest)."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import oracle
 import pytest
@@ -104,3 +108,33 @@ def test_the_operator_uses_it():
     args[0].copy_(args[0].flip(0))
     graph.replay()
     assert torch.allclose(static, want[0].flip(0), rtol=1e-4, atol=1e-4)
+
+
+_COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from hf_fff.ops import triton_backend as t
+
+for levels, activation, dtype, capability in [
+    *[(9, name, "bf16", 90) for name in ("gelu", "gelu_new", "relu", "silu", "identity")],
+    (1, "gelu", "fp32", 80), (5, "gelu", "fp16", 75), (12, "gelu", "bf16", 80),
+]:
+    weights, constants = "*" + dtype, {"LEVELS": levels, "ACTIVATION": activation, "TOKENS": 2}
+    tensors = {"every": weights, "bias": weights, "path": "*i32"}
+    walk = tensors | {"spread": weights, "logits": "*fp32"}
+    slopes = tensors | {"gain": weights, "into_logits": weights, "values": weights, "alpha": "fp32", "tau": "fp32"}
+    for kernel, arguments, more in (
+        (t._walk_kernel, walk, {}), (t._slopes_kernel, slopes, {"ROUTING": True}), (t._slopes_kernel, slopes, {"ROUTING": False}),
+    ):
+        arguments = arguments | {"tokens": "i32", "trees": "i32"}
+        signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
+        made = compile(ASTSource(kernel, signature, constants | more), target=GPUTarget("cuda", capability, 32))
+        assert made.asm["cubin"]
+"""
+
+
+def test_kernels_compile_without_a_gpu(tmp_path):
+    """The interpreter takes much that the compiler does not."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -232,3 +232,13 @@ def test_a_repository_that_cannot_be_reached(monkeypatch, tmp_path, name):
     with pytest.raises(ValueError, match="is neither a folder nor a model of the Hub that can be reached") as caught:
         ModelFolder.find(name)
     assert name in str(caught.value)
+
+
+def test_out_of_memory(tiny, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("hf_fff.surgery.folder.convert_ffn_to_fff", full)
+    with pytest.raises(RuntimeError, match="out of memory while converting: lower the calibration's max_tokens"):
+        convert(tiny, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -285,10 +285,20 @@ def test_from_texts(tmp_path, tokenizer):
     report = done.distillation_report
     assert done is student and not student.training and same(weights(teacher), dense)
     assert (report.rows, report.held_out, report.steps) == (90, 10, 30)
-    assert report.cosine_before < report.cosine < 1
+    assert report.cosine_before < report.cosine < 1 and not report.undone
     assert "forward" not in vars(student.bert)
     with torch.no_grad():
         student(**tiny_inputs(student))
+
+
+def test_a_training_that_makes_it_worse_is_undone(tmp_path, tokenizer):
+    teacher = tiny_bert()
+    student = convert_ffn_to_fff(teacher, "mlp:64")  # as good as the teacher
+    before = weights(student)
+    with pytest.warns(UserWarning, match=r"2 steps made the cosine on held-out rows worse \(1\.0000 before, .* are undone"):
+        distil_texts(student, teacher, texts(), tokenizer, arguments(tmp_path, max_steps=2, learning_rate=1.0))
+    report = student.distillation_report
+    assert report.undone and report.cosine == report.cosine_before and same(weights(student), before)
 
 
 def test_a_tied_head_stays_tied(tmp_path, tokenizer):
