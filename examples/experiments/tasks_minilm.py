@@ -20,7 +20,7 @@ from hf_fff import Calibration, FFFConfig, convert_ffn_to_fff
 from hf_fff.surgery.text import shuffled
 from hf_fff.tasks import evaluate, get_task, read_rows
 from hf_fff.tasks.data import Columns
-from hf_fff.training import distil_task, task_arguments
+from hf_fff.training import arguments_for, distil_task
 from hf_fff.training.data import calibration_batches
 from hf_fff.training.distil import split_rows
 
@@ -155,7 +155,7 @@ def main() -> None:
                 for name, p in student.named_parameters():
                     p.requires_grad_(any(part in name for part in ("weight_in", "bias_in", "weight_out")))
             with tempfile.TemporaryDirectory() as folder:
-                arguments = task_arguments(
+                arguments = arguments_for(
                     task.name,
                     output_dir=folder,
                     max_steps=args.steps,

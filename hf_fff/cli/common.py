@@ -1,6 +1,7 @@
 """The application, and what its commands share."""
 
 from collections.abc import Callable
+from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -33,6 +34,18 @@ Kind = Annotated[
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an output folder that is not empty.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+TextColumns = Annotated[
+    str | None, typer.Option(help="Columns of the texts, such as premise,hypothesis; well-known names by default.")
+]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels; a well-known name by default.")]
+OnDevice = Annotated[Device | None, typer.Option(help="Where to compute; a GPU by default where there is one.")]
 
 
 def reports_errors(command: F) -> F:
@@ -89,6 +102,29 @@ def check_use(fff: str, text: list[Path], output: Path, overwrite: bool) -> None
         check_output(output, overwrite=overwrite)
     except OSError as error:
         raise bad_option("OUT", error) from error
+
+
+def read_data(option: str, sources: list[str]) -> list[dict[str, Any]]:
+    """The rows of all sources that an option names."""
+    from ..tasks import read_rows
+
+    try:
+        return [row for source in sources for row in read_rows(source)]
+    except (ValueError, OSError) as error:
+        raise bad_option(option, error) from error
+
+
+def columns_of(text_columns: str | None, label_column: str | None) -> Any:
+    from ..tasks import Columns
+
+    return Columns(tuple(text_columns.split(",")) if text_columns else None, label_column)
+
+
+def check_device(option: str, device: Device | None) -> None:
+    import torch
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise bad_option(option, ValueError("this machine has no GPU that torch can use"))
 
 
 def facts_of(model: Any, output: Path) -> dict[str, Any]:

@@ -1,32 +1,32 @@
 """``hf-fff distill``."""
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .common import (
+    Device,
     Json,
     Kind,
+    LabelColumn,
+    OnDevice,
     Output,
     Overwrite,
     Seed,
     Source,
+    TextColumns,
     app,
     bad_option,
+    check_device,
     check_use,
+    columns_of,
     facts_of,
     out,
+    read_data,
     reports_errors,
 )
-
-
-class Device(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 @app.command()
@@ -52,10 +52,8 @@ def distill(
     transfer: Annotated[
         list[str] | None, typer.Option(help="Inputs of the task without labels (.txt too); may be repeated.")
     ] = None,
-    text_columns: Annotated[
-        str | None, typer.Option(help="Columns of the texts, such as premise,hypothesis; guessed by default.")
-    ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels; guessed by default.")] = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for the calibration before it.")] = 300,
     calibration_steps: Annotated[
         int | None, typer.Option(min=1, help="Steps a layer instead of a budget: reproducible.")
@@ -63,14 +61,18 @@ def distill(
     max_tokens: Annotated[int, typer.Option(min=256, help="Tokens to calibrate on at most.")] = 600_000,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows a step; 192 by default, 32 with a task.")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="For all but what replaces the FFNs; 4e-4 by default, 2e-4 with a task.")
+        float | None,
+        typer.Option(
+            help="For all but what replaces the FFNs; 4e-4 by default, 2e-4 with a task, less in under 500 steps."
+        ),
     ] = None,
     fff_learning_rate: Annotated[
-        float | None, typer.Option(help="For what replaces the FFNs; 1e-3 by default, 5e-4 with a task.")
+        float | None,
+        typer.Option(help="For what replaces the FFNs; 1e-3 by default, 5e-4 with a task, less in under 500 steps."),
     ] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens at which an input is cut.")] = 128,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where that is safe; for GPUs.")] = False,
-    device: Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU if there is one.")] = Device.auto,
+    device: OnDevice = None,
     seed: Seed = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 1000,
     resume: Annotated[bool, typer.Option(help="Continue from the work folder if there is one.")] = True,
@@ -103,15 +105,14 @@ def distill(
     from ..surgery import Calibration
     from ..surgery.folder import ModelFolder
     from ..surgery.text import read_texts
-    from ..training import DistillationArguments, TaskRows, distil_folder, get_objective, task_arguments
+    from ..training import TaskRows, arguments_for, distil_folder, get_objective
 
     if task:
         try:
             get_objective(task)
         except ValueError as error:
             raise bad_option("--task", error) from error
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise bad_option("--device", ValueError("this machine has no GPU that torch can use"))
+    check_device("--device", device)
     given = {
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": batch_size,
@@ -119,7 +120,6 @@ def distill(
         "fff_learning_rate": fff_learning_rate,
     }
     options: dict[str, Any] = {
-        **({} if task else {"per_device_train_batch_size": 192, "per_device_eval_batch_size": 192}),
         **{name: value for name, value in given.items() if value is not None},
         "output_dir": str(work or output.with_name(f"{output.name}.work")),
         "max_steps": steps,
@@ -132,14 +132,11 @@ def distill(
         "use_cpu": device is Device.cpu,
         "dataloader_pin_memory": torch.cuda.is_available() and device is not Device.cpu,
     }
-    arguments = task_arguments(task, **options) if task else DistillationArguments(**options)
+    arguments = arguments_for(task, **options)
     rows: Any
     if task:
-        from ..tasks import Columns
-
-        columns = Columns(tuple(text_columns.split(",")) if text_columns else None, label_column)
-        labelled = _read("--data", data or []) + _read("--text", [str(path) for path in text or []])
-        rows = TaskRows(task, labelled, _read("--transfer", transfer or []), columns)
+        labelled = read_data("--data", data or []) + read_data("--text", [str(path) for path in text or []])
+        rows = TaskRows(task, labelled, read_data("--transfer", transfer or []), columns_of(text_columns, label_column))
     else:
         rows = [t for path in text or [] for t in read_texts(path)]
     folder = ModelFolder.find(source)
@@ -197,12 +194,3 @@ def _check_data(task: str | None, text: Any, data: Any, of_task: dict[str, Any])
         raise bad_option("--text", ValueError(f"is for distillation without a task, or mlm; {task} learns from --data"))
     elif not data and not text:
         raise bad_option("--data", ValueError(f"is needed with --task {task}"))
-
-
-def _read(option: str, sources: list[str]) -> list[dict[str, Any]]:
-    from ..tasks import read_rows
-
-    try:
-        return [row for source in sources for row in read_rows(source)]
-    except (ValueError, OSError) as error:
-        raise bad_option(option, error) from error

@@ -1,20 +1,28 @@
 """``hf-fff eval``."""
 
 import json
-from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Json, Seed, app, bad_option, out, reports_errors, table_of
+from .common import (
+    Json,
+    LabelColumn,
+    OnDevice,
+    Seed,
+    TextColumns,
+    app,
+    bad_option,
+    check_device,
+    columns_of,
+    out,
+    read_data,
+    reports_errors,
+    table_of,
+)
 
 if TYPE_CHECKING:
     from ..tasks import Task
-
-
-class Device(str, Enum):
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 @app.command("eval")
@@ -32,16 +40,12 @@ def evaluate(
     none: Annotated[
         str | None, typer.Option(help="The same without FFNs: which share of the gap to the teacher MODEL recovers.")
     ] = None,
-    text_columns: Annotated[
-        str | None, typer.Option(help="Columns of text, comma-separated; well-known names by default.")
-    ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels; a well-known name by default.")] = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
     max_length: Annotated[int, typer.Option(min=4, help="Tokens at which a row is cut; at least 32 for qa.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are computed at once.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows to use at most, the first ones.")] = None,
-    device: Annotated[
-        Device | None, typer.Option(help="Where to compute; a GPU by default where there is one.")
-    ] = None,
+    device: OnDevice = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -54,8 +58,8 @@ def evaluate(
     import torch
 
     from ..models.usage import fff_usage
-    from ..tasks import Columns, get_task, read_rows
     from ..tasks import evaluate as measure
+    from ..tasks import get_task
     from ..tasks.evaluate import batches, check_teacher
 
     try:
@@ -66,14 +70,8 @@ def evaluate(
         raise bad_option("--task", ValueError("embeddings are measured against a --teacher, which is missing"))
     if max_length < kind.least_length:
         raise bad_option("--max-length", ValueError(f"{max_length} must be at least {kind.least_length} for {task}"))
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise bad_option("--device", ValueError("there is no CUDA device"))
-    rows: list[dict[str, Any]] = []
-    for source in data:
-        try:
-            rows += read_rows(source)
-        except (OSError, ValueError) as error:
-            raise bad_option("--data", error) from error
+    check_device("--device", device)
+    rows = read_data("--data", data)
 
     place = device.value if device else "cuda" if torch.cuda.is_available() else "cpu"
     sources = {role: s for role, s in (("model", model), ("teacher", teacher), ("none", none)) if s is not None}
@@ -88,7 +86,7 @@ def evaluate(
         tokenizer,
         student.config,
         max_length=max_length,
-        columns=Columns(tuple(text_columns.split(",")) if text_columns else None, label_column),
+        columns=columns_of(text_columns, label_column),
         seed=seed,
     )
     dense = loaded["teacher"][0] if teacher is not None else None

@@ -1,6 +1,6 @@
 """Recipes: subclasses of transformers.Trainer."""
 
-from .arguments import DistillationArguments, task_arguments
+from .arguments import DistillationArguments, arguments_for
 from .data import TaskMix, TokenisedTexts
 from .distil import DistillationReport, distil_task, distil_texts
 from .objectives import get_objective
@@ -14,9 +14,9 @@ __all__ = [
     "TaskMix",
     "TaskRows",
     "TokenisedTexts",
+    "arguments_for",
     "distil_folder",
     "distil_task",
     "distil_texts",
     "get_objective",
-    "task_arguments",
 ]

@@ -97,7 +97,7 @@ def distil_task(
         teacher: a model with a finetuned head; not changed, and the student gets its own parameters as in ``distil_texts``.
         task: a name of ``objectives.OBJECTIVES``.
         train: labelled rows, encoded by the task.
-        args: as ``task_arguments`` gives them, with ``max_steps``.
+        args: as ``arguments_for`` gives them, with ``max_steps``.
         held_out: labelled rows to evaluate on.
         transfer: inputs of the same form, encoded by the task, labels or not.
         resume_from_checkpoint: a checkpoint of the same student, data and args.
@@ -159,7 +159,7 @@ def _distil(
             unprepare(trainer.model)
         scores += [score(student)] if score else []
     was, now = scores[1:] if scores else (before["eval_cosine"], after["eval_cosine"])
-    if undone := now < was:
+    if undone := now < was and after["eval_loss"] > before["eval_loss"]:  # a score of few rows alone is noise
         name = get_task(options["task"]).main_metric if score else "cosine"
         warnings.warn(
             f"{done.global_step} steps made the {name} on held-out rows worse ({was:.4f} before, {now:.4f} after) and are undone: "

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
+from ..config import LayersLike, as_config
 from ..files import atomic_folder, check_output
 from ..memory import memory_explained
 from ..models import FAST_CLASSES
@@ -54,7 +55,7 @@ class _Plan(NamedTuple):
 def distil_folder(
     source: ModelFolder,
     output: Path,
-    config: str,
+    config: LayersLike,
     data: Sequence[str] | TaskRows,
     args: DistillationArguments,
     *,
@@ -96,8 +97,8 @@ def distil_folder(
         held_out = 0.1 if isinstance(data, TaskRows) else 0.02
     options = {
         "source": str(source.root.resolve()),
-        "fff": config,
-        **_described(data),
+        "fff": _named(config),
+        **described(data),
         "calibration": {
             "budget": calibration.budget,
             "steps": calibration.steps,
@@ -113,6 +114,7 @@ def distil_folder(
         "seed": args.seed,
         "bf16": args.bf16,
     }
+    options = json.loads(json.dumps(options))  # as it is read again
     started = _check_work(work, options, resume=resume)
     dense = source.load_dense().to(args.device)
     tokenizer = AutoTokenizer.from_pretrained(source.transformer)
@@ -148,12 +150,15 @@ def _plan_of_texts(
     calibration: Calibration,
 ) -> _Plan:
     split_texts(texts, args, held_out)  # too little text is told now, not after the calibration
+    inputs, _ = split_rows(
+        [t for t in texts if t.strip()], args.seed, held_out
+    )  # on what is held out it is not calibrated
 
     def distil(student: Any, checkpoint: str | None) -> Any:
         options: dict[str, Any] = {"max_length": max_length, "held_out": held_out}
         return distil_texts(student, dense, texts, tokenizer, args, resume_from_checkpoint=checkpoint, **options)
 
-    return _Plan(texts, distil)
+    return _Plan(inputs, distil)
 
 
 def _plan_of_task(
@@ -215,21 +220,28 @@ def _transfer_rows(data: TaskRows) -> list[dict[str, Any]]:
     ]
 
 
-def _described(data: Sequence[str] | TaskRows) -> dict[str, Any]:
+def _named(config: LayersLike) -> Any:
+    """A config, or those of layers, for the options."""
+    if isinstance(config, Mapping) and all(isinstance(key, int) for key in config):
+        return {str(i): as_config(one).to_dict() for i, one in config.items()}
+    return config if isinstance(config, str) else as_config(config).to_dict()
+
+
+def described(data: Sequence[str] | TaskRows) -> dict[str, Any]:
     """For the options of a work folder."""
     if not isinstance(data, TaskRows):
-        return {"texts": _digest(data)}
+        return {"texts": digest(data)}
     columns = data.columns or Columns()
     text = [columns.text] if isinstance(columns.text, str) else list(columns.text or [])
     return {
         "task": data.task,
-        "rows": _digest(map(repr, data.rows)),
-        "transfer": _digest(map(repr, data.transfer)),
+        "rows": digest(map(repr, data.rows)),
+        "transfer": digest(map(repr, data.transfer)),
         "columns": {"text": text, "label": columns.label},
     }
 
 
-def _digest(texts: Iterable[str]) -> str:
+def digest(texts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
@@ -247,11 +259,16 @@ def _check_work(work: Path, options: dict[str, Any], *, resume: bool) -> bool:
         raise ValueError(f"{work} is no work folder of a distillation, and is left as it is: give another") from error
     if not resume:
         return False
+    check_options(work, made_with, options)
+    return True
+
+
+def check_options(work: Path, made_with: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` where what a work folder was made with is not what is wanted now."""
     differing = [k for k in options if made_with.get(k) != options[k]]
     if differing:
         told = ", ".join(f"{k}: {made_with.get(k)!r} there, {options[k]!r} now" for k in differing)
         raise ValueError(f"the work folder {work} was made with other options ({told}); --no-resume starts anew")
-    return True
 
 
 def _last_checkpoint(work: Path) -> str | None:

@@ -295,7 +295,9 @@ def test_a_training_that_makes_it_worse_is_undone(tmp_path, tokenizer):
     teacher = tiny_bert()
     student = convert_ffn_to_fff(teacher, "mlp:64")  # as good as the teacher
     before = weights(student)
-    with pytest.warns(UserWarning, match=r"2 steps made the cosine on held-out rows worse \(1\.0000 before, .* are undone"):
+    with pytest.warns(
+        UserWarning, match=r"2 steps made the cosine on held-out rows worse \(1\.0000 before, .* are undone"
+    ):
         distil_texts(student, teacher, texts(), tokenizer, arguments(tmp_path, max_steps=2, learning_rate=1.0))
     report = student.distillation_report
     assert report.undone and report.cosine == report.cosine_before and same(weights(student), before)

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from hf_fff import DistillationTrainer, convert_ffn_to_fff
 from hf_fff.tasks import evaluate, get_task
-from hf_fff.training import TaskMix, distil_task, task_arguments
+from hf_fff.training import TaskMix, arguments_for, distil_task
 from hf_fff.training.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
@@ -35,7 +35,7 @@ def pair(task, **options):
 def arguments(folder, task="classification", **options):
     usual = {"max_steps": 30, "per_device_train_batch_size": 16, "logging_steps": 5, "save_strategy": "no"}
     usual |= {"learning_rate": 1e-3, "fff_learning_rate": 1e-2, "disable_tqdm": True, "use_cpu": True}
-    return task_arguments(task, output_dir=str(folder), **{**usual, **options})
+    return arguments_for(task, output_dir=str(folder), **{**usual, **options})
 
 
 def make(folder, task, tokenizer, models=None, train=None, **options):
@@ -265,14 +265,21 @@ def test_arguments_out_of_range(tmp_path, name, value):
 
 
 def test_the_arguments_of_tasks(tmp_path):
-    args = task_arguments("qa", output_dir=str(tmp_path))
+    args = arguments_for("qa", output_dir=str(tmp_path))
     assert (args.hidden_weight, args.embedding_weight, args.logits_weight, args.label_weight) == (1, 0, 2, 0.5)
     assert (args.temperature, args.learning_rate, args.fff_learning_rate) == (2, 2e-4, 5e-4)
-    args = task_arguments("mlm", output_dir=str(tmp_path), temperature=1.0)
+    args = arguments_for("mlm", output_dir=str(tmp_path), temperature=1.0)
     assert (args.logits_weight, args.label_weight, args.learning_rate, args.fff_learning_rate) == (2, 0, 3e-4, 1e-3)
     assert args.temperature == 1
+    general = arguments_for(None, output_dir=str(tmp_path), max_steps=3000)
+    assert (general.embedding_weight, general.logits_weight, general.per_device_train_batch_size) == (10, 0, 192)
+    for steps, rates in ((50, (4e-5, 1e-4)), (499, (3.992e-4, 9.98e-4)), (500, (4e-4, 1e-3)), (-1, (4e-4, 1e-3))):
+        args = arguments_for(None, output_dir=str(tmp_path), max_steps=steps)
+        assert (args.learning_rate, args.fff_learning_rate) == pytest.approx(rates)
+    args = arguments_for("qa", output_dir=str(tmp_path), max_steps=50, learning_rate=1.0)
+    assert (args.learning_rate, args.fff_learning_rate) == (1.0, pytest.approx(5e-5))
     with pytest.raises(ValueError, match="'embeddings' has no logits"):
-        task_arguments("embeddings", output_dir=str(tmp_path))
+        arguments_for("embeddings", output_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])

@@ -1,0 +1,133 @@
+"""Whole models against each other, interleaved in one process, on random ids or on real texts, outputs checked first."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+
+from ..models import FAST_CLASSES
+from ..surgery.folder import ModelFolder
+from .timing import interleaved
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_BATCHES = 4  # of random ids, which a call goes through, so that trees are not timed on a handful of paths
+_ROWS = 16  # of real lengths, at least: a call goes through all of them
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Batches as models take them; a call goes through all of them. ``tokens`` are those that are visible."""
+
+    name: str
+    batches: Sequence[Mapping[str, Tensor]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(batch["attention_mask"].sum()) for batch in self.batches)
+
+
+def random_ids(rows: int, tokens: int, vocab_size: int, *, seed: int = 0) -> Workload:
+    """``rows`` x ``tokens``, without padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab_size, (_BATCHES, rows, tokens), generator=generator)
+    return Workload(f"{rows}x{tokens}", [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids])
+
+
+def real_rows(
+    data: Any,
+    collate: Callable[[list[Any]], Mapping[str, Tensor]],
+    batch_size: int,
+    *,
+    seed: int = 0,
+) -> Workload:
+    """Rows drawn from encoded data in batches of ``batch_size``, padded to the longest of the batch, as they come when nobody
+    sorts them. Where there are too few, they come again."""
+    count = batch_size * -(-_ROWS // batch_size)
+    passes = -(-count // len(data))
+    draw = random.Random(seed)
+    order = [i for _ in range(passes) for i in draw.sample(range(len(data)), len(data))][:count]
+    rows = [{name: data[i][name] for name in _INPUTS if name in data[i]} for i in order]
+    return Workload(str(batch_size), [collate(rows[i : i + batch_size]) for i in range(0, count, batch_size)])
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds in which each model goes through a workload; ratios are to the first of them, below 1 is faster."""
+
+    workload: str
+    tokens: int
+    seconds: dict[str, float]
+
+    @property
+    def microseconds(self) -> dict[str, float]:
+        """For each visible token."""
+        return {name: 1e6 * s / self.tokens for name, s in self.seconds.items()}
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        first = next(iter(self.seconds.values()))
+        return {name: s / first for name, s in self.seconds.items()}
+
+
+@torch.no_grad()
+def time_models(
+    models: Mapping[str, Any], workloads: Sequence[Workload], *, rounds: int = 15, seed: int = 0
+) -> list[Timing]:
+    """Times models on the devices where they are, and leaves them in evaluation mode. Each round they take their turns in another order, by ``seed``.
+
+    Raises:
+        ValueError: a workload has longer rows, or other ids, than a model takes.
+        RuntimeError: an output is not finite.
+    """
+    order = random.Random(seed)
+    for model in models.values():
+        model.eval()
+    timings = []
+    for workload in workloads:
+        calls = {name: _call(name, model, workload) for name, model in models.items()}
+        timings.append(Timing(workload.name, workload.tokens, interleaved(calls, rounds=rounds, order=order)))
+    return timings
+
+
+def _call(name: str, model: Any, workload: Workload) -> Callable[[], None]:
+    """Goes through a workload, after it went through it once and what it gives was looked at."""
+    device = next(model.parameters()).device
+    most, known = getattr(model.config, "max_position_embeddings", None), model.config.vocab_size
+    batches = []
+    for batch in workload.batches:
+        ids = batch["input_ids"]
+        if most and ids.shape[1] > most:
+            raise ValueError(f"{workload.name} has rows of {ids.shape[1]} tokens, and {name} takes at most {most}")
+        if int(ids.max()) >= known:
+            raise ValueError(f"{workload.name} has the id {int(ids.max())}, and {name} knows {known} ids")
+        batches.append({k: v.to(device) for k, v in batch.items()})
+        found = [t for t in model(**batches[-1]).to_tuple() if torch.is_tensor(t)]
+        if not all(bool(t.isfinite().all()) for t in found):
+            raise RuntimeError(f"the output of {name} is not finite: nothing was timed")
+
+    def call() -> None:
+        for batch in batches:
+            model(**batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return call
+
+
+def load_model(source: str) -> Any:
+    """A model, dense or converted, with the head that its config names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = ModelFolder.find(source).transformer
+    config = AutoConfig.from_pretrained(folder)
+    name = (config.architectures or ["AutoModel"])[0]
+    fast = {kind.__name__: kind for kind in FAST_CLASSES.values()}
+    model_class: Any = fast.get(name) or getattr(transformers, name, AutoModel)
+    return model_class.from_pretrained(folder).eval()

@@ -1,0 +1,404 @@
+"""The search: candidates from the fastest on, each calibrated and distilled, until one keeps what is asked.
+
+How fast a candidate is does not depend on what its weights are, so that is measured first, on untrained conversions: what
+cannot win is not trained. It is measured again on the trained model, and that counts.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoTokenizer
+
+from ..bench.model import load_model, real_rows, time_models
+from ..files import atomic_folder, check_output
+from ..memory import memory_explained
+from ..surgery import Calibration, convert_ffn_to_fff
+from ..surgery.folder import ModelFolder, check_places
+from ..training import DistillationArguments, TaskRows, TokenisedTexts, distil_folder
+from ..training.data import calibration_batches
+from ..training.distil import length_for
+from ..training.work import check_options, described, digest
+from .quality import HeldOut, Quality
+from .results import Choice, Plan, Result
+from .rows import Data
+
+_STATE = "search.json"  # in the work folder, beside the models and what is left of trainings
+_CALIBRATING, _TRAINING = 0.25, 0.6  # shares of a candidate's seconds; the rest is for measuring
+_LEAST_STEPS = 50
+_ROUNDS = 11
+_MIXED = 2  # candidates with different kinds in different layers, at most
+_SAMPLE = 512  # rows to measure a step on
+_LAYERS_STEPS, _LAYERS_TOKENS = 200, 100_000  # to find out which layers are hard to fit
+_OPTIMISER = 1.2  # what a step takes, in forward and backward passes
+
+
+def choose(
+    source: ModelFolder,
+    output: Path,
+    data: Data,
+    plan: Plan,
+    arguments: Callable[[Path, int], DistillationArguments],
+    *,
+    time_on: str | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    tell: Callable[[str], object] = lambda _: None,
+) -> Choice:
+    """Finds the fastest model that keeps what is asked, and writes it as ``distil_folder`` does, whole or not at all.
+
+    What is found on the way lies in ``OUT.work``, where an interrupted search goes on; it is removed in the end.
+
+    Args:
+        arguments: of a work folder and a number of steps, how to distil.
+        time_on: a device to measure times on; by default where it is trained.
+        tell: hears what is going on.
+
+    Raises:
+        ValueError: as ``distil_folder``; the dense model's own score is not above 0; the work folder was made with other
+            options, or is none.
+        FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
+        RuntimeError: out of memory.
+    """
+    work = output.with_name(f"{output.name}.work")
+    for place in (output, work):
+        check_places(source, place)
+    check_output(output, overwrite=overwrite)
+    search = _Search(source, work, data, plan, arguments, time_on, resume, tell)
+    try:
+        chosen = search.run()
+    except ValueError:
+        if all(r.share is None for r in search.results.values()):  # wrong data: there is nothing that could go on
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    if chosen is not None:
+        with atomic_folder(output, overwrite=overwrite) as new:
+            shutil.copytree(search.model_folder(chosen), new, dirs_exist_ok=True)
+    shutil.rmtree(work)
+    results = sorted(search.results.values(), key=lambda r: r.relative)
+    return Choice(search.held_out.metric, plan.keep, len(data.held_out), search.dense_facts, results, chosen)
+
+
+class _Search:
+    def __init__(
+        self,
+        source: ModelFolder,
+        work: Path,
+        data: Data,
+        plan: Plan,
+        arguments: Callable[[Path, int], DistillationArguments],
+        time_on: str | None,
+        resume: bool,
+        tell: Callable[[str], object],
+    ) -> None:
+        self.source, self.work, self.data, self.plan = source, work, data, plan
+        self.arguments, self.tell = arguments, tell
+        self.args = arguments(work / "training", 1)
+        self.time_on = torch.device(time_on or self.args.device)
+        self.options = self._options()
+        state = _opened(work, self.options, resume=resume)
+        self.results = {name: Result(**fields) for name, fields in state.get("results", {}).items()}
+        self.dense_facts: dict[str, Any] = state.get("dense", {})
+        self.spent: float = state.get("spent", 0.0)  # seconds, up to when this was written
+        self.mark = time.monotonic()
+        self.dense = source.load_dense().to(self.args.device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(source.transformer)
+        self.max_length = length_for(plan.max_length, self.dense)
+        self.held_out = HeldOut(
+            data.task,
+            data.held_out,
+            self.tokenizer,
+            self.dense.config,
+            max_length=self.max_length,
+            columns=data.columns,
+            seed=plan.seed,
+        )
+        self.held_out.task.check_model(self.dense)
+        self.sample = self._sample()  # what is wrong with the rows is told now
+        collate = self.held_out.task.collator(self.tokenizer)
+        self.workloads = [real_rows(self.held_out.all, collate, size, seed=plan.seed) for size in plan.batch_sizes]
+
+    def _options(self) -> dict[str, Any]:
+        """All that a candidate's result depends on."""
+        plan, args = asdict(self.plan), self.args
+        of_plan = {k: v for k, v in plan.items() if k not in ("keep", "every", "mixed")}
+        options = {
+            "source": str(self.source.root.resolve()),
+            "task": self.data.task,
+            "train": described(self.data.train),
+            "held_out": digest(map(repr, self.data.held_out)),
+            **of_plan,
+            "time_on": str(self.time_on),
+            "batch_size": args.per_device_train_batch_size,
+            "learning_rate": args.learning_rate,
+            "fff_learning_rate": args.fff_learning_rate,
+            "bf16": args.bf16,
+        }
+        return cast("dict[str, Any]", json.loads(json.dumps(options)))  # as it is read again
+
+    def save(self) -> None:
+        """In one piece: an interruption leaves the last one."""
+        now = time.monotonic()
+        self.spent, self.mark = self.spent + now - self.mark, now
+        state = {
+            "options": self.options,
+            "spent": self.spent,
+            "dense": self.dense_facts,
+            "results": {name: asdict(result) for name, result in self.results.items()},
+        }
+        told = json.dumps(state, indent=2)
+        if not self.work.exists():
+            with atomic_folder(self.work) as new:
+                (new / _STATE).write_text(told, encoding="utf-8")
+            return
+        written = self.work / f"{_STATE}.new"
+        written.write_text(told, encoding="utf-8")
+        os.replace(written, self.work / _STATE)
+
+    # The search
+
+    def run(self) -> Result | None:
+        with memory_explained("measuring", "the batch sizes or the maximal length of the inputs"):
+            if not self.dense_facts:
+                shutil.rmtree(self.work, ignore_errors=True)  # a search that is not to be continued
+                self._measure_dense()
+        queue = sorted(
+            (self.results[name] for name in self.plan.candidates if self.results[name].relative < 1),
+            key=lambda r: r.relative,
+        )
+        mixed = _MIXED if self.plan.mixed and len(queue) > 1 else 0
+        for number, result in enumerate(queue):
+            self._train(result, len(queue) - number + mixed)
+            if self._keeps(result) and not self.plan.every:
+                break
+        best = self._best()
+        faster = [r for r in queue if r.share is not None and best and r.relative < best.relative]
+        if self.plan.mixed and best and faster and not best.layers:
+            self._mix(best, max(faster, key=lambda r: r.relative))
+            best = self._best()
+        for result in self.results.values():
+            result.note = self._note(result, best)
+        return best
+
+    def _keeps(self, result: Result) -> bool:
+        return result.share is not None and result.share >= self.plan.keep and result.relative < 1
+
+    def _best(self) -> Result | None:
+        """The fastest of those that keep what is asked."""
+        return min(filter(self._keeps, self.results.values()), key=lambda r: r.relative, default=None)
+
+    def _note(self, result: Result, best: Result | None) -> str:
+        if result.failed:
+            return result.failed
+        if result.relative >= 1:
+            return "slower than the dense model" + ("" if result.share is not None else ": skipped")
+        if result is best:
+            return "chosen"
+        if result.share is None:
+            return "not trained: slower than what is chosen"
+        return "" if self._keeps(result) else "keeps too little"
+
+    def _mix(self, slow: Result, fast: Result) -> None:
+        """The kind that keeps enough in the layers that are hardest to fit, the next faster one in the others: in half of the
+        layers, then in fewer if that kept enough, else in more."""
+        order = self._hardest_first(slow.name)
+        count = (len(order) + 1) // 2
+        for left in range(_MIXED, 0, -1):
+            if not 0 < count < len(order):
+                return
+            layers = {str(i): slow.name if i in order[:count] else fast.name for i in sorted(order)}
+            name = f"{slow.name} in {','.join(str(i) for i in sorted(order[:count]))}, else {fast.name}"
+            if name not in self.results:
+                self._measure_untrained([Result(name, layers)])
+            result = self.results[name]
+            if result.relative >= slow.relative:
+                return  # no faster than what keeps enough already
+            self._train(result, left)
+            count = count // 2 if self._keeps(result) else (count + len(order) + 1) // 2
+
+    def _hardest_first(self, kind: str) -> list[int]:
+        """Layers, by what a short fit of that kind leaves unexplained."""
+        known: dict[str, list[int]] = self.dense_facts.setdefault("hardest", {})
+        if kind not in known:
+            self.tell(f"which layers are hard to fit with {kind}")
+            plan = Calibration(
+                self.data.train if isinstance(self.data.train, list) else self._inputs(),
+                tokenizer=self.tokenizer,
+                budget=None,
+                steps=min(self.plan.steps or _LAYERS_STEPS, _LAYERS_STEPS),
+                max_tokens=min(self.plan.max_tokens, _LAYERS_TOKENS),
+                max_length=self.max_length,
+                seed=self.plan.seed,
+                progress=False,
+            )
+            fitted = convert_ffn_to_fff(self.dense, kind, calibration=plan, seed=self.plan.seed)
+            unexplained: dict[int, float] = fitted.calibration_report.unexplained
+            known[kind] = sorted(unexplained, key=lambda i: -unexplained[i])
+            self.save()
+        return known[kind]
+
+    # Training
+
+    def model_folder(self, result: Result) -> Path:
+        return self.work / "models" / result.slug
+
+    def _train(self, result: Result, left: int) -> None:
+        """Calibrates, distils and measures a candidate, unless that is done. ``left``: so many share the seconds that are left."""
+        if result.share is not None or result.failed:
+            return
+        if result.steps is None:
+            self._allot(result, left)
+            self.save()  # so that it goes on with as many
+        self.tell(f"{result.name}: {result.steps} steps, {result.relative:.2f} of the dense model's time")
+        try:
+            model = self._distilled(result)
+            with memory_explained("measuring", "the batch sizes or the maximal length of the inputs"):
+                quality = self.held_out.measure(model, self.dense)
+                self._time({result.name: model})
+        except FloatingPointError as error:  # of this candidate alone
+            result.failed = str(error)
+            self.tell(f"{result.name}: {error}")
+        else:
+            dense = Quality(self.dense_facts["score"], tuple(self.dense_facts["groups"]))
+            result.score, result.share, result.error = quality.value, quality.share(dense), quality.error(dense)
+            self.tell(f"{result.name} keeps {result.share:.2%} at {result.relative:.2f} of the time")
+        self.save()
+
+    def _distilled(self, result: Result) -> Any:
+        folder, training = self.model_folder(result), self.work / "training" / result.slug
+        if training.exists() or not folder.exists():  # else it was interrupted while it was measured
+            assert result.steps is not None
+            args = self.arguments(training, result.steps)
+            distil_folder(
+                self.source,
+                folder,
+                result.config,
+                self.data.train,
+                args,
+                calibration=Calibration(
+                    None,
+                    **cast("dict[str, Any]", result.calibration),
+                    max_tokens=self.plan.max_tokens,
+                    seed=self.plan.seed,
+                    progress=not args.disable_tqdm,
+                ),
+                max_length=self.plan.max_length,
+                overwrite=True,
+            )
+        return load_model(str(folder)).to(self.args.device)
+
+    def _allot(self, result: Result, left: int) -> None:
+        plan = self.plan
+        if plan.steps is not None:
+            result.steps = plan.steps
+            result.calibration = {"budget": None, "steps": plan.calibration_steps or plan.steps}
+            return
+        seconds = max(plan.budget - self.spent - (time.monotonic() - self.mark), 0.0) / left
+        assert result.step_seconds is not None
+        result.steps = max(_LEAST_STEPS, int(_TRAINING * seconds / result.step_seconds))
+        result.calibration = {"budget": max(_CALIBRATING * seconds, 1.0), "steps": plan.calibration_steps}
+
+    # Measuring
+
+    def _measure_dense(self) -> None:
+        metric = self.held_out.metric
+        self.tell(f"the dense model: {metric} on {len(self.data.held_out)} rows, and how fast the candidates are")
+        quality = self.held_out.measure(self.dense, self.dense)
+        if not quality.value > 0:
+            raise ValueError(
+                f"the dense model's {metric} is {quality.value:.4f} on held-out rows: there is nothing to keep"
+            )
+        self.dense_facts = {"score": quality.value, "groups": list(quality.groups)}
+        self._measure_untrained([Result(name) for name in self.plan.candidates])
+
+    def _measure_untrained(self, results: list[Result]) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the converted model is not calibrated")
+            models = {
+                r.name: convert_ffn_to_fff(self.dense, r.config, seed=self.plan.seed).to(self.args.device).eval()
+                for r in results
+            }
+        self.results |= {r.name: r for r in results}
+        self._time(models)
+        if self.plan.steps is None:
+            for result in results:
+                result.step_seconds = self._step_seconds(models[result.name])
+        self.save()
+
+    def _time(self, models: dict[str, Any]) -> None:
+        """Writes times into the results of these names. What is measured is how many times as long as the dense model they
+        take, side by side; microseconds are that, times what the dense model took when it was measured first."""
+        models = {"dense": self.dense, **models}
+        for model in models.values():
+            model.to(self.time_on)
+        try:
+            timings = time_models(models, self.workloads, rounds=_ROUNDS, seed=self.plan.seed)
+        finally:
+            for model in models.values():
+                model.to(self.args.device)
+        dense = self.dense_facts.setdefault("microseconds", {t.workload: t.microseconds["dense"] for t in timings})
+        for name in models.keys() - {"dense"}:
+            ratios = {t.workload: t.ratios[name] for t in timings}
+            self.results[name].microseconds = {w: dense[w] * ratio for w, ratio in ratios.items()}
+            self.results[name].relative = statistics.geometric_mean(ratios.values())
+
+    def _step_seconds(self, model: Any) -> float:
+        """About how long a step of the distillation takes, from a few passes."""
+        collate, device = self.held_out.task.collator(self.tokenizer), self.args.device
+        (batch, *_) = real_rows(self.sample, collate, self.args.train_batch_size, seed=self.plan.seed).batches
+        batch = {k: v.to(device) for k, v in batch.items()}
+        times = []
+        for _ in range(4):
+            start = time.monotonic()
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
+                with torch.no_grad():
+                    self.dense(**batch)
+                out = model(**batch, output_hidden_states=True)
+                found = [*out.hidden_states, *(t for t in out.to_tuple() if torch.is_tensor(t))]
+                loss = torch.stack([t.float().square().mean() for t in found]).sum()
+            loss.backward()
+            float(loss.detach())  # waits for a GPU
+            times.append(time.monotonic() - start)
+        model.zero_grad(set_to_none=True)
+        self.dense.zero_grad(set_to_none=True)  # of which the model has the attention
+        return _OPTIMISER * sorted(times[1:])[1]
+
+    def _sample(self) -> Any:
+        """Some of what is trained on, encoded."""
+        train = self.data.train
+        if not isinstance(train, TaskRows):
+            return TokenisedTexts(train[:_SAMPLE], self.tokenizer, self.max_length)
+        return self.held_out.task.encode(
+            train.rows[:_SAMPLE],
+            self.tokenizer,
+            self.dense.config,
+            max_length=self.max_length,
+            columns=train.columns,
+            seed=self.plan.seed,
+        )
+
+    def _inputs(self) -> list[dict[str, torch.Tensor]]:
+        return calibration_batches(self.data.task, self.sample, None, self.tokenizer, _LAYERS_TOKENS)
+
+
+def _opened(work: Path, options: Mapping[str, Any], *, resume: bool) -> dict[str, Any]:
+    """What an interrupted search left; an empty dict where there is nothing to continue."""
+    if not work.exists() or (work.is_dir() and not any(work.iterdir())):
+        return {}
+    try:
+        state = json.loads((work / _STATE).read_text(encoding="utf-8"))
+        made_with = dict(state["options"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{work} is no work folder of a search: move it away, or give another OUT") from error
+    if not resume:
+        return {}
+    check_options(work, made_with, options)
+    return cast("dict[str, Any]", state)

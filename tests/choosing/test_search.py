@@ -1,0 +1,259 @@
+"""The search: what it tries, in which order, what it takes, and that it goes on where it stopped."""
+
+import pytest
+from command import listing
+from transformers import AutoModelForSequenceClassification
+
+from hf_fff.bench.model import Timing
+from hf_fff.choosing import Plan, search
+
+pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
+
+
+def kinds(trained):
+    return [kind for kind, *_ in trained]
+
+
+def notes(choice):
+    return {r.name: r.note for r in choice.results}
+
+
+def model_in(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_the_fastest_that_keeps_enough_is_taken(lab):
+    choice = lab.run(0.85, mixed=False)
+    assert choice.chosen.name == "2x2" and choice.chosen.share == pytest.approx(0.9) and choice.chosen.relative == 0.7
+    # from the fastest on, and no further than needed; all of them timed before
+    assert kinds(lab.trained) == ["none", "mlp:4", "2x2"]
+    assert lab.timed[0] == ["dense", "none", "mlp:4", "2x2", "2x3", "8x4"]
+    assert notes(choice) == {
+        "none": "keeps too little",
+        "mlp:4": "keeps too little",
+        "2x2": "chosen",
+        "2x3": "not trained: slower than what is chosen",
+        "8x4": "slower than the dense model: skipped",
+    }
+    assert choice.metric == "accuracy" and choice.rows == 12 and choice.dense["score"] == 0.8
+    assert {c.shorthand for c in model_in(lab.output).config.fff_layers.values()} == {"2x2"}
+    assert (lab.output / "tokenizer.json").is_file() and not lab.work.exists()
+
+
+def test_order_is_by_time_not_as_given(lab):
+    lab.time = {"none": 0.9, "2x2": 0.4, "mlp:4": 0.5}
+    assert lab.run(0.85, "none,mlp:4,2x2,mlp:4").chosen.name == "2x2"
+    assert kinds(lab.trained) == ["2x2"]
+
+
+def test_all_are_tried_if_asked(lab):
+    lab.share["mlp:4"] = 0.95
+    choice = lab.run(0.85, every=True, mixed=False)
+    assert kinds(lab.trained) == ["none", "mlp:4", "2x2", "2x3"] and choice.chosen.name == "mlp:4"
+    # 2x2 is slower than mlp:4 and keeps less
+    assert [r.name for r in choice.frontier] == ["none", "mlp:4", "2x3"]
+    assert notes(choice)["2x3"] == ""
+
+
+def test_times_count_as_they_are_after_training(lab, monkeypatch):
+    """2x2 turns out slower than the dense model when it is trained."""
+    fake = search.time_models
+
+    def time_models(models, workloads, **options):
+        if len(models) == 2 and "2x2" in models:
+            lab.time["2x2"] = 1.2
+        return fake(models, workloads, **options)
+
+    monkeypatch.setattr(search, "time_models", time_models)
+    choice = lab.run(0.85, mixed=False)
+    assert choice.chosen.name == "2x3" and notes(choice)["2x2"] == "slower than the dense model"
+
+
+def test_batch_sizes_count_alike(lab, monkeypatch):
+    """The geometric mean of 1/2 and 8 is 2, of 1/8 and 2 is 1/2."""
+    ratios = {"none": {"1": 0.5, "32": 8.0}, "2x2": {"1": 0.125, "32": 2.0}}
+
+    def time_models(models, workloads, **_):
+        return [
+            Timing(w.name, 10, {name: 3.0 * ratios.get(name, {}).get(w.name, 1.0) for name in models})
+            for w in workloads
+        ]
+
+    monkeypatch.setattr(search, "time_models", time_models)
+    choice = lab.run(0.85, "none,2x2", mixed=False)
+    assert [(r.name, r.relative) for r in choice.results] == [("2x2", pytest.approx(0.5)), ("none", pytest.approx(2.0))]
+    assert choice.results[0].microseconds == {"1": pytest.approx(3e5 / 8), "32": pytest.approx(6e5)}
+    assert choice.dense["microseconds"] == {"1": pytest.approx(3e5), "32": pytest.approx(3e5)}
+
+
+def test_nothing_keeps_enough(lab, tmp_path):
+    before = listing(tmp_path)
+    choice = lab.run(0.995)
+    assert choice.chosen is None and choice.best.name == "2x3" and choice.best.share == pytest.approx(0.99)
+    assert listing(tmp_path) == before
+
+
+def test_nothing_is_faster(lab, tmp_path):
+    choice = lab.run(0.1, "8x4")
+    assert choice.chosen is None and choice.best is None and lab.trained == [] and not lab.output.exists()
+
+
+def test_steps_are_as_given(lab):
+    lab.run(0.99, steps=11)
+    assert {tuple(t[1:]) for t in lab.trained} == {(11, 11, None)}
+    lab.trained.clear()
+    lab.output.rename(lab.output.with_name("other"))
+    lab.run(0.99, steps=11, calibration_steps=3)
+    assert {tuple(t[1:]) for t in lab.trained} == {(11, 3, None)}
+
+
+def test_a_budget_is_divided(lab, monkeypatch):
+    """No second passes: three candidates and two mixed ones get a fifth each of 1000 s, 60 % of it for steps."""
+    clock = [0.0]
+    monkeypatch.setattr(search.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(search._Search, "_step_seconds", lambda self, model: 0.5)
+    monkeypatch.setattr(search, "distil_folder", _taking(search.distil_folder, clock, 200.0))
+    choice = lab.run(0.995, "none,mlp:4,2x2", budget=1000.0)
+    assert [t[1:] for t in lab.trained] == [(240, None, 50.0)] * 3
+    assert {r.steps for r in choice.results} == {240}
+
+
+def test_a_small_budget_gives_fifty_steps(lab):
+    lab.run(0.9, "none,2x2", budget=0.001)
+    assert [t[1:] for t in lab.trained] == [(50, None, 1.0)] * 2
+
+
+def _taking(distil, clock, seconds):
+    def slow(*args, **options):
+        clock[0] += seconds
+        return distil(*args, **options)
+
+    return slow
+
+
+def test_mixed_takes_the_slower_kind_where_it_is_needed(lab):
+    """Layer 1 is hardest to fit, then 2. Two of three layers keep enough, one does not."""
+    lab.unexplained = {0: 0.1, 1: 0.5, 2: 0.3}
+    lab.time |= {"2x2/2x3/2x3": 0.77, "2x2/2x3/2x2": 0.73}
+    lab.share |= {"2x2/2x3/2x3": 0.98, "2x2/2x3/2x2": 0.95}
+    choice = lab.run(0.97)
+    assert kinds(lab.trained) == ["none", "mlp:4", "2x2", "2x3", "2x2/2x3/2x3", "2x2/2x3/2x2"]
+    assert choice.chosen.name == "2x3 in 1,2, else 2x2"
+    assert choice.chosen.layers == {"0": "2x2", "1": "2x3", "2": "2x3"}
+    assert notes(choice)["2x3 in 1, else 2x2"] == "keeps too little"
+    assert [c.shorthand for c in model_in(lab.output).config.fff_layers.values()] == ["2x2", "2x3", "2x3"]
+
+
+def test_mixed_goes_on_to_fewer_layers_where_that_is_enough(lab):
+    lab.unexplained = {0: 0.1, 1: 0.5, 2: 0.3}
+    lab.time |= {"2x2/2x3/2x3": 0.77, "2x2/2x3/2x2": 0.73}
+    lab.share |= {"2x2/2x3/2x3": 0.98, "2x2/2x3/2x2": 0.975}
+    assert lab.run(0.97).chosen.name == "2x3 in 1, else 2x2"
+
+
+def test_mixed_is_not_trained_where_it_is_no_faster(lab):
+    lab.unexplained = {0: 0.1, 1: 0.5, 2: 0.3}
+    lab.time["2x2/2x3/2x3"] = 0.81
+    choice = lab.run(0.97)
+    assert choice.chosen.name == "2x3" and kinds(lab.trained)[-1] == "2x3"
+    assert notes(choice)["2x3 in 1,2, else 2x2"] == "not trained: slower than what is chosen"
+
+
+def test_no_mixed_where_the_fastest_is_enough(lab):
+    assert lab.run(0.5).chosen.name == "none" and kinds(lab.trained) == ["none"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("at", ["mlp:4", "2x2/2x3/2x3"])
+def test_an_interrupted_search_goes_on(lab, at, when):
+    lab.unexplained = {0: 0.1, 1: 0.5, 2: 0.3}
+    lab.time |= {"2x2/2x3/2x3": 0.77, "2x2/2x3/2x2": 0.73}
+    lab.share |= {"2x2/2x3/2x3": 0.98, "2x2/2x3/2x2": 0.95}
+    whole = kinds(lab.run(0.97) and lab.trained)
+    chosen = listing(lab.output)
+    lab.output.rename(lab.output.with_name("whole"))
+    lab.trained.clear()
+    lab.fail_at = (at, when)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        lab.run(0.97)
+    assert not lab.output.exists() and kinds(lab.trained) == whole[: whole.index(at) + 1]
+    kept = listing(lab.work)
+    for options, message in (({"steps": 8}, "steps: 7 there, 8 now"), ({"rows": 61}, "train: ")):
+        with pytest.raises(ValueError, match=f"made with other options .*{message}.*--no-resume"):
+            lab.run(0.97, **options)
+    assert listing(lab.work) == kept
+    lab.fail_at = None
+    timed = len(lab.timed)
+    lab.trained.clear()
+    assert lab.run(0.97).chosen.name == "2x3 in 1,2, else 2x2"
+    assert [t for t in lab.timed[timed:] if len(t) > 3] == []  # what was timed is not timed again
+    assert kinds(lab.trained) == whole[whole.index(at) + (when == "after") :]
+    assert listing(lab.output) == chosen and not lab.work.exists()
+
+
+def test_what_is_asked_may_change_when_it_goes_on(lab):
+    """The results hold whatever share is asked."""
+    lab.fail_at = ("2x2", "before")
+    with pytest.raises(RuntimeError):
+        lab.run(0.97)
+    lab.fail_at = None
+    lab.trained.clear()
+    assert lab.run(0.75, mixed=False).chosen.name == "mlp:4" and lab.trained == []
+
+
+def test_a_search_starts_anew_if_asked(lab):
+    lab.fail_at = ("2x2", "before")
+    with pytest.raises(RuntimeError):
+        lab.run(0.97, steps=5)
+    lab.fail_at = None
+    lab.trained.clear()
+    assert lab.run(0.75, resume=False).chosen.name == "mlp:4" and kinds(lab.trained)[0] == "none"
+
+
+def test_the_work_folder_of_another(lab):
+    lab.work.mkdir()
+    (lab.work / "thesis.txt").write_text("ten years of work")
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="is no work folder of a search"):
+            lab.run(0.9, resume=resume)
+    assert listing(lab.work) == {"thesis.txt": b"ten years of work"}
+
+
+def test_a_training_that_goes_wrong_ends_no_search(lab, monkeypatch):
+    distil = search.distil_folder
+
+    def diverging(source, output, config, *args, **options):
+        if config == "mlp:4":
+            raise FloatingPointError("the loss is not finite at step 3")
+        return distil(source, output, config, *args, **options)
+
+    monkeypatch.setattr(search, "distil_folder", diverging)
+    choice = lab.run(0.85, mixed=False)
+    assert choice.chosen.name == "2x2" and notes(choice)["mlp:4"] == "the loss is not finite at step 3"
+
+
+def test_a_dense_model_that_knows_nothing(lab, monkeypatch, tmp_path):
+    before = listing(tmp_path)
+    monkeypatch.setattr(search.HeldOut, "measure", lambda *_: search.Quality(0.0, ()))
+    with pytest.raises(ValueError, match="the dense model's accuracy is 0.0000 .* nothing to keep"):
+        lab.run(0.9)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"keep": 0.0},
+        {"keep": 1.01},
+        {"candidates": ()},
+        {"candidates": ("9",)},
+        {"batch_sizes": ()},
+        {"batch_sizes": (0,)},
+        {"steps": 0},
+        {"calibration_steps": 0},
+        {"budget": 0.0},
+    ],
+)
+def test_a_wrong_plan(fields):
+    with pytest.raises(ValueError, match=next(iter(fields)) if fields != {"candidates": ("9",)} else "fff='9'"):
+        Plan(**{"keep": 0.9, "candidates": ("none",), **fields})
