@@ -31,6 +31,26 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(request):
+    """Where shapes are tiny: on a busy machine, threads that wait for each other make them a thousand times slower. The
+    kernels' own tests take all threads."""
+    if request.path.parent.name in ("ops", "layers"):
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from task_rows import tiny_tokenizer
+
+    return tiny_tokenizer()
+
+
 @pytest.fixture(scope="session")
 def minilm_path() -> Path:
     """The folder of a real sentence-transformers model, all-MiniLM-L6-v2."""

@@ -10,15 +10,6 @@ from hf_fff.bench import layer
 from hf_fff.ops import loader
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine, threads that wait for each other make tiny shapes a thousand times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_rows():
     rows = layer.bench_layer(FFFConfig(2, 3), 16, [1, 6], rounds=3)
     assert [row.tokens for row in rows] == [1, 6]

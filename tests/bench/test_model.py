@@ -15,15 +15,6 @@ from hf_fff.bench import timing
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine, threads that wait for each other make tiny shapes a thousand times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pad(rows):
     """A collator written by hand: zeros behind."""
     longest = max(len(row["input_ids"]) for row in rows)

@@ -3,27 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
-from task_rows import rows_of, tiny_tokenizer
+from task_rows import rows_of
 from tiny import HEADS, tiny_bert
 
 from hf_fff.bench.model import Timing
 from hf_fff.choosing import HeldOut, Plan, Quality, choose, prepare, search
 from hf_fff.surgery.folder import ModelFolder, convert_folder
 from hf_fff.training import arguments_for
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture

@@ -15,15 +15,6 @@ def usual_width(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine, threads that wait for each other make tiny shapes a thousand times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def model(tmp_path):
     """A tiny classifier with its tokenizer, in a folder."""
