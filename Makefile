@@ -12,7 +12,7 @@ FAST = -m "not full"
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-compat lint bench clean venv
+.PHONY: help demo test test-full test-compat sanitize lint bench clean venv
 .DELETE_ON_ERROR:
 
 # $(call install,FOLDER,CONSTRAINTS): a virtual environment with hf_fff, editable. torch comes first and alone, so that
@@ -53,6 +53,12 @@ test-full: $(VENV)/.stamp ## all tests
 
 test-compat: $(VENV_COMPAT)/.stamp ## the fast tests with the oldest supported transformers
 	@"$(VENV_COMPAT)/bin/python" $(PYTEST) $(FAST) $(PYTEST_ARGS)
+
+sanitize: ## the C++ core of the kernels under ASan and UBSan, with each instruction set of this machine; needs no Python
+	@mkdir -p build
+	@$(CXX) -g -O1 -std=c++20 -fsanitize=address,undefined -fno-sanitize-recover=undefined -pthread -Ikernels \
+		kernels/tests/check.cpp kernels/cpu/fff.cpp -o build/check
+	@for isa in avx512 avx2 baseline; do HF_FFF_ISA=$$isa build/check || exit 1; done
 
 lint: $(VENV)/.stamp ## ruff and mypy
 	@"$(VENV)/bin/python" -m ruff check --quiet .

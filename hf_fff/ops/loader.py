@@ -295,7 +295,7 @@ def _build_in(folder: Path, library: Library, compiler: _Compiler) -> Status:
     if hasattr(os, "ST_NOEXEC") and os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise OSError(f"{folder} is on a file system mounted noexec")
     path = folder / library.file_name
-    logger.info("hf_fff: compiling the %s library, once, about 10 s", library.name)
+    logger.info("hf_fff: compiling the %s library, once, about 25 s", library.name)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as work:
         fresh = Path(work) / library.file_name

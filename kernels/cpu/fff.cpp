@@ -3,11 +3,17 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
+#include <numeric>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "order.h"
 #include "scalar.h"
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -15,41 +21,66 @@
 namespace hf_fff {
 namespace {
 
-// All visits of a batch, sorted by node: visit order[i] for i in [start[n], start[n + 1]) is one of node n, in the order
-// of the tokens. A visit is an index into [tokens, trees, levels].
-struct Visits {
-  std::vector<int64_t> start, order;
-};
+constexpr int64_t few_tokens = 64;      // tokens that forward_few takes at a time
+constexpr int64_t most_tokens = 16384;  // tokens that forward_by_tree takes at a time
+constexpr int64_t chunk_tokens = 1024;  // of which it finishes so many at a time: what one part of a tree needs stays near
+constexpr int64_t column_part = 64;     // columns of the weights' gradients that a thread takes, at least
 
 // What an instruction set offers.
 template <class T> struct Kernels {
-  void (*forward_range)(const Forward<T>&, int64_t, int64_t);
-  void (*backward_tokens)(const Backward<T>&, accumulator_t<T>*, accumulator_t<T>*, int64_t, int64_t);
-  void (*backward_nodes)(const Backward<T>&, const Visits&, const accumulator_t<T>*, const accumulator_t<T>*, int64_t,
-                         int64_t, int64_t, int64_t);
-  int64_t node_columns;  // columns that backward_nodes handles at a time
+  void (*forward_few)(const Forward<T>&, int64_t, int64_t);
+  void (*descend)(const Descent<T>&, int32_t*, int32_t*, int64_t, int64_t, int64_t);
+  void (*outputs)(const Descent<T>&, const int32_t*, int64_t, accumulator_t<T>*);
+  void (*backward_tokens)(const Backward<T>&, int64_t, const int64_t*, int64_t, accumulator_t<T>*, accumulator_t<T>*,
+                          accumulator_t<T>*, int64_t);
+  void (*backward_columns)(const Backward<T>&, int64_t, const int64_t*, const accumulator_t<T>*, const accumulator_t<T>*,
+                           int64_t, int64_t);
 };
 
-#define FFF_KERNELS                                                                                                   \
-  template <class T> constexpr Kernels<T> kernels{forward_range<T>, backward_tokens<T>, backward_nodes<T>, node_columns};
+#define FFF_KERNELS                                                                                         \
+  template <class T> constexpr Kernels<T> kernels{forward_few<T>, descend<T>, outputs<T>, backward_tokens<T>, \
+                                                   backward_columns<T>};
 
 #if defined(__x86_64__)
 namespace avx512 {
 #define FFF_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
 #define FFF_BYTES 64
 #include "simd.h"
-#include "kernels.h"
+#include "rows.h"
+#include "activation.h"
+#include "forward.h"
+#include "backward.h"
 FFF_KERNELS
 #undef FFF_INLINE
 #undef FFF_BYTES
 #undef FFF_TARGET
 }  // namespace avx512
 
+namespace avx512_bf16 {  // for bfloat16 alone
+#define FFF_TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")))
+#define FFF_BYTES 64
+#define FFF_BF16
+#include "simd.h"
+#include "rows.h"
+#include "activation.h"
+#include "forward.h"
+#include "backward.h"
+FFF_KERNELS
+#undef FFF_INLINE
+#undef FFF_BF16
+#undef FFF_BYTES
+#undef FFF_TARGET
+}  // namespace avx512_bf16
+
 namespace avx2 {
 #define FFF_TARGET __attribute__((target("avx2,fma,f16c")))
 #define FFF_BYTES 32
 #include "simd.h"
-#include "kernels.h"
+#include "rows.h"
+#include "activation.h"
+#include "forward.h"
+#include "backward.h"
 FFF_KERNELS
 #undef FFF_INLINE
 #undef FFF_BYTES
@@ -61,7 +92,10 @@ namespace baseline {  // what the compiler targets by itself: SSE2, Neon, ...
 #define FFF_TARGET
 #define FFF_BYTES 16
 #include "simd.h"
-#include "kernels.h"
+#include "rows.h"
+#include "activation.h"
+#include "forward.h"
+#include "backward.h"
 FFF_KERNELS
 #undef FFF_INLINE
 #undef FFF_BYTES
@@ -88,7 +122,8 @@ Choice choose() {
   if (std::find(available.begin(), available.end(), wanted) != available.end()) return {wanted, ""};
   std::string names;
   for (const auto& name : available) names += (names.empty() ? "" : ", ") + name;
-  return {available.front(), "HF_FFF_ISA='" + std::string(wanted) + "' is not available on this machine (available: " + names + ")"};
+  const std::string what = "HF_FFF_ISA='" + std::string(wanted) + "' is not available on this machine";
+  return {available.front(), what + " (available: " + names + ")"};
 }
 
 const Choice& choice() {
@@ -98,6 +133,10 @@ const Choice& choice() {
 
 template <class T> const Kernels<T>& pick() {
 #if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    static const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
+    if (has_bf16 && choice().name == "avx512") return avx512_bf16::kernels<T>;
+  }
   static const Kernels<T>& picked = choice().name == "avx512" ? avx512::kernels<T>
                                     : choice().name == "avx2" ? avx2::kernels<T>
                                                               : baseline::kernels<T>;
@@ -105,6 +144,18 @@ template <class T> const Kernels<T>& pick() {
 #else
   return baseline::kernels<T>;
 #endif
+}
+
+int64_t second_level_cache() {
+  static const int64_t bytes = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or less where the system does not know
+#else
+    const int64_t told = 0;
+#endif
+    return told > 0 ? std::clamp<int64_t>(told, 256 << 10, 4 << 20) : int64_t{1} << 20;
+  }();
+  return bytes;
 }
 
 template <class F> void parallel(const ParallelFor& host, int64_t count, int64_t grain, const F& f) {
@@ -122,32 +173,113 @@ int64_t token_grain(const Shape& s, int64_t rows_per_visit) {
   return std::max<int64_t>(1, elements / std::max<int64_t>(1, s.walk() * rows_per_visit * s.hidden));
 }
 
-Visits sort_by_node(const Shape& s, const int32_t* path, const ParallelFor& host) {
-  const int64_t levels = s.levels(), walk = s.walk(), tree_nodes = s.tree_nodes();
-  Visits v;
-  v.start.assign(s.nodes() + 1, 0);
-  v.order.resize(s.tokens * walk);
-  parallel(host, s.trees, 1, [&](int64_t first, int64_t last) {  // a counting sort a tree
-    std::vector<int64_t> next(tree_nodes);
-    for (int64_t k = first; k < last; ++k) {
-      std::fill(next.begin(), next.end(), 0);
-      for (int64_t t = 0; t < s.tokens; ++t)
-        for (int64_t l = 0; l < levels; ++l) ++next[path[t * walk + k * levels + l]];
-      int64_t at = k * s.tokens * levels;
-      for (int64_t n = 0; n < tree_nodes; ++n) {
-        v.start[k * tree_nodes + n] = at;
-        at += next[n];
-        next[n] = v.start[k * tree_nodes + n];
-      }
-      for (int64_t t = 0; t < s.tokens; ++t)
-        for (int64_t l = 0; l < levels; ++l) {
-          const int64_t visit = t * walk + k * levels + l;
-          v.order[next[path[visit]]++] = visit;
+// Where the sums of a result are kept until they are complete: in the result itself where that has their type.
+template <class T> accumulator_t<T>* sums_of(T* result, accumulator_t<T>* own) {
+  if constexpr (std::is_same_v<T, accumulator_t<T>>) return result;
+  else return own;
+}
+
+template <class T> std::unique_ptr<accumulator_t<T>[]> own_sums(int64_t count) {
+  return std::make_unique_for_overwrite<accumulator_t<T>[]>(std::is_same_v<T, accumulator_t<T>> ? 0 : count);
+}
+
+template <class T> void finish_sums(T* result, const accumulator_t<T>* own, int64_t count) {
+  if constexpr (!std::is_same_v<T, accumulator_t<T>>) store_converted(result, own, count);
+}
+
+// The paths and logits of the tokens order[0, n), if the caller wants them.
+template <class T>
+void report(const Forward<T>& f, int64_t tree, int64_t first, const Descent<T>& d, const int32_t* order, int64_t n) {
+  for (int64_t i = 0; i < n && (f.path || f.logits); ++i) {
+    const int64_t visit = ((first + order[i]) * f.shape.trees + tree) * d.levels;
+    for (int64_t l = 0; f.path && l < d.levels; ++l) f.path[visit + l] = int32_t(d.visited(order[i], l));
+    if (f.logits) std::copy_n(d.z + order[i] * d.levels, d.levels, f.logits + visit);
+  }
+}
+
+template <class T>
+Descent<T> descent(const Forward<T>& f, int64_t tree, int64_t first, int32_t* node, accumulator_t<T>* z) {
+  const int64_t hidden = f.shape.hidden, root = tree * f.shape.tree_nodes();
+  return {f.x + first * hidden, f.weight_in + root * hidden, f.bias_in + root, f.weight_out + root * hidden,
+          hidden, f.shape.levels(), f.activation, tree > 0, node, z};
+}
+
+// Deep trees, much larger than the second-level cache: one after the other, in two halves. All tokens of a large block
+// (threads take a part each) go down the first levels, whose rows stay in the cache; they are sorted by the subtree they
+// reached, and subtree by subtree (threads take a part of the sorted tokens each, and with it a part of the tree) they go
+// down the rest, are sorted by leaf and get their outputs. So a row comes from memory once a block, or little more.
+template <class T> void forward_by_tree(const Forward<T>& f, const ParallelFor& host, int64_t grain) {
+  using A = accumulator_t<T>;
+  const Kernels<T>& k = pick<T>();
+  const Shape& s = f.shape;
+  const int64_t hidden = s.hidden, levels = s.levels(), top = stage_levels(levels);
+  int64_t most = most_tokens;
+  if (!std::is_same_v<T, A>) most = std::clamp<int64_t>((int64_t{4} << 20) / hidden, few_tokens, most);  // 16 MB of sums
+  const int64_t block = std::min(s.tokens, most);
+  const auto node = std::make_unique_for_overwrite<int32_t[]>(3 * block);
+  const auto z = std::make_unique_for_overwrite<A[]>(block * levels);
+  const auto own = own_sums<T>(block * hidden);
+  int32_t *order = node.get() + block, *spare = order + block;
+  for (int64_t first = 0; first < s.tokens; first += block) {
+    const int64_t count = std::min(block, s.tokens - first);
+    A* sums = sums_of(f.y + first * hidden, own.get());
+    for (int64_t tree = 0; tree < s.trees; ++tree) {
+      const Descent<T> d = descent(f, tree, first, node.get(), z.get());
+      parallel(host, count, grain, [&](int64_t begin, int64_t end) {
+        std::fill(d.node + begin, d.node + end, 0);
+        std::iota(order + begin, order + end, int32_t(begin));
+        k.descend(d, order + begin, spare + begin, end - begin, 0, top);
+      });
+      std::iota(order, order + count, 0);
+      sort_by_node(order, spare, count, d.node, int(std::min(top, levels - 1)));
+      parallel(host, count, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t n; begin < end; begin += n) {
+          n = std::min(chunk_tokens, end - begin);
+          k.descend(d, order + begin, spare + begin, n, top, levels);
+          k.outputs(d, order + begin, n, sums);
+          report(f, tree, first, d, order + begin, n);
         }
+      });
+    }
+    if (own.get() == sums)
+      parallel(host, count, grain, [&](int64_t begin, int64_t end) {
+        finish_sums(f.y + (first + begin) * hidden, sums + begin * hidden, (end - begin) * hidden);
+      });
+  }
+}
+
+// Trees that fit the second-level cache, more or less: each thread takes blocks of tokens that fit there too, and goes
+// through all trees with them, first down, then for the outputs.
+template <class T> void forward_by_block(const Forward<T>& f, const ParallelFor& host, int64_t grain) {
+  using A = accumulator_t<T>;
+  const Kernels<T>& k = pick<T>();
+  const Shape& s = f.shape;
+  parallel(host, s.tokens, grain, [&](int64_t begin, int64_t end) {
+    const int64_t hidden = s.hidden, levels = s.levels();
+    const int64_t token_bytes = hidden * int64_t(sizeof(A)) + s.walk() * 8;
+    const int64_t most = std::clamp<int64_t>(second_level_cache() / token_bytes, few_tokens, chunk_tokens);
+    const int64_t block = std::min(end - begin, most);
+    const auto node = std::make_unique_for_overwrite<int32_t[]>((2 * s.trees + 1) * block);
+    const auto z = std::make_unique_for_overwrite<A[]>(s.trees * block * levels);
+    const auto own = own_sums<T>(block * hidden);
+    int32_t *order = node.get() + s.trees * block, *spare = order + s.trees * block;
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t n = std::min(block, end - first);
+      A* sums = sums_of(f.y + first * hidden, own.get());
+      for (int64_t tree = 0; tree < s.trees; ++tree) {
+        const Descent<T> d = descent(f, tree, first, node.get() + tree * block, z.get() + tree * block * levels);
+        std::fill_n(d.node, n, 0);
+        std::iota(order + tree * block, order + tree * block + n, 0);
+        k.descend(d, order + tree * block, spare, n, 0, levels);
+      }
+      for (int64_t tree = 0; tree < s.trees; ++tree) {
+        const Descent<T> d = descent(f, tree, first, node.get() + tree * block, z.get() + tree * block * levels);
+        k.outputs(d, order + tree * block, n, sums);
+        report(f, tree, first, d, order + tree * block, n);
+      }
+      finish_sums(f.y + first * hidden, sums, n * hidden);
     }
   });
-  v.start[s.nodes()] = s.tokens * walk;
-  return v;
 }
 
 }  // namespace
@@ -160,37 +292,72 @@ bool is_valid_path(const Shape& s, const int32_t* path) {
 }
 
 template <class T> void forward(const Forward<T>& f, const ParallelFor& host) {
-  const Kernels<T>& k = pick<T>();
-  parallel(host, f.shape.tokens, token_grain(f.shape, 2), [&](int64_t begin, int64_t end) { k.forward_range(f, begin, end); });
+  constexpr int64_t few = 8, by_tree = 96;  // measured: below, another meeting of the threads costs more than it gives
+  const int64_t grain = token_grain(f.shape, 2), tree_bytes = f.shape.tree_nodes() * f.shape.hidden * int64_t(sizeof(T));
+  if (f.shape.tokens < few) {
+    const Kernels<T>& k = pick<T>();
+    parallel(host, f.shape.tokens, grain, [&](int64_t begin, int64_t end) { k.forward_few(f, begin, end); });
+  } else if (f.shape.tokens >= by_tree && tree_bytes > second_level_cache()) {
+    forward_by_tree(f, host, grain);
+  } else {
+    forward_by_block(f, host, grain);
+  }
 }
 
 template <class T> void backward(const Backward<T>& b, const ParallelFor& host) {
   using A = accumulator_t<T>;
   const Kernels<T>& k = pick<T>();
   const Shape& s = b.shape;
-  std::vector<A> grad_logits(s.tokens * s.walk()), values(s.tokens * s.walk());
-  const int64_t rows_per_visit = b.routing_gradient != 0 ? 2 + s.depth : 2;
-  parallel(host, s.tokens, token_grain(s, rows_per_visit), [&](int64_t begin, int64_t end) {
-    k.backward_tokens(b, grad_logits.data(), values.data(), begin, end);
+  const int64_t hidden = s.hidden;
+  const auto grad_logits = std::make_unique_for_overwrite<A[]>(s.tokens * s.walk());
+  const auto values = std::make_unique_for_overwrite<A[]>(s.tokens * s.walk());
+  const auto order = std::make_unique_for_overwrite<int64_t[]>(s.trees * s.tokens);
+  const int64_t grain = token_grain(s, b.routing_gradient != 0 ? 2 + s.depth : 2);
+  parallel(host, s.trees, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, s.tokens)), [&](int64_t first, int64_t last) {
+    for (int64_t tree = first; tree < last; ++tree) {
+      int64_t* o = order.get() + tree * s.tokens;
+      std::iota(o, o + s.tokens, int64_t{0});
+      sort_by_leaf(s, b.path, tree, o, s.tokens);
+    }
   });
+  bool by_tree = false;
+  if constexpr (std::is_same_v<T, A>) {  // deep trees, one after the other: threads take a part of the sorted tokens each
+    by_tree = s.tree_nodes() * hidden * int64_t(sizeof(T)) > second_level_cache();
+    for (int64_t tree = 0; by_tree && tree < s.trees; ++tree)
+      parallel(host, s.tokens, grain, [&](int64_t begin, int64_t end) {
+        const int64_t* o = order.get() + tree * s.tokens;
+        k.backward_tokens(b, tree, o + begin, end - begin, grad_logits.get(), values.get(), b.grad_x, 0);
+      });
+  }
+  if (!by_tree)  // threads take blocks of tokens through all trees
+    parallel(host, s.tokens, grain, [&](int64_t begin, int64_t end) {
+      const int64_t most = second_level_cache() / (hidden * int64_t(sizeof(A)));
+      const int64_t block = std::min(end - begin, std::clamp<int64_t>(most, few_tokens, chunk_tokens));
+      const auto part = std::make_unique_for_overwrite<int64_t[]>(block);
+      const auto own = own_sums<T>(b.grad_x ? block * hidden : 0);
+      for (int64_t first = begin; first < end; first += block) {
+        const int64_t n = std::min(block, end - first);
+        A* sums = b.grad_x ? sums_of(b.grad_x + first * hidden, own.get()) : nullptr;
+        for (int64_t tree = 0; tree < s.trees; ++tree) {
+          std::iota(part.get(), part.get() + n, first);
+          sort_by_leaf(s, b.path, tree, part.get(), n);
+          k.backward_tokens(b, tree, part.get(), n, grad_logits.get(), values.get(), sums, first);
+        }
+        if (b.grad_x) finish_sums(b.grad_x + first * hidden, sums, n * hidden);
+      }
+    });
   if (!b.grad_weight_in) return;
 
-  const Visits visits = sort_by_node(s, b.path, host);
-  // Pieces of about equal work: ranges of nodes with about as many visits, times blocks of columns.
-  constexpr int64_t pieces = 16, cost_of_a_node = 2;
-  std::vector<int64_t> bounds{0};
-  const int64_t work = s.tokens * s.walk() + cost_of_a_node * s.nodes();
-  for (int64_t n = 0; n < s.nodes(); ++n)
-    if (visits.start[n + 1] + cost_of_a_node * (n + 1) >= int64_t(bounds.size()) * work / pieces && n + 1 < s.nodes())
-      bounds.push_back(n + 1);
-  bounds.push_back(s.nodes());
-  const int64_t blocks = bounds.size() - 1, chunks = (s.hidden + k.node_columns - 1) / k.node_columns;
-  const int64_t grain = work * s.hidden < 50'000 ? blocks * chunks : 1;
-  parallel(host, blocks * chunks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t column = i / blocks * k.node_columns;
-      k.backward_nodes(b, visits, grad_logits.data(), values.data(), bounds[i % blocks], bounds[i % blocks + 1], column,
-                       std::min(column + k.node_columns, s.hidden));
+  // Each tree's columns in parts: a thread that has neighbouring parts of a tree takes them together.
+  const int64_t parts = (hidden + column_part - 1) / column_part;
+  const int64_t part_grain = (s.tokens * s.walk() + s.nodes()) * hidden < 50'000 ? s.trees * parts : 1;
+  parallel(host, s.trees * parts, part_grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin, last; i < end; i = last) {
+      const int64_t tree = i / parts;
+      last = std::min(end, (tree + 1) * parts);
+      const int64_t column = (i - tree * parts) * column_part;
+      const int64_t column_end = std::min(hidden, (last - tree * parts) * column_part);
+      k.backward_columns(b, tree, order.get() + tree * s.tokens, grad_logits.get(), values.get(), column, column_end);
     }
   });
 }

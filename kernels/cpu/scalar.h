@@ -49,8 +49,8 @@ template <> inline double from_accumulator<double>(double v) { return v; }
 template <> inline bfloat16 from_accumulator<bfloat16>(float v) { return to_bfloat16(v); }
 template <> inline float16 from_accumulator<float16>(float v) { return to_float16(v); }
 
-template <class T> inline void store_converted(T* to, const accumulator_t<T>* from, int count) {
-  for (int i = 0; i < count; ++i) to[i] = from_accumulator<T>(from[i]);
+template <class T> inline void store_converted(T* to, const accumulator_t<T>* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from_accumulator<T>(from[i]);
 }
 
 inline double erf_of(double x) { return std::erf(x); }
@@ -76,6 +76,27 @@ inline float erf_of(float x) {
   return x * p / q;
 }
 
-template <class A> inline A sigmoid(A z) { return A(1) / (A(1) + std::exp(-z)); }
+inline double exp_of(double x) { return std::exp(x); }
+
+// exp for loops that vectorise: 2^n times a polynomial, without a branch or a call. Largest error 2e-7 relative between
+// -87 and 87, where it stays for what lies outside. A NaN stays one.
+inline float exp_of(float x) {
+  x = x < -87.f ? -87.f : x;
+  x = x > 87.f ? 87.f : x;
+  const float shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the integer part ends up in the last bits
+  const float n = shifted - 12582912.f;
+  float r = x - n * 0.693145752f;  // ln 2 in two parts
+  r = r - n * 1.42860677e-6f;
+  float p = 1.98756915e-4f;
+  p = p * r + 1.39819995e-3f;
+  p = p * r + 8.33345192e-3f;
+  p = p * r + 4.16657962e-2f;
+  p = p * r + 1.66666655e-1f;
+  p = p * r + 5.00000012e-1f;
+  p = p * (r * r) + r;
+  return (p + 1.f) * bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
+}
+
+template <class A> inline A sigmoid(A z) { return A(1) / (A(1) + exp_of(-z)); }
 
 }  // namespace hf_fff

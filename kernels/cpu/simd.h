@@ -14,7 +14,17 @@ template <class A> using Vec = typename Lanes<A>::vector;
 
 template <class A> FFF_INLINE Vec<A> zero() { return Vec<A>{}; }
 
-template <class A> FFF_INLINE Vec<A> broadcast(A a) { return Vec<A>{} + a; }
+template <class A> FFF_INLINE Vec<A> broadcast(A a) { return a - Vec<A>{}; }
+
+// Keeps what was loaded in a register: GCC would rather load it again for each of its uses.
+template <class V> FFF_INLINE V in_register(V v) {
+#if defined(__x86_64__) && FFF_BYTES == 64
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
 
 // ---- loads: storage -> accumulator --------------------------------------------------------------------------------
 FFF_INLINE Vec<float> load(const float* p) { Vec<float> v; std::memcpy(&v, p, sizeof v); return v; }
