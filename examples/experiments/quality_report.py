@@ -70,6 +70,16 @@ With the Triton kernels a step of a tree costs {ratio:.2f}x a step of the dense 
 At this size most of a step is launching kernels, whatever stands in the place of the FFN.
 """
 
+MODELS = """
+## How fast the models are
+
+`hf-fff bench model`, PyTorch {torch}, float32, {threads} threads of an {cpu}, {isa}; random ids, models by turns, medians. Microseconds a token, and how
+many times as fast as the original. With random weights, since they do not change the time much.
+
+| | {names} |
+|---|{lines}|
+"""
+
 MISSING = """
 ## What is not measured yet
 
@@ -169,9 +179,23 @@ def step(row: dict) -> str:
     )
 
 
+def models(found: dict) -> str:
+    timings = found["rows"]
+    text = MODELS.format(
+        **{k: found[k] for k in ("torch", "threads", "cpu", "isa")},
+        names=" | ".join(t["workload"] for t in timings),
+        lines="|".join(["---"] * len(timings)),
+    )
+    for name in timings[0]["microseconds"]:
+        cells = [f"{t['microseconds'][name]:.1f}, {1 / t['ratios'][name]:.2f}x" for t in timings]
+        text += f"| {name} | {' | '.join(cells)} |\n"
+    return text
+
+
 def main() -> None:
     rows = rows_of("quality_minilm.jsonl")
-    page = HEAD + general(rows) + calibrated(rows) + rates(rows) + step(rows_of("step_time.jsonl")[-1]) + MISSING
+    page = HEAD + general(rows) + calibrated(rows) + rates(rows) + step(rows_of("step_time.jsonl")[-1])
+    page += models(rows_of("model_time.jsonl")[-1]) + MISSING
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(page, encoding="utf-8")
 
