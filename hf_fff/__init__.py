@@ -8,58 +8,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .models import register as _register
+from .models import class_names, known_types, register
 
 if TYPE_CHECKING:
     from .config import FFFConfig as FFFConfig
     from .layers import FFF as FFF
-    from .models.fastbert.configuration_fastbert import FastBertConfig as FastBertConfig
-    from .models.fastbert.modeling_fastbert import FastBertForMaskedLM as FastBertForMaskedLM
-    from .models.fastbert.modeling_fastbert import FastBertForMultipleChoice as FastBertForMultipleChoice
-    from .models.fastbert.modeling_fastbert import (
-        FastBertForNextSentencePrediction as FastBertForNextSentencePrediction,
-    )
-    from .models.fastbert.modeling_fastbert import FastBertForPreTraining as FastBertForPreTraining
-    from .models.fastbert.modeling_fastbert import FastBertForQuestionAnswering as FastBertForQuestionAnswering
-    from .models.fastbert.modeling_fastbert import (
-        FastBertForSequenceClassification as FastBertForSequenceClassification,
-    )
-    from .models.fastbert.modeling_fastbert import FastBertForTokenClassification as FastBertForTokenClassification
-    from .models.fastbert.modeling_fastbert import FastBertModel as FastBertModel
+    from .models import FFNInterface as FFNInterface
+    from .models import register_family as register_family
     from .models.usage import fff_usage as fff_usage
     from .surgery import Calibration as Calibration
     from .surgery import convert_ffn_to_fff as convert_ffn_to_fff
+    from .surgery import load_fff as load_fff
+    from .surgery import save_fff as save_fff
     from .training import DistillationArguments as DistillationArguments
     from .training import DistillationTrainer as DistillationTrainer
 
-_FASTBERT = "models.fastbert.modeling_fastbert"
 _HOME = {
     "FFF": "layers",
     "FFFConfig": "config",
+    "FFNInterface": "models",
     "Calibration": "surgery",
     "convert_ffn_to_fff": "surgery",
     "fff_usage": "models.usage",
+    "load_fff": "surgery",
+    "register_family": "models",
+    "save_fff": "surgery",
     "DistillationArguments": "training",
     "DistillationTrainer": "training",
-    "FastBertConfig": "models.fastbert.configuration_fastbert",
-    "FastBertModel": _FASTBERT,
-    "FastBertForPreTraining": _FASTBERT,
-    "FastBertForMaskedLM": _FASTBERT,
-    "FastBertForNextSentencePrediction": _FASTBERT,
-    "FastBertForSequenceClassification": _FASTBERT,
-    "FastBertForMultipleChoice": _FASTBERT,
-    "FastBertForTokenClassification": _FASTBERT,
-    "FastBertForQuestionAnswering": _FASTBERT,
 }
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+# Fast<Family>Config, Fast<Family>Model and the heads of all families
+_CLASSES = [name for model_type in known_types() for name in class_names(model_type)]
+
+__all__ = ["__version__", *_HOME, *_CLASSES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOME and not name.startswith("Fast"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
+    value = getattr(import_module(f".{_HOME.get(name, 'models.classes')}", __name__), name)
+    if name in _HOME:
+        globals()[name] = value
     return value
 
 
@@ -67,4 +56,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-_register()
+register()

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from ..models import FAST_CLASSES
+from ..models import classes
 from ..surgery.folder import ModelFolder
 from .timing import interleaved
 
@@ -128,6 +128,5 @@ def load_model(source: str) -> Any:
     folder = ModelFolder.find(source).transformer
     config = AutoConfig.from_pretrained(folder)
     name = (config.architectures or ["AutoModel"])[0]
-    fast = {kind.__name__: kind for kind in FAST_CLASSES.values()}
-    model_class: Any = fast.get(name) or getattr(transformers, name, AutoModel)
+    model_class: Any = getattr(classes if name.startswith("Fast") else transformers, name, AutoModel)
     return model_class.from_pretrained(folder).eval()

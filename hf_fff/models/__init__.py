@@ -1,6 +1,6 @@
 """The Fast<Family> models: transformers' own classes with fast feedforward networks inside."""
 
-from .auto import FAST_CLASSES, register
-from .families import FAMILIES, FFNInterface
+from .classes import class_names, fast_class, known_types, register, register_family
+from .families import FAMILIES, FFN, FFNInterface
 
-__all__ = ["FAMILIES", "FAST_CLASSES", "FFNInterface", "register"]
+__all__ = ["FAMILIES", "FFN", "FFNInterface", "class_names", "fast_class", "known_types", "register", "register_family"]

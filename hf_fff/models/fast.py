@@ -1,13 +1,12 @@
 """What every Fast<Family> class adds to the transformers class that it inherits from."""
 
-import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 from transformers import initialization as init
 
 from ..config import FFFConfig, layers_from_json, layers_to_json, resolve_layers
-from ..layers import FFF, MLP, NoFFN, OutputBias, feedforward
+from ..layers import Feedforward, OutputBias
 from .families import FAMILIES, FFNInterface
 
 
@@ -23,12 +22,16 @@ class FastConfigMixin:
         fff: Any
         num_hidden_layers: int
 
-    def normalise_fff(self) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self._normalise_fff()
+
+    def _normalise_fff(self) -> None:
         value = self.fff
         if isinstance(value, dict) and "version" in value:
             layers = layers_from_json(value, self.num_hidden_layers)
         else:
-            activation = getattr(self, FAMILIES[self.dense_model_type].activation)
+            activation = FAMILIES[self.dense_model_type].activation_of(self)
             defaults = {} if isinstance(value, FFFConfig) else {"activation": activation}
             layers = resolve_layers(value, self.num_hidden_layers, **defaults)
         self.fff = layers_to_json(layers, self.num_hidden_layers)
@@ -47,13 +50,11 @@ class FastConfigMixin:
 
 def replace_ffns(base_model: nn.Module, family: FFNInterface, layers: dict[int, FFFConfig]) -> None:
     """Puts new FFFs where the FFNs of ``layers`` are."""
+    family.check_shared(base_model, layers)
     for index, block in enumerate(family.blocks(base_model)):
-        if index not in layers:
-            continue
-        weight = block.get_submodule(family.dense_out).weight
-        like = {"device": weight.device, "dtype": weight.dtype}
-        block.set_submodule(family.ffn_in, feedforward(weight.shape[0], layers[index], **like))
-        block.set_submodule(family.dense_out, OutputBias(weight.shape[0], **like))
+        for ffn in family.ffns(block) if index in layers else ():
+            if ffn.fast is None:  # a shared one is there already
+                ffn.replace(layers[index])
 
 
 class FastModelMixin:
@@ -74,7 +75,7 @@ class FastModelMixin:
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, (FFF, MLP, NoFFN, OutputBias)):
+        if isinstance(module, (Feedforward, OutputBias)):
             module.reset_parameters(init)
 
     @classmethod
@@ -115,8 +116,7 @@ def _mismatched(info: dict[str, Any]) -> list[str]:
 
 
 def _check_ffn_weights(model: Any, info: dict[str, Any], source: Any) -> None:
-    names = "|".join(re.escape(part) for part in model.family.ffn_keys())
-    is_ffn = re.compile(rf"(^|\.){re.escape(model.family.layers)}\.\d+\.({names})").search
+    is_ffn = model.family.ffn_key().search
     problems = {
         "missing": info["missing_keys"],
         "unexpected": info["unexpected_keys"],

@@ -12,7 +12,7 @@ from .families import FFNInterface
 
 
 class _Visits:
-    """Counts the visits of one tree layer's nodes."""
+    """Counts the visits of one FFF's nodes."""
 
     def __init__(self, ffn: FFF) -> None:
         self.ffn = ffn
@@ -29,6 +29,8 @@ class _Visits:
         """After a batch; ``visible`` is ``[rows, tokens]``."""
         path = torch.cat(self._paths, 1).long()  # [rows, tokens, trees, depth + 1], nodes within their tree
         self._paths = []
+        if visible is not None:
+            visible = visible.repeat(1, path.shape[1] // visible.shape[1])  # layers that share an FFF run it in turn
         path = path.flatten(0, 1) if visible is None else path[visible]
         roots = torch.arange(0, len(self.counts), len(self.counts) // self.ffn.n_trees, device=path.device)
         rows = (path + roots.unsqueeze(-1)).flatten()
@@ -47,14 +49,18 @@ class _Visits:
 
 
 def _trees(model: Any) -> Iterator[tuple[int, FFF]]:
-    """Layers with trees; a dense model has none."""
+    """Trees and the layers that they are in, a shared one in its first; a dense model has none."""
     family: FFNInterface | None = getattr(model, "family", None)
-    if family is None:
-        return
-    for number, block in enumerate(family.blocks(model.base_model)):
-        ffn = block.get_submodule(family.ffn_in)
-        if isinstance(ffn, FFF):
-            yield number, ffn
+    known: set[int] = set()
+    for number, block in enumerate(family.blocks(model.base_model) if family else ()):
+        for ffn in family.ffns(block) if family and id(block) not in known else ():
+            if isinstance(ffn.fast, FFF):
+                yield number, ffn.fast
+        known.add(id(block))
+
+
+def _mean(summaries: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(s[name] for s in summaries) / len(summaries) for name in summaries[0]}
 
 
 @torch.no_grad()
@@ -68,15 +74,19 @@ def fff_usage(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[int, 
     Returns:
         For each layer with trees: ``dead``, the share of nodes that no token visited (few tokens cannot visit many);
         ``entropy``, of the leaves' shares of the tokens, in bits, the mean over the trees: ``depth`` at most, which says that
-        all leaves are used alike, and 0 if all tokens end in one; ``depth``, in which a token visits one node more.
+        all leaves are used alike, and 0 if all tokens end in one; ``depth``, in which a token visits one node more. Of a layer
+        with several feedforward networks it is their mean; of layers that share one, the first stands for all.
 
     Raises:
         ValueError: there is not one batch, or not one visible token.
     """
-    visits = {i: _Visits(ffn) for i, ffn in _trees(model)}
+    visits: dict[int, list[_Visits]] = {}
+    for number, ffn in _trees(model):
+        visits.setdefault(number, []).append(_Visits(ffn))
     if not visits:
         return {}
-    hooks = [v.ffn.register_forward_pre_hook(v.see) for v in visits.values()]
+    every = [v for one in visits.values() for v in one]
+    hooks = [v.ffn.register_forward_pre_hook(v.see) for v in every]
     training = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     try:
@@ -86,13 +96,13 @@ def fff_usage(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[int, 
             inputs = {name: batch[name].to(device) for name in names if name in batch}
             model.base_model(**inputs)
             mask = inputs.get("attention_mask")
-            for v in visits.values():
+            for v in every:
                 v.count(None if mask is None else mask.bool())
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in training:
             module.training = mode
-    if not any(v.counts.any() for v in visits.values()):
+    if not any(v.counts.any() for v in every):
         raise ValueError("there is no visible token, so there is nothing to count")
-    return {i: v.summary() for i, v in visits.items()}
+    return {i: _mean([v.summary() for v in one]) for i, one in visits.items()}

@@ -2,7 +2,7 @@
 
 A layer is fitted on what the layers before it, converted already, make of the text, and learns what brings the residual
 stream back to the dense model's. On MiniLM at 8x8 that gives a cosine of 0.86 to the original's embeddings, where layers
-that are each fitted on the dense model's inputs give 0.81 (the same text and steps).
+that are each fitted on the dense model's inputs give 0.81 (the same text and steps). Layers that share their weights, as ALBERT's, are fitted at once, on the dense model's inputs.
 
 What is minimised is the error that the layer's output sees to first order: FFN outputs differ by the next LayerNorm on the
 residual stream, so the error of dimension d counts ``gamma[d]`` and that of token t ``1 / sigma[t]``. Plain squared error is
@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from ..config import FFFConfig
 from ..layers import FFF, MLP, Feedforward, NoFFN, OutputBias, feedforward
 from ..models import FFNInterface
 from ..ops.torch_backend import activation_functions
+from .dense import DenseNeurons
 from .initialise import balance_hyperplanes, best_neurons, solve_outputs
 from .text import Batch, as_batches, shuffled
 
@@ -84,7 +85,8 @@ class Calibration:
 @dataclass
 class CalibrationReport:
     """What was done, and how much of what each layer is to give stays unexplained (weighted, on held-out tokens; 1: nothing
-    is explained, as by a constant; 0: all). What was lost before a layer counts as its own: see the module."""
+    is explained, as by a constant; 0: all). What was lost before a layer counts as its own: see the module. Of a layer with several
+    FFNs it is their mean; layers that share one have it in common."""
 
     tokens: int = 0
     steps: int = 0
@@ -108,94 +110,185 @@ class _Layer:
 
 @dataclass
 class _Piece:
-    """A batch on its way through the layers: its hidden states in the dense model and in the one that is being made."""
+    """A batch on its way through the layers: what the layer before gives, in the dense model and in the one that is being made."""
 
+    inputs: dict[str, Tensor]
     mask: Tensor | None  # [rows * tokens]: what is no padding
-    dense: Tensor
-    fast: Tensor  # the same tensor until the first converted layer
-    rest: tuple[Any, ...]  # a layer's other arguments, the same for all layers
-    named: dict[str, Any]
+    dense: Any = None  # None before the first layer
+    fast: Any = None  # the same object until the first converted layer
+    ahead: Any = None  # what the dense layer gives whose FFN is being looked at
 
-    def through(self, block: Any, hidden: Tensor) -> Tensor:
-        out = block(hidden, *self.rest, **self.named)
-        return out[0] if isinstance(out, tuple) else out
 
-    def visible(self, t: Tensor) -> Tensor:
+class _Reached(Exception):
+    """Ends a forward pass after the layer that is wanted; holds what that gives."""
+
+
+class _Layers:
+    """Runs single layers of a model. What lies around them, masks, positions and whatever else a family computes, is
+    made by the model's own forward pass, in which the layers before only hand over what is known already."""
+
+    def __init__(self, base_model: nn.Module, family: FFNInterface) -> None:
+        self.base_model, self.family = base_model, family
+        self.blocks = family.blocks(base_model)
+
+    def run(self, piece: _Piece, index: int, before: Any) -> Any:
+        """What layer ``index`` returns, given what the one before it returned."""
+        calls = 0
+
+        def stand_in(real: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **named: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls <= index:
+                    return before
+                raise _Reached(real(*args, **named))
+
+            return forward
+
+        own = [(block, block.__dict__.get("forward")) for block in dict.fromkeys(self.blocks)]
+        try:
+            for block, _ in own:
+                block.forward = stand_in(block.forward)
+            self.base_model(**piece.inputs)
+        except _Reached as reached:
+            return reached.args[0]
+        finally:
+            for block, forward in own:
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+        raise RuntimeError(f"{type(self.base_model).__name__} did not run its layer {index}")
+
+    def hidden(self, output: Any) -> Tensor:
+        """The hidden states in what a layer returns."""
+        if isinstance(output, dict):
+            return next(iter(output.values()))
+        return output[0] if isinstance(output, tuple) else output
+
+    def visible(self, t: Tensor, mask: Tensor | None) -> Tensor:
+        """``[tokens, H]``, without padding."""
+        t = t.transpose(1, 2) if self.family.channels_first else t
         t = t.detach().flatten(0, -2).float()
-        return t if self.mask is None else t[self.mask]
+        return t if mask is None else t[mask]
 
 
-class _Arrived(Exception):
-    """Ends a forward pass at the first layer."""
+@dataclass(frozen=True)
+class _Norm:
+    """The next norm on the residual stream after an FFN: how it counts the error of each dimension and of each token."""
+
+    module: Any
+
+    @classmethod
+    def after(cls, layers: _Layers, index: int, site: int) -> "_Norm":
+        family, blocks = layers.family, layers.blocks
+        if family.output_norm is not None:
+            return cls(family.ffns(blocks[index])[site].get(family.output_norm))
+        if index + 1 < len(blocks):
+            return cls(family.get(blocks[index + 1], str(family.next_norm)))
+        return cls(family.get(layers.base_model, str(family.final_norm)))
+
+    def gamma(self, like: Tensor) -> Tensor:
+        weight = getattr(self.module, "weight", None)
+        gamma = like.new_ones(like.shape[-1]) if weight is None else weight.detach().float().abs()
+        return gamma.clamp_min(1e-3 * float(gamma.max()))
+
+    def token_weight(self, residual: Tensor) -> Tensor:
+        if not any(hasattr(self.module, name) for name in ("eps", "variance_epsilon")):
+            return residual.new_ones(len(residual))  # it does not divide, as MobileBERT's
+        centred = hasattr(self.module, "bias")  # else it divides by the root mean square
+        size = residual.std(-1) if centred else residual.square().mean(-1).sqrt()
+        return 1 / size.clamp_min(1e-6)
 
 
-def _pieces(
-    base_model: nn.Module, family: FFNInterface, batches: list[Batch], c: Calibration, deadline: float
-) -> tuple[list[_Piece], int]:
-    """The batches as they enter the first layer, and how many tokens they hold: as many as the time allows."""
-    first = family.blocks(base_model)[0]
+def _pieces(base_model: nn.Module, batches: list[Batch], c: Calibration, deadline: float) -> tuple[list[_Piece], int]:
+    """As many batches as the time allows, and how many tokens they hold."""
     device = next(base_model.parameters()).device
     pieces: list[_Piece] = []
     tokens, start = 0, time.monotonic()
-
-    def enter(_module: nn.Module, args: Any, named: dict[str, Any]) -> None:
-        hidden, *rest = args or (named.pop("hidden_states"),)
-        pieces.append(_Piece(mask, hidden, hidden, tuple(rest), named))
-        raise _Arrived
-
-    hook = first.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        for number, batch in enumerate(batches):
-            inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-            mask = inputs.get("attention_mask")
-            mask = None if mask is None else mask.flatten().bool()
-            with suppress(_Arrived):
-                base_model(**inputs)
-            if number == 0:  # how long a batch takes through all layers
-                hook.remove()
-                start = time.monotonic()
-                base_model(**inputs)
-                each = _PASSES * (time.monotonic() - start)
-                hook = first.register_forward_pre_hook(enter, with_kwargs=True)
-            tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-            if tokens >= c.max_tokens or start + len(pieces) * each > deadline:
-                break
-    finally:
-        hook.remove()
+    for number, batch in enumerate(batches):
+        inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
+        mask = inputs.get("attention_mask")
+        mask = None if mask is None else mask.flatten().bool()
+        pieces.append(_Piece(inputs, mask))
+        if number == 0:  # how long a batch takes through all layers
+            base_model(**inputs)
+            start = time.monotonic()
+            base_model(**inputs)
+            each = _PASSES * (time.monotonic() - start)
+        tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+        if tokens >= c.max_tokens or start + len(pieces) * each > deadline:
+            break
     return pieces, tokens
 
 
-def _dense_layer(block: Any, fast_block: Any, family: FFNInterface, pieces: list[_Piece]) -> _Layer | None:
-    """Takes the dense hidden states through a dense layer; returns what its FFF has to learn (None if all is padding).
+def _seen(dense: _Layers, fast: _Layers, indices: list[int], site: int, piece: _Piece) -> tuple[Tensor, ...] | None:
+    """What an FFN of the layers ``indices`` reads, what it is to give, and the dense residual stream after it, for the visible
+    tokens of a batch (None if there are none). More than one layer is given where they share the FFN.
 
     The FFF reads what the layers before it, converted already, make of the text. What it is to give is what brings the
     residual stream back to the dense model's: so each layer also makes good, as far as it can, what those before it missed.
+    One that is shared is needed before it is there, and reads and gives what the dense one does.
     """
-    norm: Any = block.get_submodule(family.output_norm)
+    found = []
+    before = piece.dense
+    for index in indices:
+        piece.ahead, x, y, residual = _watched(dense, index, site, piece, before)
+        if piece.fast is not piece.dense and len(indices) == 1:
+            _, x, fast_y, fast_residual = _watched(fast, index, site, piece, piece.fast)
+            y = residual - (fast_residual - fast_y)
+        found.append((x, y, residual))
+        before = piece.ahead
+    # A token's values in all layers stand together, so that those that are held out are of the same tokens.
+    seen = tuple(torch.stack(column, 1).flatten(0, 1) for column in zip(*found, strict=True))
+    return seen if len(seen[0]) else None
+
+
+def _watched(layers: _Layers, index: int, site: int, piece: _Piece, before: Any) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """Runs a layer; what it returns, what an FFN of it reads and gives, and the residual stream after that."""
+    family = layers.family
+    ffn = family.ffns(layers.blocks[index])[site]
+    seen: dict[str, list[Tensor]] = {"x": [], "y": [], "residual": []}  # lists, since it may run in chunks of tokens
+    reads, gives = ffn.ends
+    hooks = [
+        reads.register_forward_pre_hook(lambda _, args: seen["x"].append(args[0])),
+        gives.register_forward_hook(lambda _, __, output: seen["y"].append(output)),
+    ]
+    if family.output_norm is not None:
+        norm = ffn.get(family.output_norm)
+        hooks.append(norm.register_forward_pre_hook(lambda _, args: seen["residual"].append(args[0])))
+    try:
+        output = layers.run(piece, index, before)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if family.output_norm is None:
+        seen["residual"].append(layers.hidden(output))
+    x, y, residual = (
+        layers.visible(torch.cat(parts, -1 if family.channels_first else 1), piece.mask) for parts in seen.values()
+    )
+    return output, x, y, residual
+
+
+def _dense_layer(dense: _Layers, fast: _Layers, indices: list[int], site: int, pieces: list[_Piece]) -> _Layer | None:
+    """What an FFF has to learn, from all batches (None if all is padding); see ``_seen``."""
+    norm = _Norm.after(dense, indices[0], site)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     statistics: tuple[Tensor, ...] | None = None
-    with _watched(block, family) as seen, _watched(fast_block, family) as seen_fast:
-        for piece in pieces:
-            before, piece.dense = piece.dense, piece.through(block, piece.dense)
-            residual = piece.visible(seen["residual"])
-            if not len(residual):
-                continue
-            x, y = piece.visible(seen["x"]), piece.visible(seen["y"])
-            if piece.fast is not before:
-                piece.through(fast_block, piece.fast)
-                x = piece.visible(seen_fast["x"])
-                y = residual - (piece.visible(seen_fast["residual"]) - piece.visible(seen_fast["y"]))
-            weight = 1 / residual.std(-1).clamp_min(1e-6)
-            if statistics is None:  # of the first batch: they only have to be about right, what is fitted adapts
-                gamma = norm.weight.detach().float().abs()
-                gamma = gamma.clamp_min(1e-3 * float(gamma.max()))
-                y_mean = y.mean(0)
-                size = ((y - y_mean) * gamma * weight.unsqueeze(1)).square().mean().sqrt().clamp_min(1e-12)
-                size = size / weight.square().mean().sqrt()
-                x_scale = x.std(0, correction=0).clamp_min(1e-6)
-                statistics = (x.mean(0), x_scale, y_mean, size / gamma)
-            x_mean, x_scale, y_mean, y_scale = statistics
-            parts.append((((x - x_mean) / x_scale).half(), ((y - y_mean) / y_scale).half(), weight))
+    for piece in pieces:
+        if (seen := _seen(dense, fast, indices, site, piece)) is None:
+            continue
+        x, y, residual = seen
+        weight = norm.token_weight(residual)
+        if statistics is None:  # of the first batch: they only have to be about right, what is fitted adapts
+            gamma = norm.gamma(y)
+            y_mean = y.mean(0)
+            size = ((y - y_mean) * gamma * weight.unsqueeze(1)).square().mean().sqrt().clamp_min(1e-12)
+            size = size / weight.square().mean().sqrt()
+            x_scale = x.std(0, correction=0).clamp_min(1e-6)
+            statistics = (x.mean(0), x_scale, y_mean, size / gamma)
+        x_mean, x_scale, y_mean, y_scale = statistics
+        parts.append((((x - x_mean) / x_scale).half(), ((y - y_mean) / y_scale).half(), weight))
     if statistics is None:
         return None
     x, y, weight = (torch.cat(list(column)) for column in zip(*parts, strict=True))
@@ -203,25 +296,8 @@ def _dense_layer(block: Any, fast_block: Any, family: FFNInterface, pieces: list
 
 
 @contextmanager
-def _watched(block: Any, family: FFNInterface) -> Iterator[dict[str, Tensor]]:
-    """What the FFN of a layer reads (x) and gives (y), and the residual stream after it, of the last pass."""
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        block.get_submodule(family.ffn_in).register_forward_pre_hook(lambda _, args: seen.update(x=args[0])),
-        block.get_submodule(family.dense_out).register_forward_hook(lambda _, __, output: seen.update(y=output)),
-        block.get_submodule(family.output_norm).register_forward_pre_hook(
-            lambda _, args: seen.update(residual=args[0])
-        ),
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module is in its own mode again."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -236,7 +312,7 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
 class _Fit:
     """The regression of one layer, in standardised coordinates."""
 
-    def __init__(self, data: _Layer, ffn: Feedforward, dense_in: Any, dense_out: Any, c: Calibration) -> None:
+    def __init__(self, data: _Layer, ffn: Feedforward, dense: DenseNeurons | None, c: Calibration) -> None:
         self.data, self.c = data, c
         self.generator = torch.Generator().manual_seed(c.seed)
         device, hidden = data.x.device, data.x.shape[1]
@@ -246,14 +322,14 @@ class _Fit:
         # The last tokens come from texts that no training token is from, but for one at the border.
         self.train_tokens = torch.arange(count - held_out) if count > held_out else torch.arange(count)
         self.test_tokens = slice(count - held_out, count)
-        self.ffn = self._start(ffn, dense_in, dense_out)
+        self.ffn = self._start(ffn, dense)
         self._order = torch.empty(0, dtype=torch.long)
         rate = c.learning_rate * (_MLP_RATE if isinstance(ffn, MLP) else 1)
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam([*self.ffn.parameters(), self.bias], lr=rate, betas=(0.9, 0.99), fused=fused)
 
     @torch.no_grad()
-    def _start(self, ffn: Feedforward, dense_in: Any, dense_out: Any) -> Feedforward:
+    def _start(self, ffn: Feedforward, dense: DenseNeurons | None) -> Feedforward:
         """First values, in standardised coordinates: a tree's directions, balanced; an MLP of the best dense neurons."""
         d, draw = self.data, self._draw(32_768)
         x, y, weight = d.x[draw].float(), d.y[draw].float(), d.weight[draw]
@@ -266,13 +342,15 @@ class _Fit:
         if isinstance(new, FFF):
             balance_hyperplanes(new, x)
             return new
-        values = activation_functions(new.config.activation)[0](dense_in((x * d.x_scale + d.x_mean).to(ffn.weight_in)))
-        best = best_neurons(values.float() * weight.unsqueeze(1), dense_out.weight.T.float() / d.y_scale)
-        best = best[: new.config.nodes]  # where the MLP is wider than the dense network, its own neurons fill it up
         own = ffn.weight_in.detach().float().clone()
-        own[: len(best)] = dense_in.weight[best].float()
         new.bias_in.copy_(ffn.bias_in)
-        new.bias_in[: len(best)] = dense_in.bias[best].float() if dense_in.bias is not None else 0.0
+        if dense is not None:
+            act, _ = activation_functions(new.config.activation)
+            values = dense.values((x * d.x_scale + d.x_mean).to(dense.weight_in), act)
+            best = best_neurons(values.float() * weight.unsqueeze(1), dense.weight_out.float() / d.y_scale)
+            best = best[: new.config.nodes]  # where the MLP is wider than the dense network, its own neurons fill it up
+            own[: len(best)] = dense.weight_in[best].float()
+            new.bias_in[: len(best)] = dense.bias_in[best].float() if dense.bias_in is not None else 0.0
         new.bias_in.add_(own @ d.x_mean)
         new.weight_in.copy_(own * d.x_scale)
         solve_outputs(new, self.bias, x, y, weight)
@@ -341,37 +419,111 @@ def calibrate(
     seconds = float("inf") if c.steps is not None or c.budget is None else c.budget
     batches = as_batches(c.data, lambda: _tokenizer(c, dense), max_length=c.max_length, batch_tokens=_FORWARD_TOKENS)
     batches = shuffled(batches, c.seed)
-    dense_blocks, fast_blocks = family.blocks(dense.base_model), family.blocks(fast.base_model)
+    dense_layers, fast_layers = _Layers(dense.base_model, family), _Layers(fast.base_model, family)
+    blocks = dense_layers.blocks
+    # FFNs to fit: those of each layer, or of all layers that share them
+    groups = {i: [j for j, block in enumerate(blocks) if block is blocks[i]] for i in layers}
+    groups = {i: group for i, group in groups.items() if i == group[0]}
+    plans = [layers[i] for i in groups for _ in family.ffns(blocks[i])]
     report = CalibrationReport(steps=c.steps or 0)
     first, last = min(layers), max(layers)
-    with _evaluating(dense, fast):
-        pieces, report.tokens = _pieces(dense.base_model, family, batches, c, start + _COLLECTING * seconds)
+    with evaluating(dense, fast):
+        pieces, report.tokens = _pieces(dense.base_model, batches, c, start + _COLLECTING * seconds)
         if report.tokens < 256:
             raise ValueError(f"the calibration data has {report.tokens} tokens; at least 256 are needed")
-        bar = tqdm(total=len(layers), desc="calibrating", unit="layer", disable=not c.progress)
+        bar = tqdm(total=len(plans), desc="calibrating", unit="layer", disable=not c.progress)
         for index in range(last + 1):
-            begin = time.monotonic()
-            data = _dense_layer(dense_blocks[index], fast_blocks[index], family, pieces)
-            report.collect_seconds += time.monotonic() - begin
-            if index in layers and data is not None:
-                block, dense_block = fast_blocks[index], dense_blocks[index]
-                ffn, output_bias = block.get_submodule(family.ffn_in), block.get_submodule(family.dense_out)
-                dense_in, dense_out = (dense_block.get_submodule(n) for n in (family.dense_in, family.dense_out))
+            unexplained = []
+            for piece in pieces if index not in groups else ():
+                piece.ahead = dense_layers.run(piece, index, piece.dense)
+            ffns = zip(family.ffns(blocks[index]), family.ffns(fast_layers.blocks[index]), strict=True)
+            for site, (dense_ffn, fast_ffn) in enumerate(ffns if index in groups else ()):
+                begin = time.monotonic()
+                data = _dense_layer(dense_layers, fast_layers, groups[index], site, pieces)
+                report.collect_seconds += time.monotonic() - begin
+                if data is None:
+                    continue
+                new, neurons = fast_ffn.fast, DenseNeurons.of(dense_ffn)
+                assert new is not None
                 if c.steps is None and not report.steps:
                     to_come = report.collect_seconds * _PASSES * (last - index) / (index + 1)
-                    report.steps = _steps_within(start + seconds - to_come, data, layers, dense_in, dense_out, c)
-                fit = _Fit(data, ffn, dense_in, dense_out, c)
+                    report.steps = _steps_within(start + seconds - to_come, data, plans, neurons, c)
+                fit = _Fit(data, new, neurons, c)
                 fit.run(report.steps, partial(_tell, bar, index))
-                report.unexplained[index] = fit.unexplained()
-                fit.write(ffn, output_bias)
+                unexplained.append(fit.unexplained())
+                fit.write(new, fast_ffn.output)
                 bar.update()
-            del data
+                del data, fit
+            for shared in groups[index] if unexplained else ():
+                report.unexplained[shared] = sum(unexplained) / len(unexplained)
             begin = time.monotonic()
-            for piece in pieces if index < last else []:
-                piece.fast = piece.dense if index < first else piece.through(fast_blocks[index], piece.fast)
+            for piece in pieces if index < last else ():
+                if len(groups.get(index, ())) > 1:  # what lies ahead is the last of those that share
+                    piece.ahead = dense_layers.run(piece, index, piece.dense)
+                piece.dense, before = piece.ahead, piece.fast
+                piece.fast = piece.dense if index < first else fast_layers.run(piece, index, before)
             report.collect_seconds += time.monotonic() - begin
     bar.set_postfix_str(", ".join(f"{i}: {v:.3f}" for i, v in report.unexplained.items()))
     bar.close()
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def calibrate_alone(
+    fast: nn.Module,
+    dense: nn.Module,
+    plans: dict[str, FFFConfig],
+    neurons: dict[str, DenseNeurons | None],
+    c: Calibration,
+) -> CalibrationReport:
+    """``calibrate`` for a module of which only the feedforward networks are known: each is fitted to what the dense one reads and
+    gives, all errors counting alike.
+
+    Args:
+        plans, neurons: of each network, by its name; the report numbers them in this order.
+        c: its ``data`` are batches as the module takes them: a tensor, a tuple of arguments, or a mapping of named ones.
+    """
+    start = time.monotonic()
+    seconds = float("inf") if c.steps is not None or c.budget is None else c.budget
+    report = CalibrationReport(steps=c.steps or 0)
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in plans}
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _, args, y: seen[name].append((args[0].detach().flatten(0, -2), y.detach().flatten(0, -2)))
+
+    hooks = [dense.get_submodule(name).register_forward_hook(watch(name)) for name in plans]
+    try:
+        with evaluating(dense):
+            for batch in [c.data] if torch.is_tensor(c.data) or isinstance(c.data, dict) else c.data:
+                if isinstance(batch, dict):
+                    dense(**batch)
+                else:
+                    dense(*(batch if isinstance(batch, tuple) else (batch,)))
+                report.tokens = max(sum(len(x) for x, _ in pairs) for pairs in seen.values())
+                if report.tokens >= c.max_tokens or time.monotonic() > start + _COLLECTING * seconds:
+                    break
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if report.tokens < 256:
+        raise ValueError(f"the calibration data has {report.tokens} tokens; at least 256 are needed")
+    report.collect_seconds = time.monotonic() - start
+    for number, name in enumerate(plans):
+        if not seen[name]:
+            raise ValueError(f"the module does not run its {name} on the calibration data")
+        x, y = (torch.cat(list(column)).float() for column in zip(*seen.pop(name), strict=True))
+        x_scale, y_scale = x.std(0, correction=0).clamp_min(1e-6), y.std(0, correction=0).mean().clamp_min(1e-6)
+        y_scale = y_scale.expand(y.shape[1])
+        statistics = (x.mean(0), x_scale, y.mean(0), y_scale)
+        x, y = ((x - statistics[0]) / x_scale).half(), ((y - statistics[2]) / y_scale).half()
+        data = _Layer(x, y, torch.ones(len(x), device=x.device), *statistics)
+        block: Any = fast.get_submodule(name)
+        if not report.steps:
+            report.steps = _steps_within(start + seconds, data, list(plans.values()), neurons[name], c)
+        fit = _Fit(data, block.ffn, neurons[name], c)
+        fit.run(report.steps, lambda _: None)
+        report.unexplained[number] = fit.unexplained()
+        fit.write(block.ffn, block.output)
     report.seconds = time.monotonic() - start
     return report
 
@@ -381,17 +533,17 @@ def _tell(bar: Any, index: int, unexplained: float) -> None:
 
 
 def _steps_within(
-    deadline: float, data: _Layer, layers: dict[int, FFFConfig], dense_in: Any, dense_out: Any, c: Calibration
+    deadline: float, data: _Layer, plans: list[FFFConfig], dense: DenseNeurons | None, c: Calibration
 ) -> int:
     """Steps a layer that the time allows, from the speed of a few steps that are thrown away."""
     set_up, per_step = 0.0, 0.0
-    for config, count in Counter(layers.values()).items():
+    for config, count in Counter(plans).items():
         begin = time.monotonic()
         if config.kind == "none":
             continue
         with torch.random.fork_rng(devices=[]):
-            ffn = feedforward(data.x.shape[1], config).to(data.x.device, dense_in.weight.dtype)
-        fit = _Fit(data, ffn, dense_in, dense_out, c)
+            ffn = feedforward(data.x.shape[1], config).to(data.x.device)
+        fit = _Fit(data, ffn, dense, c)
         for _ in range(3):
             fit.step()
         set_up += count * (time.monotonic() - begin)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 
 from ..config import LayersLike
 from ..files import atomic_folder
 from ..memory import memory_explained
-from ..models import FAMILIES, FAST_CLASSES
+from ..models import known_types
+from ..models.classes import model_classes
 from .calibration import Calibration
 from .convert import convert_ffn_to_fff
 
@@ -61,17 +61,18 @@ class ModelFolder:
         config = AutoConfig.from_pretrained(self.transformer)
         if hasattr(config, "fff"):
             raise ValueError(f"{self.root} is already converted (model_type={config.model_type!r})")
-        if config.model_type not in FAMILIES:
+        if config.model_type not in known_types():
             raise ValueError(
                 f"{self.root} is a {config.model_type!r} model, whose feedforward networks are not known "
-                f"(known families: {', '.join(FAMILIES)})"
+                f"(known families: {', '.join(known_types())})"
             )
-        name = (config.architectures or [None])[0]
-        model_class: Any = getattr(transformers, name, None) if name else AutoModel
-        if name and model_class not in FAST_CLASSES:
-            known = ", ".join(c.__name__ for c in FAST_CLASSES)
-            raise ValueError(f"{self.root} has the architecture {name!r}, which has no fast class (known: {known})")
-        return model_class.from_pretrained(self.transformer)
+        known = {dense.__name__: dense for dense in model_classes(config.model_type)}
+        name = (config.architectures or [next(iter(known))])[0]
+        if name not in known:
+            raise ValueError(
+                f"{self.root} has the architecture {name!r}, which has no fast class (known: {', '.join(known)})"
+            )
+        return known[name].from_pretrained(self.transformer)
 
     def copy_rest(self, target: Path) -> Path:
         """Copies what is not the transformer's weights and config; returns the transformer's place in ``target``."""

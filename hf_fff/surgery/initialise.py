@@ -8,35 +8,40 @@ from torch.nn import functional as F
 
 from ..layers import FFF, MLP, Feedforward, NoFFN
 from ..ops.torch_backend import activation_functions
+from .dense import DenseNeurons
 
 
 @torch.no_grad()
-def init_from_dense(ffn: Feedforward, dense_in: Any, dense_out: Any, norm: Any, generator: torch.Generator) -> None:
-    """Each neuron becomes one of the dense FFN, and the output is scaled to the dense one's size.
+def init_from_dense(ffn: Feedforward, dense: DenseNeurons, norm: Any, generator: torch.Generator) -> None:
+    """Each neuron becomes one of the dense FFN, and the output is scaled to the dense one's size. Of a gated FFN it becomes the
+    activated half: what multiplies that is lost, but for its mean.
 
     A tree takes all dense neurons in equal shares, an MLP those that do most for the output. A token meets few of them, so
     their sum is too small; the scale is measured on inputs as the LayerNorm before the FFN makes them from noise.
 
     Args:
-        dense_in, dense_out: the FFN's projections, ``[inner, H]`` and ``[H, inner]``.
-        norm: the LayerNorm whose output the FFN reads.
+        dense: the FFN's neurons.
+        norm: the LayerNorm whose output the FFN reads; None where there is none.
     """
     if isinstance(ffn, NoFFN):
         return
     noise = torch.randn(512, ffn.hidden_size, generator=generator).to(ffn.weight_in)
-    x = noise * norm.weight + norm.bias
-    values = activation_functions(ffn.config.activation)[0](dense_in(x))
-    inner, nodes = dense_in.weight.shape[0], ffn.config.nodes
+    x = noise if norm is None else noise * norm.weight
+    if getattr(norm, "bias", None) is not None:
+        x = x + norm.bias
+    act, _ = activation_functions(ffn.config.activation)
+    values = dense.values(x, act)
+    inner, nodes = values.shape[1], ffn.config.nodes
     if isinstance(ffn, MLP):
-        order = best_neurons(values, dense_out.weight.T)
+        order = best_neurons(values, dense.weight_out)
     else:
         order = torch.randperm(inner, generator=generator)
     rounds = [order] + [torch.randperm(inner, generator=generator) for _ in range(-(-nodes // inner) - 1)]
     neurons = torch.cat([r.to(ffn.weight_in.device) for r in rounds])[:nodes]
-    ffn.weight_in.copy_(dense_in.weight[neurons])
-    ffn.bias_in.copy_(dense_in.bias[neurons] if dense_in.bias is not None else torch.zeros(nodes))
-    ffn.weight_out.copy_(dense_out.weight[:, neurons].T)
-    want = values @ dense_out.weight.T
+    ffn.weight_in.copy_(dense.weight_in[neurons])
+    ffn.bias_in.copy_(dense.bias_in[neurons] if dense.bias_in is not None else torch.zeros(nodes))
+    ffn.weight_out.copy_(dense.outputs(x, act)[neurons])
+    want = values @ dense.weight_out
     ffn.weight_out.mul_((_spread(want) / _spread(ffn(x)).clamp_min(1e-12)).to(ffn.weight_out.dtype))
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from ..config import LayersLike, as_config
 from ..files import atomic_folder, check_output
 from ..memory import memory_explained
-from ..models import FAST_CLASSES
+from ..models import fast_class
 from ..surgery import Calibration, convert_ffn_to_fff
 from ..surgery.folder import ModelFolder, check_places, write_folder
 from ..surgery.text import shuffled
@@ -131,7 +131,7 @@ def distil_folder(
             convert_ffn_to_fff(dense, config, calibration=how, seed=args.seed).save_pretrained(new / _START)
             (new / _OPTIONS).write_text(json.dumps(options, indent=2), encoding="utf-8")
     # Loaded even if it was just made: so what is interrupted and what is not start alike.
-    student: Any = FAST_CLASSES[type(dense)].from_pretrained(work / _START)
+    student: Any = fast_class(type(dense)).from_pretrained(work / _START)
     dtype = student.dtype
     dense.float()
     plan.distil(student.float(), _last_checkpoint(work))  # small steps vanish in half precision

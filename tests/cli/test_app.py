@@ -11,7 +11,7 @@ import pytest
 import torch
 from command import listing, run, unwrapped
 from tiny import outputs, same, tiny_inputs
-from transformers import AutoModel, AutoModelForSequenceClassification, DistilBertConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, FNetConfig
 
 from hf_fff import __version__, convert_ffn_to_fff, ops
 from hf_fff.bench import layer, machine
@@ -175,8 +175,8 @@ def no_model(tmp_path):
 
 
 def other_family(tmp_path):
-    path = tmp_path / "distilbert"
-    DistilBertConfig().save_pretrained(path)
+    path = tmp_path / "fnet"
+    FNetConfig().save_pretrained(path)
     return path, "known families: bert"
 
 

@@ -17,7 +17,7 @@ import hf_fff
 from hf_fff import FastBertConfig, FastBertForMaskedLM, FastBertForSequenceClassification, FastBertModel, FFFConfig
 from hf_fff import convert_ffn_to_fff as convert_and_warn
 from hf_fff.layers import FFF
-from hf_fff.models import FAST_CLASSES
+from hf_fff.models.classes import model_classes
 
 FFFS = ["1x11", "32x6"]
 MIXED = {0: "4x3", 2: FFFConfig(2, 5, "relu")}  # and layer 1 dense
@@ -277,9 +277,10 @@ def test_from_config():
 
 
 def test_heads_are_registered():
-    assert len(HEADS) == len(FAST_CLASSES)
+    made = model_classes("bert")
+    assert len(HEADS) == len(made)
     for head, dense in HEADS.items():
-        fast = FAST_CLASSES[dense]
+        fast = made[dense]
         assert fast is getattr(hf_fff, f"FastBert{head}") and issubclass(fast, dense)
         assert type(auto_class(head).from_config(FastBertConfig(**tiny_bert().config.to_diff_dict()))) is fast
 

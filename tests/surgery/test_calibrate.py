@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 from hf_fff import Calibration, convert_ffn_to_fff
 from hf_fff.models import FAMILIES
 from hf_fff.surgery import calibration
-from hf_fff.surgery.calibration import _dense_layer, _pieces
+from hf_fff.surgery.calibration import _dense_layer, _Layers, _pieces
 from hf_fff.surgery.text import as_batches, read_texts
 
 PLAN = Calibration(None, steps=60, batch_tokens=512, learning_rate=1e-2, held_out=0.3, progress=False)
@@ -256,13 +256,14 @@ def test_what_is_collected():
     mask[:, 0] = 1
     data = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad():
-        pieces, tokens = _pieces(model, FAMILIES["bert"], batches(data, batch_tokens=120), plan(data), float("inf"))
+        pieces, tokens = _pieces(model, batches(data, batch_tokens=120), plan(data), float("inf"))
         assert tokens == int(mask.sum()) and len(pieces) == 7
+        dense_layers, fast_layers = (_Layers(m, FAMILIES["bert"]) for m in (model, fast))
         layers = []
         for i in (0, 1):
-            layers.append(_dense_layer(model.encoder.layer[i], fast.encoder.layer[i], FAMILIES["bert"], pieces))
+            layers.append(_dense_layer(dense_layers, fast_layers, [i], 0, pieces))
             for piece in pieces:
-                piece.fast = piece.through(fast.encoder.layer[i], piece.fast)
+                piece.dense, piece.fast = piece.ahead, fast_layers.run(piece, i, piece.fast)
     shown = mask.bool()
     for i, got in enumerate(layers):
         dense_seen, seen = watch(model, i, ids, attention_mask=mask), watch(fast, i, ids, attention_mask=mask)
@@ -276,6 +277,7 @@ def test_what_is_collected():
         assert torch.allclose(size, size[0].expand_as(size), rtol=1e-3)  # one for all: errors count gamma
     assert torch.equal(dense_seen["y"][shown] + dense_seen["x"][shown], residual)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), *fast.modules()])
+    assert not any("forward" in vars(m) for m in [*model.modules(), *fast.modules()])
 
 
 def test_a_layer_makes_good_what_those_before_it_missed():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from tiny import HEADS, outputs, same, tiny_bert, tiny_inputs
-from transformers import AutoModel, AutoModelForSequenceClassification, DistilBertConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification, FNetConfig, PreTrainedModel
 
 from hf_fff import FastBertModel
 from hf_fff.surgery.folder import ModelFolder, convert_folder
@@ -202,8 +202,8 @@ def test_no_model(tmp_path):
 
 
 def test_a_family_that_is_not_known(tmp_path):
-    DistilBertConfig().save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"is a 'distilbert' model.*known families: bert"):
+    FNetConfig().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"is a 'fnet' model.*known families: bert"):
         convert(tmp_path / "other", tmp_path / "fast")
     assert not (tmp_path / "fast").exists()
 

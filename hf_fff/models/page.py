@@ -1,0 +1,84 @@
+"""Writes ``docs/families.md`` from the table: ``python -m hf_fff.models.page > docs/families.md``."""
+
+from .classes import dense_config_name, heads, known_types
+from .families import FAMILIES, FFNInterface
+
+_TESTED = "5.17 and 5.24"
+
+_PAGE = """# Families
+
+<!-- Written by `python -m hf_fff.models.page` from the table in hf_fff/models/families.py: change it there. -->
+
+`convert_ffn_to_fff` and `hf-fff convert` take any model of these families, with any of their heads. Their names are
+transformers' with `Fast` before them: `from hf_fff import FastRobertaForTokenClassification`. `config.json` of a converted model
+says `fast` and the family's model type (`fastroberta`); after `import hf_fff` the Auto classes and `AutoTokenizer` know it.
+Causal language models are left out. All of them are tested with transformers {tested}: converted, saved, loaded through each
+Auto class, and equal bit for bit.
+
+| model type | classes | feedforward network | norm after it | heads beside `Model` |
+|---|---|---|---|---|
+{rows}
+
+Gated: `down(act(gate(x)) * up(x))`. No tree computes that; it is fitted to what the network gives for what it reads. Its first
+values (`init="dense"`) come from the activated half alone: rows of `gate` as directions, rows of `down` times the mean of what
+`up` multiplies by. Calibration keeps the directions and fits all else.
+
+Shared: ALBERT's layers are one layer that runs several times, so that they take one config, and one tree serves them all. It is
+fitted on what all of them read in the dense model.
+
+Several a layer: MobileBERT has a stack of networks in each layer; all take the layer's config. `fff_usage` and the report of a
+calibration give their mean.
+
+Norm in the next layer: with the norms before attention and feedforward network there is none between the network and what
+reads it, so that a calibration weighs errors by the next norm on the residual stream, of the next layer or after the last.
+
+## A family that is not here
+
+One row says where it keeps things; its forward stays its own. For a family of transformers, or one whose config and models you
+have registered with the Auto classes:
+
+```python
+from hf_fff import FFNInterface, convert_ffn_to_fff, register_family
+
+register_family(
+    FFNInterface(
+        "data2vec-text",  # the model type; all else here are the defaults, which are BERT's
+        layers="encoder.layer",  # the list of layers, seen from the base model
+        ffn_in="intermediate",  # seen from a layer: what the FFF replaces
+        dense_in="intermediate.dense",  # the projections
+        dense_out="output.dense",
+        input_norm="attention.output.LayerNorm",  # whose output the network reads
+        output_norm="output.LayerNorm",  # the next norm on the residual stream
+    )
+)
+fast = convert_ffn_to_fff(model, "8x8", calibration=texts)
+```
+
+The other fields of `FFNInterface` are for gated networks, shared or stacked ones, and norms that come before: their comments in
+[families.py](../hf_fff/models/families.py) say how. To add a family for all, put the row into the table there, and what a tiny
+model of it needs into `FIELDS` in `tests/tiny.py`: `tests/models/test_families.py` then covers it.
+"""
+
+
+def _kind(row: FFNInterface) -> str:
+    words = [f"`{row.ffn_in}`, gated" if row.gated else f"`{row.ffn_in}`, `{row.dense_out}`"]
+    words += ["shared by layers"] if row.shared else []
+    words += ["several a layer"] if len(row.parts) > 1 else []
+    words += ["grouped convolutions"] if row.channels_first else []
+    return ", ".join(words)
+
+
+def _row(row: FFNInterface) -> str:
+    name = dense_config_name(row.model_type).removesuffix("Config")
+    others = [head.removeprefix(name) for head in heads(row.model_type)][1:]
+    norm = "in the layer" if row.output_norm else "in the next layer"
+    return f"| {row.model_type} | `Fast{name}…` | {_kind(row)} | {norm} | {', '.join(others)} |"
+
+
+def page() -> str:
+    """The text of ``docs/families.md``."""
+    return _PAGE.format(rows="\n".join(_row(FAMILIES[t]) for t in known_types()), tested=_TESTED)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
