@@ -222,6 +222,20 @@ def test_attention_implementations_agree(family, tmp_path):
     assert torch.allclose(*got, atol=1e-4 * float(got[0].std()), rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["modernbert", "nomic_bert"])
+def test_long_inputs(family, tmp_path):
+    """8192 tokens go through, and a shorter row beside them as if it were alone."""
+    fast = convert(tiny_model(family, max_position_embeddings=8192, num_hidden_layers=2), "1x3")
+    fast.save_pretrained(tmp_path)
+    batch = {"input_ids": ids(2, 8192), "attention_mask": torch.ones(2, 8192, dtype=torch.long)}
+    batch["attention_mask"][1, 3000:] = 0
+    out = outputs(fast, batch)["last_hidden_state"]
+    alone = outputs(AutoModel.from_pretrained(tmp_path), {"input_ids": batch["input_ids"][1:, :3000]})[
+        "last_hidden_state"
+    ]
+    assert out.isfinite().all() and torch.allclose(out[1:, :3000], alone, atol=1e-4)
+
+
 @each_family
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(family, side):
