@@ -38,6 +38,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        _readable(new)
         if path.exists():
             path.rename(old)
         try:
@@ -52,3 +53,12 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             for parent in parents:
                 with suppress(OSError):
                     parent.rmdir()
+
+
+def _readable(folder: Path) -> None:
+    """Gives files the rights of any new file: safetensors writes weights that nobody else can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o666 & ~mask))

@@ -148,3 +148,13 @@ def test_permissions_are_the_usual_ones(tmp_path):
     with atomic_folder(tmp_path / "out") as folder:
         write(folder)
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_others_may_read_what_is_written(tmp_path):
+    with atomic_folder(tmp_path / "out") as new:
+        (new / "inner").mkdir()
+        for path in (new / "weights", new / "inner" / "more"):
+            path.touch(mode=0o600)
+    (tmp_path / "any").touch()
+    usual = (tmp_path / "any").stat().st_mode
+    assert {(tmp_path / "out" / name).stat().st_mode for name in ("weights", "inner/more")} == {usual}

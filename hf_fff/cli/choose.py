@@ -172,7 +172,7 @@ def choose(
         raise bad_option("--data", ValueError("is needed" + (", or --text" if embedder or task == "mlm" else "")))
     if max_length < kind.least_length:
         raise bad_option("--max-length", ValueError(f"{max_length} must be at least {kind.least_length} for {task}"))
-    check_device("--device", device)
+    check_device("--device", device, bf16=bf16)
     check_device("--time-on", time_on)
 
     def arguments(folder: Path, count: int) -> DistillationArguments:

@@ -120,11 +120,13 @@ def columns_of(text_columns: str | None, label_column: str | None) -> Any:
     return Columns(tuple(text_columns.split(",")) if text_columns else None, label_column)
 
 
-def check_device(option: str, device: Device | None) -> None:
+def check_device(option: str, device: Device | None, *, bf16: bool = False) -> None:
     import torch
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise bad_option(option, ValueError("this machine has no GPU that torch can use"))
+    if bf16 and (device is Device.cpu or not torch.cuda.is_available()):
+        raise bad_option("--bf16", ValueError("is for GPUs, and this is to run on a CPU: leave it out"))
 
 
 def facts_of(model: Any, output: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from .common import (
     app,
     bad_option,
     check_use,
+    err,
     facts_of,
     out,
     reports_errors,
@@ -72,6 +73,8 @@ def convert(
     """Convert a dense model's feedforward networks into fast ones, and save the model."""
     target_layers = _parse_layers(layers)
     check_use(fff, text or [], output, overwrite)
+    if steps is not None and not text:
+        raise bad_option("--steps", ValueError("are of the calibration, which needs --text"))
 
     import torch
 
@@ -115,3 +118,8 @@ def convert(
             f"(the same again: --steps {report.steps} --max-tokens {report.tokens} --seed {seed})",
             soft_wrap=True,  # to be copied
         )
+        if poor := [str(i) for i, value in report.unexplained.items() if value >= 1]:
+            err.print(
+                f"layers {', '.join(poor)} fit no better than a constant would: more --text, and more --steps or --budget, are needed",
+                style="yellow",
+            )

@@ -112,7 +112,7 @@ def distill(
             get_objective(task)
         except ValueError as error:
             raise bad_option("--task", error) from error
-    check_device("--device", device)
+    check_device("--device", device, bf16=bf16)
     given = {
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": batch_size,

@@ -359,3 +359,10 @@ def test_the_table_of_the_benchmark(monkeypatch):
     lines = [line.split() for line in run("bench", "layer").stdout.splitlines()]
     assert "4096 111111 22222 5.0x 33333 4444 7.5x 555555 66.7 8334x 7.78".split() in lines
     assert "1 20 10 2.0x - - - - - - -".split() in lines
+
+
+def test_convert_says_what_a_calibration_lacks(model, text, tmp_path):
+    result = run("convert", model, tmp_path / "a", "--fff", "2x3", "--steps", 2)
+    assert result.exit_code == 2 and "needs --text" in unwrapped(result.stderr)
+    result = run("convert", model, tmp_path / "b", "--fff", "2x3", "--text", text, "--steps", 1)
+    assert result.exit_code == 0 and "no better than a constant" in unwrapped(result.stderr)

@@ -260,3 +260,11 @@ def test_distill_wants_data(model, tmp_path):
     ):
         result = run("distill", model, tmp_path / "fast", "--fff", "2x3", "--steps", 2, *options)
         assert result.exit_code == 2 and message in unwrapped(result.stderr)
+
+
+@pytest.mark.parametrize("command", ["distill", "choose"])
+def test_bf16_is_for_gpus(model, text, tmp_path, command):
+    more = ("--fff", "none", "--steps", 2) if command == "distill" else ("--task", "embeddings", "--keep", 0.9)
+    result = run(command, model, tmp_path / "out", "--text", text, *more, "--bf16", "--device", "cpu")
+    assert result.exit_code == 2 and "leave it out" in unwrapped(result.stderr)
+    assert not (tmp_path / "out").exists()
