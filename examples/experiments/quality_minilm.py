@@ -13,39 +13,21 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from hf_fff import Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff
-from hf_fff.surgery.text import as_batches, read_texts
+from hf_fff.surgery.text import read_texts
+from hf_fff.tasks import evaluate, get_task
 from hf_fff.training import DistillationArguments, distil_texts
-
-
-@torch.no_grad()
-def embeddings(model, batches):
-    model.eval()
-    rows = []
-    for batch in batches:
-        batch = {k: v.to(model.device) for k, v in batch.items()}
-        mask = batch["attention_mask"].unsqueeze(-1)
-        rows.append(F.normalize((model(**batch)[0].float() * mask).sum(1) / mask.sum(1), dim=1))
-    return torch.cat(rows)
 
 
 def fidelity(dense, fast, tokenizer, unseen):
     """Mean and 5 % quantile of the cosine to the original's embeddings, and the share of its ten nearest neighbours."""
-    result = {}
+    task, result = get_task("embeddings"), {}
     for name, texts in unseen.items():
-        batches = as_batches(texts, lambda: tokenizer, max_length=128, batch_tokens=8192)
-        a, b = embeddings(dense, batches), embeddings(fast, batches)
-        cosine = (a * b).sum(1)
-        near, found = ((e @ e.T).fill_diagonal_(-2).topk(10).indices for e in (a, b))
-        shared = (near.unsqueeze(2) == found.unsqueeze(1)).any(2).float().mean()
-        result[name] = {
-            "cosine": round(float(cosine.mean()), 4),
-            "cosine_p5": round(float(cosine.quantile(0.05)), 4),
-            "neighbours": round(float(shared), 4),
-        }
+        data = task.encode([{"text": text} for text in texts], tokenizer, fast.config)
+        scores = evaluate(fast, task, data, tokenizer, teacher=dense, batch_size=64)
+        result[name] = {metric: round(value, 4) for metric, value in scores.items()}
     return result
 
 
@@ -82,6 +64,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--unseen", type=Path, nargs="+", required=True)
+    parser.add_argument("--run", default="general", help="the table that it belongs to: general, calibration or rates")
     parser.add_argument("--fff", default="8x8")
     parser.add_argument("--calibration-steps", type=int, default=1000)
     parser.add_argument("--max-tokens", type=int, default=600_000)
@@ -127,7 +110,11 @@ def main() -> None:
             )
             distil_texts(fast, dense, texts, tokenizer, training)
         report = fast.distillation_report
-        result |= {"distillation_seconds": round(report.seconds, 1), "eval_loss": round(report.loss, 4)}
+        result |= {
+            "distillation_seconds": round(report.seconds, 1),
+            "eval_loss": round(report.loss, 4),
+            "eval_cosine": round(report.cosine, 4),
+        }
         result["distilled"] = fidelity(dense, fast, tokenizer, unseen)
     result["device"] = torch.cuda.get_device_name() if device == "cuda" else device
     result["torch"] = torch.__version__

@@ -44,7 +44,7 @@ What this says:
 - *No FFN at all* is a hard rival: after distillation it keeps a cosine of {none:.3f}.
 - Neither is near 1. For search, embed everything with the converted model; do not mix its embeddings with the original's.
 - None of the runs has converged: the loss falls to the last step, and 8x8 ends with a cosine of {train:.3f} on its training batches against
-  {held:.3f} on held-out texts, so more text and more steps both help.
+  {held:.3f} on texts of the same documents that were held out, so more text and more steps both help.
 """
 
 RATES = """
@@ -141,7 +141,7 @@ def general(rows: list[dict]) -> str:
         torch=first["torch"],
         processes=first["processes_a_gpu"],
         none=none,
-        train=mean(row["train_cosine"] for row in trees),
+        train=mean(row["train_cosine"] for row in trees if "train_cosine" in row),
         held=mean(row["eval_cosine"] for row in trees),
     )
 

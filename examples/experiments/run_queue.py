@@ -4,7 +4,7 @@
 
 A line of the queue is a script of this folder with its options; ``{model}``, ``{data}`` and ``{work}`` stand for folders. A line that
 ends in ``&&`` has to be done before those after it begin. Results are what the scripts print last, one JSON object a run, with the line as
-``"run"``: give the file again and nothing is done twice. What is still running when the seconds are over is ended.
+``"line"``: give the file again and nothing is done twice. What is still running when the seconds are over is ended.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
 
     deadline = time.monotonic() + args.seconds
     done = (
-        {json.loads(line)["run"] for line in args.results.read_text().splitlines()} if args.results.exists() else set()
+        {json.loads(line)["line"] for line in args.results.read_text().splitlines()} if args.results.exists() else set()
     )
     lines = [line.strip() for line in args.queue.read_text().splitlines() if line.strip() and line[0] != "#"]
     waiting = [line for line in lines if line.removesuffix("&&").strip() not in done]
@@ -50,7 +50,16 @@ def main() -> None:
         print(f"{process.returncode} {line} ({log})", flush=True)
         if process.returncode == 0 and found:
             with args.results.open("a") as file:
-                file.write(json.dumps({"run": line.removesuffix("&&").strip(), **json.loads(found[-1])}) + "\n")
+                file.write(
+                    json.dumps(
+                        {
+                            "line": line.removesuffix("&&").strip(),
+                            "processes_a_gpu": args.at_once,
+                            **json.loads(found[-1]),
+                        }
+                    )
+                    + "\n"
+                )
 
     while (waiting or running) and time.monotonic() < deadline:
         for place in [p for p, (_, process, _) in running.items() if process.poll() is not None]:

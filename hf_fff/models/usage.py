@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from ..layers import FFF
+from ..modes import evaluating
 from .families import FFNInterface
 
 
@@ -63,7 +64,6 @@ def _mean(summaries: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(s[name] for s in summaries) / len(summaries) for name in summaries[0]}
 
 
-@torch.no_grad()
 def fff_usage(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[int, dict[str, float]]:
     """How the trees of a converted model are used by some inputs, padding left out.
 
@@ -87,22 +87,19 @@ def fff_usage(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[int, 
         return {}
     every = [v for one in visits.values() for v in one]
     hooks = [v.ffn.register_forward_pre_hook(v.see) for v in every]
-    training = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     try:
-        model.eval()
-        for batch in batches:
-            names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-            inputs = {name: batch[name].to(device) for name in names if name in batch}
-            model.base_model(**inputs)
-            mask = inputs.get("attention_mask")
-            for v in every:
-                v.count(None if mask is None else mask.bool())
+        with evaluating(model):
+            for batch in batches:
+                names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+                inputs = {name: batch[name].to(device) for name in names if name in batch}
+                model.base_model(**inputs)
+                mask = inputs.get("attention_mask")
+                for v in every:
+                    v.count(None if mask is None else mask.bool())
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training:
-            module.training = mode
     if not any(v.counts.any() for v in every):
         raise ValueError("there is no visible token, so there is nothing to count")
     return {i: _mean([v.summary() for v in one]) for i, one in visits.items()}

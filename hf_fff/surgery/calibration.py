@@ -12,8 +12,7 @@ useless here: in some layers one outlier dimension carries nearly all of the var
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 from ..config import FFFConfig
 from ..layers import FFF, MLP, Feedforward, NoFFN, OutputBias, feedforward
 from ..models import FFNInterface
+from ..modes import evaluating
 from ..ops.torch_backend import activation_functions
 from .dense import DenseNeurons
 from .initialise import balance_hyperplanes, best_neurons, solve_outputs
@@ -293,20 +293,6 @@ def _dense_layer(dense: _Layers, fast: _Layers, indices: list[int], site: int, p
         return None
     x, y, weight = (torch.cat(list(column)) for column in zip(*parts, strict=True))
     return _Layer(x, y, weight / weight.square().mean().sqrt(), *statistics)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in its own mode again."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class _Fit:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..config import FORMAT_VERSION, FFFConfig, LayersLike, resolve_layers
 from ..layers import FeedforwardBlock, OutputBias, feedforward
+from ..modes import evaluating
 from ..ops.torch_backend import activation_functions
-from .calibration import Calibration, calibrate_alone, evaluating
+from .calibration import Calibration, calibrate_alone
 from .dense import DenseNeurons
 from .initialise import init_from_dense
 

@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..modes import evaluating
 from .data import Collator, Encoded
 from .kinds import Embeddings, Task
 
 
-@torch.no_grad()
 def evaluate(
     model: Any,
     task: Task,
@@ -44,13 +43,9 @@ def evaluate(
         check_teacher(model, teacher, task)
     if teacher is None and not data.labelled:
         raise ValueError(f"there is nothing to measure: {task.name} on rows without labels needs a teacher")
-    models = [m for m in (model, teacher) if m is not None]
-    training = [(module, module.training) for m in models for module in m.modules()]
-    for m in models:
-        m.eval()
     outputs: list[Any] = [None] * len(data)
     compared: list[Any] = [None] * len(data)
-    try:
+    with evaluating(*(m for m in (model, teacher) if m is not None)):
         steps = batches(data, task.collator(tokenizer), batch_size)
         total = -(-len(data) // batch_size)
         for indices, batch in tqdm(steps, total=total, disable=not progress, desc=task.name, unit="batch"):
@@ -66,9 +61,6 @@ def evaluate(
                 for kept in (outputs[i], compared[i]):
                     if kept is not None and not bool(kept.isfinite().all()):
                         raise FloatingPointError(f"an output for row {data.row_of[i] + 1} is not finite")
-    finally:
-        for module, mode in training:
-            module.training = mode
     result = task.score(outputs, data) if data.labelled else {}
     return result | (task.agreement(compared) if teacher is not None else {})
 

@@ -128,7 +128,7 @@ class Task:
         label: str | None,
         seed: int,
     ) -> Encoded:
-        encoded = _tokenise(tokenizer, [[row[name] for row in rows] for name in text], max_length)
+        encoded = tokenised(tokenizer, [[row[name] for row in rows] for name in text], max_length)
         if label is not None:
             encoded["labels"] = [
                 self.label(row.get(label), f"row {number}: {label}", config) for number, row in enumerate(rows, 1)
@@ -425,7 +425,7 @@ class MaskedLM(Task):
         if seed < 0:
             raise ValueError(f"seed={seed!r} must be at least 0")
         masking = Masking(tokenizer)
-        encoded = _tokenise(tokenizer, [[row[name] for row in rows] for name in text], max_length)
+        encoded = tokenised(tokenizer, [[row[name] for row in rows] for name in text], max_length)
         masked, labels = [], []
         for number, ids in enumerate(encoded["input_ids"]):
             draws = torch.from_numpy(np.random.default_rng((seed, number)).random(len(ids)))
@@ -473,7 +473,7 @@ class Embeddings(Task):
         label: str | None,
         seed: int,
     ) -> Encoded:
-        encoded = _tokenise(tokenizer, [[row[name] for row in rows for name in text]], max_length)
+        encoded = tokenised(tokenizer, [[row[name] for row in rows for name in text]], max_length)
         number: dict[tuple[int, ...], int] = {}  # texts that are the same to the model are one item
         first: list[int] = []  # where each item comes first
         item_of: list[int] = []
@@ -626,7 +626,7 @@ def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
     return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
 
 
-def _tokenise(tokenizer: Any, columns: list[list[str]], max_length: int) -> dict[str, Any]:
+def tokenised(tokenizer: Any, columns: list[list[str]], max_length: int) -> dict[str, Any]:
     """Texts, or pairs of texts, as columns of ids."""
     parts = [
         tokenizer(*chunk, truncation=True, max_length=max_length)

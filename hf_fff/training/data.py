@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..tasks import Encoded, get_task
 from ..tasks.data import Masking, unmasked
+from ..tasks.kinds import tokenised
 from .objectives import get_objective
 
 _REPLACED = 0.15  # of the tokens, in the copies of labelled rows
@@ -46,30 +47,21 @@ class ByLength(Sampler[int]):
 
 
 class TokenisedTexts(Dataset[dict[str, list[int]]]):
-    """Texts as rows of ids, not padded; held as int32, since lists of integers are ten times as large.
+    """Texts as rows of ids, not padded.
 
     Args:
         max_length: longer texts are cut.
     """
 
     def __init__(self, texts: Sequence[str], tokenizer: Any, max_length: int) -> None:
-        self.lengths: list[int] = []
-        columns: dict[str, list[Tensor]] = {}
-        for start in range(0, len(texts), 1024):
-            encoded = tokenizer(list(texts[start : start + 1024]), truncation=True, max_length=max_length)
-            self.lengths += [len(row) for row in encoded["input_ids"]]
-            for name, rows in encoded.items():
-                flat = [value for row in rows for value in row]
-                columns.setdefault(name, []).append(torch.tensor(flat, dtype=torch.int32))
-        self._columns = {name: torch.cat(parts) for name, parts in columns.items()}
-        self._ends = torch.tensor(self.lengths, dtype=torch.int64).cumsum(0).tolist()
+        self._columns = tokenised(tokenizer, [list(texts)], max_length)
+        self.lengths: list[int] = self._columns["input_ids"].lengths
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        end = self._ends[index]
-        return {name: flat[end - self.lengths[index] : end].tolist() for name, flat in self._columns.items()}
+        return {name: rows[index] for name, rows in self._columns.items()}
 
 
 class TaskMix(Dataset[dict[str, Any]]):

@@ -5,7 +5,8 @@ import torch
 from tiny import tiny_model
 
 from hf_fff import Calibration, FFFConfig, convert_ffn_to_fff
-from hf_fff.surgery.calibration import _dense_layer, _Layers, _pieces, evaluating
+from hf_fff.modes import evaluating
+from hf_fff.surgery.calibration import _dense_layer, _Layers, _pieces
 from hf_fff.surgery.text import as_batches
 
 HELD_OUT = 0.3
