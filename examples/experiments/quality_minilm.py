@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--hidden-weight", type=float, default=0.5)
     parser.add_argument("--embedding-weight", type=float, default=10.0)
     parser.add_argument("--routing-gradient", type=float, default=3.0)
+    parser.add_argument("--compile", action="store_true", help="the training step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="folder for calibrated models, which are then not made anew")
     args = parser.parse_args()
@@ -106,6 +107,7 @@ def main() -> None:
                 disable_tqdm=True,
                 dataloader_num_workers=2 if device == "cuda" else 0,
                 bf16=device == "cuda",
+                torch_compile=args.compile,
                 seed=args.seed,
             )
             distil_texts(fast, dense, texts, tokenizer, training)

@@ -3,7 +3,7 @@
     python examples/experiments/run_queue.py --model DIR --data DIR --results runs.jsonl --gpus 2 --at-once 4 --seconds 560
 
 A line of the queue is a script of this folder with its options; ``{model}``, ``{data}`` and ``{work}`` stand for folders. A line that
-ends in ``&&`` has to be done before those after it begin. Results are what the scripts print last, one JSON object a run, with the line as
+ends in ``&&`` has to be done before those after it begin, up to the next empty line. Results are what the scripts print last, one JSON object a run, with the line as
 ``"line"``: give the file again and nothing is done twice. What is still running when the seconds are over is ended.
 """
 
@@ -38,8 +38,16 @@ def main() -> None:
     done = (
         {json.loads(line)["line"] for line in args.results.read_text().splitlines()} if args.results.exists() else set()
     )
-    lines = [line.strip() for line in args.queue.read_text().splitlines() if line.strip() and line[0] != "#"]
-    waiting = [line for line in lines if line.removesuffix("&&").strip() not in done]
+    lines = [line.strip() for line in args.queue.read_text().splitlines() if not line.startswith("#")]
+    waiting: list[tuple[str, list[str]]] = []  # a line, and those that have to be done before
+    first: list[str] = []
+    for line in lines:
+        name = line.removesuffix("&&").strip()
+        if not line:
+            first = []
+        elif name not in done:
+            waiting.append((name, list(first)))
+            first += [name] if line.endswith("&&") else []
     running: dict[tuple[int, int], tuple[str, subprocess.Popen, Path]] = {}
     places = [(slot, gpu) for slot in range(args.at_once) for gpu in range(args.gpus)]
     logs = Path(tempfile.mkdtemp(prefix="queue-"))
@@ -49,30 +57,21 @@ def main() -> None:
         found = [text for text in log.read_text().splitlines() if text.startswith('{"')]
         print(f"{process.returncode} {line} ({log})", flush=True)
         if process.returncode == 0 and found:
+            done.add(line)
+            result = {"line": line, "processes_a_gpu": args.at_once, **json.loads(found[-1])}
             with args.results.open("a") as file:
-                file.write(
-                    json.dumps(
-                        {
-                            "line": line.removesuffix("&&").strip(),
-                            "processes_a_gpu": args.at_once,
-                            **json.loads(found[-1]),
-                        }
-                    )
-                    + "\n"
-                )
+                file.write(json.dumps(result) + "\n")
 
-    while (waiting or running) and time.monotonic() < deadline:
+    while (running or any(done.issuperset(entry[1]) for entry in waiting)) and time.monotonic() < deadline:
         for place in [p for p, (_, process, _) in running.items() if process.poll() is not None]:
             collect(place)
-        blocked = any(line.endswith("&&") for line, _, _ in running.values())
         for place in places:
-            if place in running or not waiting or blocked:
+            ready = next((entry for entry in waiting if done.issuperset(entry[1])), None)
+            if place in running or ready is None:
                 continue
-            line = waiting[0]
-            if line.endswith("&&") and running:
-                break
-            waiting.pop(0)
-            script, *options = shlex.split(line.removesuffix("&&"))
+            waiting.remove(ready)
+            line = ready[0]
+            script, *options = shlex.split(line)
             options = [o.format(model=args.model, data=args.data, work=args.work) for o in options]
             log = logs / f"{len(list(logs.iterdir()))}.txt"
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(place[1]), "OMP_NUM_THREADS": "2"}
@@ -80,7 +79,6 @@ def main() -> None:
                 command = [sys.executable, str(HERE / script), *options]
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
             running[place] = (line, process, log)
-            blocked = line.endswith("&&")
         time.sleep(0.5)
     for line, process, _ in running.values():
         process.terminate()

@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--routing-gradient", type=float, default=3.0)
     parser.add_argument("--first-text-alone", action="store_true", help="calibrate on single texts, not pairs")
     parser.add_argument("--freeze", action="store_true", help="train nothing but what replaces the FFNs")
+    parser.add_argument("--compile", action="store_true", help="the training step")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -162,6 +163,7 @@ def main() -> None:
                     save_strategy="no",
                     logging_steps=250,
                     disable_tqdm=True,
+                    torch_compile=args.compile,
                     seed=args.seed,
                     **{k: v for k, v in rates.items() if v is not None},
                     **ON_GPU,

@@ -84,6 +84,9 @@ class DistillationTrainer(Trainer):
         super().__init__(model=model if self.objective else model.base_model, args=args, **kwargs)
         self.student = model
         self.teacher = (teacher if self.objective else teacher.base_model).to(args.device).eval()
+        self._watched = self.teacher
+        if args.torch_compile:  # the student is Accelerate's to compile
+            self._watched = torch.compile(self.teacher, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
         self._scales: list[Tensor] = []  # [H] for each layer
         self._seen: list[tuple[int, Tensor]] = []  # step and parts of the loss, since the last log
@@ -223,7 +226,7 @@ class DistillationTrainer(Trainer):
         are; the cosine. With a task, five columns more: its objective's. And the student's outputs."""
         given = _without_labels(inputs)
         with torch.no_grad(), self.accelerator.autocast():
-            want = self.teacher(**given, output_hidden_states=True)
+            want = self._watched(**given, output_hidden_states=True)
         have = model(**given, output_hidden_states=True)
         seen = visible(given)
         errors = [
