@@ -11,11 +11,13 @@ import copy
 import json
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
+from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from hf_fff import Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff
+from hf_fff import FFF, Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff
 from hf_fff.surgery.text import read_texts
 from hf_fff.tasks import evaluate, get_task
 from hf_fff.training import DistillationArguments, distil_texts
@@ -29,6 +31,17 @@ def fidelity(dense, fast, tokenizer, unseen):
         scores = evaluate(fast, task, data, tokenizer, teacher=dense, batch_size=64)
         result[name] = {metric: round(value, 4) for metric, value in scores.items()}
     return result
+
+
+def at_random(self, x):
+    """What a layer of trees gives where each token goes down any path."""
+    c, lead = self.config, x.shape[:-1]
+    visited = x.new_zeros(*lead, c.n_trees, c.tree_nodes)
+    node = torch.zeros(*lead, c.n_trees, 1, dtype=torch.long, device=x.device)
+    for _ in range(c.depth + 1):
+        visited.scatter_(-1, node, 1.0)
+        node = 2 * node + 1 + torch.randint_like(node, 2)
+    return (F.gelu(F.linear(x, self.weight_in, self.bias_in)) * visited.flatten(-2)) @ self.weight_out
 
 
 def calibrated(args, dense, tokenizer, texts):
@@ -118,6 +131,9 @@ def main() -> None:
             "eval_cosine": round(report.cosine, 4),
         }
         result["distilled"] = fidelity(dense, fast, tokenizer, unseen)
+        if "x" in args.fff:
+            with mock.patch.object(FFF, "forward", at_random):
+                result["paths_at_random"] = fidelity(dense, fast, tokenizer, unseen)
     result["device"] = torch.cuda.get_device_name() if device == "cuda" else device
     result["torch"] = torch.__version__
     print(json.dumps(result), flush=True)

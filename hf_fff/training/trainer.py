@@ -225,6 +225,9 @@ class DistillationTrainer(Trainer):
         """``[rows, layers + 2]``: each row's error summed over its visible tokens, after each layer; how many tokens these
         are; the cosine. With a task, five columns more: its objective's. And the student's outputs."""
         given = _without_labels(inputs)
+        if self.args.torch_compile:  # once for all shapes
+            for value in given.values():
+                torch._dynamo.maybe_mark_dynamic(value, (0, 1))
         with torch.no_grad(), self.accelerator.autocast():
             want = self._watched(**given, output_hidden_states=True)
         have = model(**given, output_hidden_states=True)
