@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +21,8 @@ from transformers import AutoModel, AutoTokenizer
 from hf_fff import FFF, Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff
 from hf_fff.surgery.text import read_texts
 from hf_fff.tasks import evaluate, get_task
-from hf_fff.training import DistillationArguments, distil_texts
+from hf_fff.training import DistillationArguments, DistillationTrainer, distil_texts
+from hf_fff.training.trainer import own_parameters
 
 
 def fidelity(dense, fast, tokenizer, unseen):
@@ -88,6 +90,8 @@ def main() -> None:
     parser.add_argument("--hidden-weight", type=float, default=0.5)
     parser.add_argument("--embedding-weight", type=float, default=10.0)
     parser.add_argument("--routing-gradient", type=float, default=3.0)
+    parser.add_argument("--embeddings", action="store_true", help="train the embeddings, too")
+    parser.add_argument("--plain-steps", action="store_true", help="no units of what replaced the FFNs")
     parser.add_argument("--compile", action="store_true", help="the training step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="folder for calibrated models, which are then not made anew")
@@ -123,7 +127,15 @@ def main() -> None:
                 torch_compile=args.compile,
                 seed=args.seed,
             )
-            distil_texts(fast, dense, texts, tokenizer, training)
+            if not args.embeddings:
+                own_parameters(fast)
+                fast.embeddings.requires_grad_(False)
+            with (
+                mock.patch.object(DistillationTrainer, "_measure_units", lambda self: None)
+                if args.plain_steps
+                else nullcontext()
+            ):
+                distil_texts(fast, dense, texts, tokenizer, training)
         report = fast.distillation_report
         result |= {
             "distillation_seconds": round(report.seconds, 1),

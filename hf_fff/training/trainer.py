@@ -86,9 +86,12 @@ class DistillationTrainer(Trainer):
         self.teacher = (teacher if self.objective else teacher.base_model).to(args.device).eval()
         self._watched = self.teacher
         if args.torch_compile:  # the student is Accelerate's to compile
-            self._watched = torch.compile(self.teacher, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            self._watched = torch.compile(
+                self.teacher, backend=args.torch_compile_backend, mode=args.torch_compile_mode
+            )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
         self._scales: list[Tensor] = []  # [H] for each layer
+        self._units: dict[nn.Parameter, Tensor] = {}
         self._seen: list[tuple[int, Tensor]] = []  # step and parts of the loss, since the last log
 
     # Training
@@ -96,6 +99,7 @@ class DistillationTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``."""
         self._measure_scales()
+        self._measure_units()
         self._seen = []
         if self.model_wrapped is self.model:  # after an evaluation, which would keep DDP from being wrapped around it
             unprepare(self.model)
@@ -137,6 +141,7 @@ class DistillationTrainer(Trainer):
                 ],
                 **options,
             )
+            _take_steps_in(self._units, self.optimizer)
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -286,6 +291,34 @@ class DistillationTrainer(Trainer):
         spread = ((squares / count) - (sums / count).square()).clamp_min(0).sqrt()
         self._scales = list(torch.maximum(spread, 0.01 * spread.median(1, keepdim=True).values).clamp_min(1e-6))
 
+    @torch.no_grad()
+    def _measure_units(self) -> None:
+        """In which units the parameters of what replaced the FFNs are trained: as if its inputs and its outputs had a standard
+        deviation of 1 in every dimension. A few dimensions of a BERT's hidden states are far larger than the others, and Adam's
+        steps are of one size in all: they would turn every node's decision by those few."""
+        trained: Any = self.model
+        sums: dict[nn.Module, Tensor] = {}  # [2, 3, H]: of inputs and outputs; count, sum and sum of squares
+
+        def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            both = torch.stack([inputs[0].flatten(0, -2), output.flatten(0, -2)]).double()
+            seen = torch.stack([torch.ones_like(both).sum(1), both.sum(1), both.square().sum(1)], 1)
+            sums[module] = sums.get(module, 0) + seen
+
+        layers = [m for m in trained.modules() if isinstance(m, (FFF, MLP))]
+        handles = [m.register_forward_hook(look) for m in layers]
+        try:
+            trained.eval()
+            for inputs in self._first_batches(_SCALE_ROWS):
+                trained(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for module, seen in sums.items():
+            count, total, squares = seen.unbind(1)
+            spread = (squares / count - (total / count).square()).clamp_min(0).sqrt()
+            spread = torch.maximum(spread, 0.01 * spread.median(1, keepdim=True).values).clamp_min(1e-6).float()
+            self._units |= {module.weight_in: 1 / spread[0], module.weight_out: spread[1]}
+
     def _first_batches(self, rows: int) -> Iterator[dict[str, Any]]:
         """The first rows as they lie in the data set, the same in all processes and however often it is asked."""
         data: Any = self.eval_dataset if self.train_dataset is None else self.train_dataset
@@ -350,6 +383,25 @@ def _last(out: Any) -> Tensor:
 def _pooled(hidden: Tensor, seen: Tensor) -> Tensor:
     """``[rows, tokens, H] -> [rows, H]``."""
     return (hidden.float() * seen.unsqueeze(-1)).sum(1) / seen.sum(1, keepdim=True).clamp_min(1)
+
+
+def _take_steps_in(units: Mapping[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Multiplies an optimizer's steps, those of each parameter by its units."""
+    trained = {p: unit for p, unit in units.items() if p.requires_grad}
+    before: dict[nn.Parameter, Tensor] = {}
+
+    def remember(*_: Any) -> None:
+        before.update({p: p.detach().clone() for p in trained})
+
+    @torch.no_grad()
+    def stretch(*_: Any) -> None:
+        for p, unit in trained.items():
+            p.copy_(torch.addcmul(before[p], p - before[p], unit))
+        before.clear()
+
+    if trained:
+        optimizer.register_step_pre_hook(remember)
+        optimizer.register_step_post_hook(stretch)
 
 
 def unprepare(model: Any) -> None:
