@@ -85,13 +85,15 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=600_000)
     parser.add_argument("--steps", type=int, default=0, help="of the distillation; 0: calibration alone")
     parser.add_argument("--batch-size", type=int, default=192, help="texts a step")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--fff-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--fff-learning-rate", type=float)
     parser.add_argument("--hidden-weight", type=float, default=0.5)
     parser.add_argument("--embedding-weight", type=float, default=10.0)
     parser.add_argument("--routing-gradient", type=float, default=3.0)
-    parser.add_argument("--embeddings", action="store_true", help="train the embeddings, too")
-    parser.add_argument("--plain-steps", action="store_true", help="no units of what replaced the FFNs")
+    parser.add_argument("--freeze-embeddings", action="store_true")
+    parser.add_argument(
+        "--plain-steps", action="store_true", help="what replaced the FFNs trains in no units of its own"
+    )
     parser.add_argument("--compile", action="store_true", help="the training step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="folder for calibrated models, which are then not made anew")
@@ -127,7 +129,7 @@ def main() -> None:
                 torch_compile=args.compile,
                 seed=args.seed,
             )
-            if not args.embeddings:
+            if args.freeze_embeddings:
                 own_parameters(fast)
                 fast.embeddings.requires_grad_(False)
             with (

@@ -118,24 +118,29 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Two groups of parameters, the one that replaced the FFNs last; four if there is a weight decay."""
+        """Groups of parameters, those of what replaced the FFNs last, for each rate and where there is a weight decay. Steps of
+        the latter are in units in which inputs and outputs have a standard deviation of 1, see ``_measure_units``."""
         if self.optimizer is None:
             model = self.model if model is None else model
             own = {
-                id(p) for m in model.modules() if isinstance(m, (FFF, MLP, NoFFN, OutputBias)) for p in m.parameters()
+                p: self.args.rate_of(getattr(m, "kind", "bias"))
+                for m in model.modules()
+                if isinstance(m, (FFF, MLP, NoFFN, OutputBias))
+                for p in m.parameters()
             }
             decayed = set(self.get_decay_parameter_names(model)) if self.args.weight_decay else set()
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
             for name, p in model.named_parameters():
                 if p.requires_grad:
-                    groups.setdefault((id(p) in own, name in decayed), []).append(p)
+                    key = (p in own, own.get(p, self.args.learning_rate), name in decayed)
+                    groups.setdefault(key, []).append(p)
             kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(
                 [
                     {
                         "params": groups[key],
-                        "lr": self.args.fff_learning_rate if key[0] else self.args.learning_rate,
-                        "weight_decay": self.args.weight_decay if key[1] else 0.0,
+                        "lr": key[1],
+                        "weight_decay": self.args.weight_decay if key[2] else 0.0,
                     }
                     for key in sorted(groups)
                 ],
@@ -297,7 +302,7 @@ class DistillationTrainer(Trainer):
         deviation of 1 in every dimension. A few dimensions of a BERT's hidden states are far larger than the others, and Adam's
         steps are of one size in all: they would turn every node's decision by those few."""
         trained: Any = self.model
-        sums: dict[nn.Module, Tensor] = {}  # [2, 3, H]: of inputs and outputs; count, sum and sum of squares
+        sums: dict[Any, Tensor] = {}  # [2, 3, H]: of inputs and outputs; count, sum and sum of squares
 
         def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             both = torch.stack([inputs[0].flatten(0, -2), output.flatten(0, -2)]).double()

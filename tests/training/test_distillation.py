@@ -35,7 +35,7 @@ def pair(config="2x3", head="Model", **options):
 
 def arguments(folder, **options):
     usual = {"max_steps": 30, "per_device_train_batch_size": 16, "logging_steps": 5, "save_strategy": "no"}
-    usual |= {"learning_rate": 1e-3, "fff_learning_rate": 1e-2, "disable_tqdm": True, "use_cpu": True}
+    usual |= {"learning_rate": 1e-3, "fff_learning_rate": 3e-3, "disable_tqdm": True, "use_cpu": True}
     return DistillationArguments(output_dir=str(folder), **{**usual, **options})
 
 
@@ -134,12 +134,47 @@ def test_groups_of_parameters(tmp_path):
     for decay, count in ((0.0, 2), (0.1, 4)):
         t = trainer(tmp_path, student, teacher, weight_decay=decay)
         groups = t.create_optimizer().param_groups
-        assert len(groups) == count and [g["lr"] for g in groups] == [1e-3] * (count // 2) + [1e-2] * (count // 2)
+        assert len(groups) == count and [g["lr"] for g in groups] == [1e-3] * (count // 2) + [3e-3] * (count // 2)
         assert {g["weight_decay"] for g in groups} == {0.0, decay}
-        fff = {names[id(p)] for g in groups if g["lr"] == 1e-2 for p in g["params"]}
+        fff = {names[id(p)] for g in groups if g["lr"] == 3e-3 for p in g["params"]}
         want = [f"encoder.layer.{i}.intermediate.{n}" for i in (0, 1) for n in ("weight_in", "bias_in", "weight_out")]
         assert fff == {*want, *(f"encoder.layer.{i}.output.dense.bias" for i in range(3))}
         assert sum(len(g["params"]) for g in groups) == len(names)
+
+
+def test_steps_are_in_units_of_inputs_and_outputs(tmp_path):
+    """Adam's first step is the learning rate in every direction: divided by an input's standard deviation, times an output's."""
+    student, teacher = pair({0: "2x3", 1: "mlp:8", 2: "none"})
+    with torch.no_grad():
+        student.encoder.layer[0].attention.output.LayerNorm.weight[5] = 30.0  # a dimension far larger than the others
+    layers = [student.encoder.layer[i].intermediate for i in (0, 1)]
+    seen = [([], []) for _ in layers]
+    for layer, (inputs, outputs) in zip(layers, seen, strict=True):
+        layer.register_forward_pre_hook(lambda _, x, found=inputs: found.append(x[0].detach()))
+        layer.register_forward_hook(lambda _, x, y, found=outputs: found.append(y.detach()))
+    data = rows(32, tokens=8)
+    with torch.no_grad():
+        student.eval()(**{k: torch.stack([row[k] for row in data]) for k in data[0]})
+    seen = [[list(found) for found in both] for both in seen]
+    spreads = [[torch.cat(found).flatten(0, -2).std(0, correction=0) for found in both] for both in seen]
+    before = [(layer.weight_in.clone(), layer.weight_out.clone()) for layer in layers]
+    t = trainer(tmp_path, student, teacher, data, max_steps=1, warmup_steps=0, max_grad_norm=0.0)
+    t.train()
+    for layer, (x, y), (w_in, w_out) in zip(layers, spreads, before, strict=True):
+        for now, was, unit in ((layer.weight_in, w_in, 1 / x), (layer.weight_out, w_out, y)):
+            step = (now.detach() - was).abs().max(0).values
+            torch.testing.assert_close(step, 3e-3 * unit, rtol=2e-3, atol=1e-6)
+        assert x.max() > 20 * x.median() or layer is not layers[0]
+
+
+@pytest.mark.full
+def test_compiled_steps_are_the_same(tmp_path):
+    losses = []
+    for compiled in (False, True):
+        t = trainer(tmp_path, *pair(), max_steps=3, logging_steps=1, torch_compile=compiled)
+        t.train()
+        losses.append([row["loss"] for row in t.state.log_history if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_what_is_left_alone(tmp_path):

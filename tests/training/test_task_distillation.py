@@ -34,7 +34,7 @@ def pair(task, **options):
 
 def arguments(folder, task="classification", **options):
     usual = {"max_steps": 30, "per_device_train_batch_size": 16, "logging_steps": 5, "save_strategy": "no"}
-    usual |= {"learning_rate": 1e-3, "fff_learning_rate": 1e-2, "disable_tqdm": True, "use_cpu": True}
+    usual |= {"learning_rate": 1e-3, "fff_learning_rate": 3e-3, "disable_tqdm": True, "use_cpu": True}
     return arguments_for(task, output_dir=str(folder), **{**usual, **options})
 
 
@@ -59,7 +59,7 @@ def mixed(task, tokenizer, length):
 
 @pytest.mark.parametrize("task", OBJECTIVES)
 def test_learns(tmp_path, task, tokenizer):
-    t = make(tmp_path, task, tokenizer)
+    t = make(tmp_path, task, tokenizer, **({"label_weight": 0.1} if task == "regression" else {}))
     head = {n: p.clone() for n, p in t.student.named_parameters() if n.startswith(("classifier", "qa_outputs", "cls"))}
     before = t.evaluate()
     t.train()
@@ -73,7 +73,7 @@ def test_learns(tmp_path, task, tokenizer):
     logs = [row for row in t.state.log_history if "loss" in row]
     assert len(logs) == 6
     for row in logs:
-        parts = row["hidden"] + 2 * factor * row[distance] + (0 if task == "mlm" else 0.5) * row["label_loss"]
+        parts = row["hidden"] + 2 * factor * row[distance] + t.args.label_weight * row["label_loss"]
         assert row["loss"] == pytest.approx(parts, rel=1e-4)
 
 
@@ -267,17 +267,19 @@ def test_arguments_out_of_range(tmp_path, name, value):
 def test_the_arguments_of_tasks(tmp_path):
     args = arguments_for("qa", output_dir=str(tmp_path))
     assert (args.hidden_weight, args.embedding_weight, args.logits_weight, args.label_weight) == (1, 0, 2, 0.5)
-    assert (args.temperature, args.learning_rate, args.fff_learning_rate) == (2, 2e-4, 5e-4)
+    assert (args.temperature, args.learning_rate, args.fff_learning_rate) == (2, 2e-4, None)
     args = arguments_for("mlm", output_dir=str(tmp_path), temperature=1.0)
-    assert (args.logits_weight, args.label_weight, args.learning_rate, args.fff_learning_rate) == (2, 0, 3e-4, 1e-3)
+    assert (args.logits_weight, args.label_weight, args.learning_rate) == (2, 0, 3e-4)
     assert args.temperature == 1
     general = arguments_for(None, output_dir=str(tmp_path), max_steps=3000)
     assert (general.embedding_weight, general.logits_weight, general.per_device_train_batch_size) == (10, 0, 192)
-    for steps, rates in ((50, (4e-5, 1e-4)), (499, (3.992e-4, 9.98e-4)), (500, (4e-4, 1e-3)), (-1, (4e-4, 1e-3))):
+    for steps, rates in ((50, (4e-5, 3e-5, 1e-4)), (499, (3.992e-4, 2.994e-4, 9.98e-4)), (-1, (4e-4, 3e-4, 1e-3))):
         args = arguments_for(None, output_dir=str(tmp_path), max_steps=steps)
-        assert (args.learning_rate, args.fff_learning_rate) == pytest.approx(rates)
+        assert (args.learning_rate, args.rate_of("tree"), args.rate_of("mlp")) == pytest.approx(rates)
     args = arguments_for("qa", output_dir=str(tmp_path), max_steps=50, learning_rate=1.0)
-    assert (args.learning_rate, args.fff_learning_rate) == (1.0, pytest.approx(5e-5))
+    assert (args.learning_rate, args.rate_of("tree")) == (1.0, 0.75)
+    args = arguments_for("qa", output_dir=str(tmp_path), max_steps=50, fff_learning_rate=1e-2)
+    assert (args.learning_rate, args.rate_of("tree"), args.rate_of("mlp")) == pytest.approx((2e-5, 1e-2, 1e-2))
     with pytest.raises(ValueError, match="'embeddings' has no logits"):
         arguments_for("embeddings", output_dir=str(tmp_path))
 
