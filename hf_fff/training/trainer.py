@@ -84,11 +84,10 @@ class DistillationTrainer(Trainer):
         super().__init__(model=model if self.objective else model.base_model, args=args, **kwargs)
         self.student = model
         self.teacher = (teacher if self.objective else teacher.base_model).to(args.device).eval()
-        self._watched = self.teacher
+        self._watched: Any = self.teacher
         if args.torch_compile:  # the student is Accelerate's to compile
-            self._watched = torch.compile(
-                self.teacher, backend=args.torch_compile_backend, mode=args.torch_compile_mode
-            )
+            backend: Any = args.torch_compile_backend
+            self._watched = torch.compile(self.teacher, backend=backend, mode=args.torch_compile_mode)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
         self._scales: list[Tensor] = []  # [H] for each layer
         self._units: dict[nn.Parameter, Tensor] = {}
