@@ -22,7 +22,9 @@ from hf_fff.models.classes import config_class, known_types, model_classes
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or not Path(sys.argv[1], "tests", "test_modeling_common.py").is_file():
-        sys.exit(f"usage: python {sys.argv[0]} FOLDER [options of pytest]; FOLDER holds transformers' source, with its tests")
+        sys.exit(
+            f"usage: python {sys.argv[0]} FOLDER [options of pytest]; FOLDER holds transformers' source, with its tests"
+        )
     os.environ["TRANSFORMERS_SOURCE"] = sys.argv[1]
     sys.exit(pytest.main([__file__, "-o", "addopts=", "-W", "ignore", *sys.argv[2:]]))  # their marks are not ours
 
@@ -32,12 +34,18 @@ SOURCE = Path(os.environ["TRANSFORMERS_SOURCE"])
 def their_tests():
     """Their module of common tests. It imports two more, which a source distribution leaves out and an encoder does not need."""
     sys.path.insert(0, str(SOURCE))
-    for path, mixin in (("exporters/test_export", "ExportTesterMixin"), ("generation/test_utils", "GenerationTesterMixin")):
+    for path, mixin in (
+        ("exporters/test_export", "ExportTesterMixin"),
+        ("generation/test_utils", "GenerationTesterMixin"),
+    ):
         if not (SOURCE / "tests" / f"{path}.py").is_file():
             package, name = (f"tests.{part.replace('/', '.')}" for part in (path.split("/")[0], path))
             sys.modules[package], sys.modules[name] = types.ModuleType(package), types.ModuleType(name)
             setattr(sys.modules[name], mixin, type(mixin, (), {}))
     return importlib.import_module("tests.test_modeling_common")
+
+
+COMMON = their_tests()
 
 
 def tell_names(family):
@@ -69,7 +77,7 @@ class Tester:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def tests_of(family, fast):
+def suite_of(family, fast):
     def set_up(self):
         self.model_tester = Tester(family, fast)
 
@@ -86,14 +94,15 @@ def tests_of(family, fast):
         "all_model_classes": tuple(classes.values() if fast else classes),
         "setUp": set_up,
         "_prepare_for_class": prepare,
+        "test_can_init_all_missing_weights_before_2023": True,
     }
     name = f"Test{family.replace('-', '').replace('_', '')}{'Fast' if fast else 'Dense'}"
-    tests = type(name, (their_tests().ModelTesterMixin, unittest.TestCase), members)
+    tests = type(name, (COMMON.ModelTesterMixin, unittest.TestCase), members)
     return tests
 
 
 for family in known_types():
     tell_names(family)
     for fast in (True, False):
-        tests = tests_of(family, fast)
+        tests = suite_of(family, fast)
         globals()[tests.__name__] = tests

@@ -109,6 +109,7 @@ def _fetch(source: str) -> Path:
         RepositoryNotFoundError,
     )
 
+    cause: Exception
     try:
         return Path(snapshot_download(source, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]))
     except HFValidationError as error:

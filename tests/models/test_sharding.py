@@ -10,6 +10,7 @@ import transformers
 from tiny import tiny_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 
 from hf_fff import convert_ffn_to_fff
 
@@ -63,9 +64,6 @@ def in_two(rank, folder, head):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    import hf_fff  # noqa: F401
-    from transformers.distributed import DistributedConfig
-
     auto, batch = getattr(transformers, f"AutoModel{head}"), batch_for(head)
     model = auto.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2)).eval()
     assert all(isinstance(p, DTensor) for p in model.parameters())

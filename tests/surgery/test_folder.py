@@ -238,7 +238,9 @@ def test_already_converted(tiny, tmp_path):
 def test_neither_a_folder_nor_a_model_of_the_hub(monkeypatch, tmp_path, name, why):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="is neither a folder nor a model of the Hub: there is no such folder") as caught:
+    with pytest.raises(
+        ValueError, match="is neither a folder nor a model of the Hub: there is no such folder"
+    ) as caught:
         ModelFolder.find(name)
     assert str(caught.value).startswith(name) and str(caught.value).endswith(why)
 
