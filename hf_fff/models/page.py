@@ -16,10 +16,11 @@ _PAGE = """# Families
 
 `convert_ffn_to_fff` and `hf-fff convert` take any model of these families, with any of their heads. Their names are
 transformers' with `Fast` before them: `from hf_fff import FastRobertaForTokenClassification`. `config.json` of a converted model
-says `fast` and the family's model type (`fastroberta`). A program that opens one needs `import hf_fff` before: then the Auto classes
-and `AutoTokenizer` know it.
+says `fast` and the family's model type (`fastroberta`). A program that opens one needs `import hf_fff` before: then the Auto
+classes and `AutoTokenizer` know it.
+
 These are {models} models and {configs} configs, all tested with transformers {tested}: converted, saved, loaded through each Auto
-class, and equal bit for bit.
+class, and equal bit for bit. Calibration, distillation, evaluation and the commands take every family.
 
 | model type | classes | feedforward network | norm after it | heads beside `Model` |
 |---|---|---|---|---|
@@ -39,6 +40,10 @@ calibration give their mean.
 
 Norm in the next layer: with the norms before attention and feedforward network there is none between the network and what
 reads it, so that a calibration weighs errors by the next norm on the residual stream, of the next layer or after the last.
+
+Sharding: FSDP2 is tested, with heads that are tied to the embedding and others: `torch.distributed.fsdp.fully_shard` layer by
+layer with bert, albert and modernbert, transformers' `DistributedConfig(fsdp_size=2)` with bert. Tensor parallelism, for which
+transformers has a plan of eurobert alone, leaves an FFF whole on each device; it has not been tried on several.
 
 ## A family that is not here
 
