@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders, and files in them, that appear whole or not at all."""
 
 import os
 import shutil
@@ -53,6 +53,18 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             for parent in parents:
                 with suppress(OSError):
                     parent.rmdir()
+
+
+@contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """A fresh folder to write files into. When the block ends without an error they move into ``folder``, which is made if need be
+    and keeps what else is in it; otherwise they are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as work:
+        yield Path(work)
+        _readable(Path(work))
+        for path in Path(work).iterdir():
+            path.replace(folder / path.name)
 
 
 def _readable(folder: Path) -> None:

@@ -66,10 +66,13 @@ def config_class(model_type: str) -> Any:
 def _make_config(row: FFNInterface, dense: Any) -> Any:
     class Config(FastConfigMixin, dense):
         model_type = f"fast{row.model_type}"
-        base_model_fsdp_plan: ClassVar[dict[Any, str]] = {  # transformers' default names no module of most families
+        # transformers' default names no module of most families. It takes an entry that is exactly the embedding out where that is
+        # tied to a head: the two must not be sharded apart.
+        base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
             row.embeddings: "free_full_weight",
             f"{row.layers}.*": "free_full_weight",
         }
+        base_model_tp_plan = _outside_ffns(row, dense.base_model_tp_plan)
         dense_model_type: ClassVar[str] = row.model_type
         fff: Any = "1x11"
 
@@ -91,6 +94,12 @@ def _make_config(row: FFNInterface, dense: Any) -> Any:
     )
 
 
+def _outside_ffns(row: FFNInterface, plan: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A tensor-parallel plan without the projections that an FFF replaces; an FFF itself is on each device as a whole."""
+    is_ffn = row.ffn_key().search
+    return plan and {name: style for name, style in plan.items() if not is_ffn(f"{name.replace('*', '0')}.")}
+
+
 def model_classes(model_type: str) -> dict[Any, Any]:
     """A family's classes in transformers -> the Fast ones. Imports the family's modeling file."""
     if model_type not in _models:
@@ -109,7 +118,10 @@ def _make_models(model_type: str) -> dict[Any, Any]:
     made = {}
     for name, dense_class in dense.items():
         fast = type(name, (pretrained, dense_class), {})
-        text = f"transformers' ``{name}``, with the feedforward networks replaced as its config says (``Fast{prefix}Config``)."
+        text = (
+            f"transformers' ``{name}``, with the feedforward networks replaced as its config says (``Fast{prefix}Config``). "
+            "``import hf_fff`` makes the Auto classes load it."
+        )
         made[dense_class] = _named(fast, f"Fast{name}", text)
     return made
 

@@ -39,7 +39,7 @@ class FFNInterface:
     )
     next_norm: str | None = None  # but here, seen from the next layer,
     final_norm: str | None = None  # and here after the last layer, seen from the base model
-    embeddings: str = "embeddings"  # seen from the base model
+    embeddings: str = "embeddings.word_embeddings"  # the table of the tokens' vectors, seen from the base model
     activation: str = "hidden_act"  # field of the model's config, or the activation itself where there is no such field
     channels_first: bool = False  # hidden states are [rows, H, tokens]
 
@@ -249,6 +249,7 @@ FAMILIES: dict[str, FFNInterface] = {
             **_PRE_NORM,
             next_norm="attn_norm",
             final_norm="final_norm",
+            embeddings="embeddings.tok_embeddings",
             activation="hidden_activation",
         ),
         FFNInterface("nomic_bert", layers="layers", **_GATED, output_norm="post_mlp_layernorm"),

@@ -73,10 +73,28 @@ class FastModelMixin:
         replace_ffns(self.base_model, self.family, self.config.fff_layers)
         super().post_init()  # type: ignore[misc]
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """What transformers asks of what lies outside it, and then passes over modules without parameters of their own when it gives
+        first values; by those some families (ModernBERT) give their children's. A Fast class is as custom as what it inherits from.
+        """
+        dense: Any = next(c for c in cls.__mro__ if issubclass(c, nn.Module) and not issubclass(c, FastModelMixin))
+        return dense.is_custom_code()
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, (Feedforward, OutputBias)):
             module.reset_parameters(init)
+
+    def _initialize_weights(self, module: Any, is_custom_code: bool = False) -> None:
+        fresh = module is self and not getattr(module, "_is_hf_initialized", False)
+        super()._initialize_weights(module, is_custom_code)  # type: ignore[misc]
+        # The whole model comes last. The FFFs in a head's base model were given to that, which is transformers' own, does not
+        # know them and takes them for done. What a checkpoint has filled says so itself, and stays as it is.
+        for part in module.modules() if fresh else ():
+            if isinstance(part, (Feedforward, OutputBias)):
+                part._is_hf_initialized = False  # type: ignore[assignment]
+                super()._initialize_weights(part, is_custom_code)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(
@@ -93,7 +111,8 @@ class FastModelMixin:
             *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        _check_ffn_weights(model, info, source)
+        if kwargs.get("state_dict") != {}:  # which is how transformers asks for first values of everything
+            _check_ffn_weights(model, info, source)
         if info["mismatched_keys"] and not ignore_mismatched_sizes:
             raise RuntimeError(
                 f"weights in {source} are of another shape than its config describes: {', '.join(_mismatched(info))} "

@@ -60,6 +60,16 @@ def convert_ffn_to_fff(
         ValueError: an unknown model, a model that is already converted, layers that do not exist, an ``FFFConfig`` out of
             range, an activation that the operator lacks, calibration data that is empty; layers that share an FFN and are to get
             different ones; projections that are quantised or adapted; an ``ffn`` that names nothing, or no feedforward network.
+
+    A program that loads what was saved imports ``hf_fff`` before, by which the Auto classes know it:
+
+    ```python
+    convert_ffn_to_fff(model, "8x8", calibration=texts).save_pretrained("fast")
+
+    import hf_fff  # in whatever program loads it
+
+    AutoModel.from_pretrained("fast")
+    ```
     """
     if init not in INITS:
         raise ValueError(f"init={init!r} is not known (allowed: {', '.join(INITS)})")

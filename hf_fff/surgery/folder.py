@@ -101,12 +101,30 @@ def _transformer_path(modules: Path) -> str:
 
 def _fetch(source: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
+    cause: Exception
     try:
         return Path(snapshot_download(source, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{source} is neither a folder nor a model of the Hub that can be reached: {error}") from error
+    except HFValidationError as error:
+        reason, cause = "a model there is called OWNER/NAME", error
+    except GatedRepoError as error:
+        reason, cause = "the model of that name there is not open to you (ask for access, log in)", error
+    except RepositoryNotFoundError as error:
+        reason, cause = "there is no model of that name there, or it is private", error
+    except LocalEntryNotFoundError as error:
+        reason, cause = "the Hub cannot be reached, and no model of that name has been fetched before", error
+    except HfHubHTTPError as error:
+        reason, cause = f"the Hub answered: {error}", error
+    raise ValueError(
+        f"{source} is neither a folder nor a model of the Hub: there is no such folder, and {reason}"
+    ) from cause
 
 
 def convert_folder(

@@ -13,6 +13,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from ..config import FORMAT_VERSION, FFFConfig, LayersLike, resolve_layers
+from ..files import atomic_files
 from ..layers import FeedforwardBlock, OutputBias, feedforward
 from ..modes import evaluating
 from ..ops.torch_backend import activation_functions
@@ -75,10 +76,11 @@ def save_fff(module: nn.Module, folder: str | Path) -> None:
             f"no feedforward network of this {type(module).__name__} is converted: there is nothing to save"
         )
     modules = {n: {"hidden_size": b.ffn.hidden_size, "fff": b.ffn.config.to_dict()} for n, b in blocks.items()}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(module, str(folder / _WEIGHTS))
-    (folder / _RECIPE).write_text(json.dumps({"version": FORMAT_VERSION, "modules": modules}, indent=2) + "\n", "utf-8")
+    with atomic_files(Path(folder)) as work:
+        save_model(module, str(work / _WEIGHTS))
+        (work / _RECIPE).write_text(
+            json.dumps({"version": FORMAT_VERSION, "modules": modules}, indent=2) + "\n", "utf-8"
+        )
 
 
 def load_fff(module: nn.Module, folder: str | Path) -> Any:

@@ -8,8 +8,11 @@ from task_rows import rows_of, tiny_tokenizer
 from tiny import tiny_model
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-# One of each way in which FFNs lie in a model, and whose classifiers take pairs
-FAMILIES = ["roberta", "distilbert", "modernbert", "albert", "deberta-v2", "megatron-bert"]
+from hf_fff.models import FAMILIES
+
+# In the fast tests one of each way in which FFNs lie in a model
+CHOICE = ["roberta", "distilbert", "modernbert", "albert", "deberta-v2", "megatron-bert"]
+EACH = [pytest.param(family, marks=[] if family in CHOICE else pytest.mark.full) for family in FAMILIES]
 
 
 @pytest.fixture
@@ -19,7 +22,7 @@ def rows(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_convert_distill_and_evaluate(family, rows, text, tmp_path):
     folder = tmp_path / "dense"
     tiny_model(family, "ForSequenceClassification", num_labels=3).save_pretrained(folder)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from hf_fff import convert_ffn_to_fff as convert_and_warn
 from hf_fff.layers import FFF
 from hf_fff.models import FAMILIES, fast_class
 from hf_fff.models.classes import heads
-from hf_fff.models.page import page
+from hf_fff.models.page import left_out, page
 
 # What stands for the others in the fast tests: a plain one, masks and positions made in between, one block, shared layers,
 # several networks a layer, channels first, and gated with masks that differ from layer to layer.
@@ -70,6 +71,13 @@ HEADS = [(t, name) for t in FAMILIES for name in heads(t)]
 def test_all_are_there():
     assert len(FAMILIES) == 21 and len(HEADS) == 128
     assert len({name for _, name in HEADS}) == 128 and set(hf_fff.__all__) >= {f"Fast{name}" for _, name in HEADS}
+
+
+def test_all_models_of_transformers_but_decoders():
+    left = {name for family in FAMILIES for name in left_out(family)}
+    decoders = {c.__name__ for c in transformers.MODEL_FOR_CAUSAL_LM_MAPPING.values()}
+    assert left - decoders == {"EsmForProteinFolding"}  # of which ESM is a part; no Auto class gives it
+    assert len(left & decoders) == 8 and not decoders & {name for _, name in HEADS}
 
 
 @pytest.mark.parametrize(("family", "name"), HEADS, ids=[name for _, name in HEADS])
@@ -275,6 +283,19 @@ def test_copy_pickle_and_half_precision(family, tmp_path):
     assert {p.dtype for tree in trees(loaded) for p in tree.parameters()} == {torch.bfloat16}
     if family != "deberta":  # which keeps some of its parameters in float32, and does not run
         assert outputs(loaded, batch)["logits"].isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parallel_plans(family):
+    """Each entry names something that is there; the embedding's is that of the module itself, by which transformers knows it
+    where it is tied."""
+    fast = convert(tiny_model(family, "ForMaskedLM"))
+    names = dict(fast.named_modules())
+    plan = {**fast.fsdp_plan, **(fast.tp_plan or {})}
+    assert all(any(fnmatchcase(name, entry) for name in names) for entry in plan), plan
+    assert any(names.get(entry) is fast.get_input_embeddings() for entry in fast.fsdp_plan)
+    blocks = {id(block) for block in fast.family.blocks(fast.base_model)}
+    assert blocks <= {id(names[name]) for entry in fast.fsdp_plan for name in names if fnmatchcase(name, entry)}
 
 
 @pytest.mark.full

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import HEADS, outputs, same, tiny_bert, tiny_inputs
+from tiny import HEADS, outputs, same, tiny_bert, tiny_inputs, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_fff
@@ -274,6 +274,34 @@ def test_from_config():
         assert outputs(model, tiny_inputs(model))
     with torch.device("meta"):
         assert all(p.is_meta for p in FastBertModel(config).parameters())
+
+
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM"])
+def test_first_values_after_the_meta_device(head):
+    """As sharded training makes models: without memory, then with whatever was in it, then with first values."""
+    config = FastBertConfig(**tiny_bert().config.to_diff_dict() | {"fff": CONTROLS})
+    with torch.device("meta"):
+        fast = getattr(hf_fff, f"FastBert{head}")(config)
+    fast.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in fast.parameters():
+            p.fill_(float("nan"))
+    fast.init_weights()
+    assert all(p.isfinite().all() for p in fast.parameters())
+    tree = fast.base_model.encoder.layer[2].intermediate
+    assert 0.01 < tree.weight_in.std() < 1 and not fast.base_model.encoder.layer[1].output.dense.bias.any()
+    made = getattr(hf_fff, f"FastBert{head}").from_pretrained(None, config=config, state_dict={})
+    assert all(p.isfinite().all() for p in made.parameters())
+
+
+def test_first_values_are_the_familys_own():
+    """ModernBERT gives a classifier its first values from the module around it."""
+    fields = {k: v for k, v in tiny_model("modernbert").config.to_dict().items() if k != "model_type"}
+    config = hf_fff.FastModernBertConfig(**fields | {"hidden_size": 400, "fff": "2x3"})  # its range is 0.2
+    make = hf_fff.FastModernBertForSequenceClassification
+    for fast in (make(config), make.from_pretrained(None, config=config, state_dict={})):
+        assert fast.classifier.weight.detach().std().item() == pytest.approx(400**-0.5, rel=0.2)
+        assert fast.model.layers[1].attn.Wo.weight.detach().std().item() == pytest.approx(0.2 / 6**0.5, rel=0.2)
 
 
 def test_heads_are_registered():

@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_model
 
 from hf_fff import Calibration, FFFConfig, convert_ffn_to_fff
+from hf_fff.models import FAMILIES
 from hf_fff.modes import evaluating
 from hf_fff.surgery.calibration import _dense_layer, _Layers, _pieces
 from hf_fff.surgery.text import as_batches
@@ -42,7 +43,8 @@ def trained(family, steps=500):
 
 
 def linear_map(model, row, layer, data, rank):
-    """What the best linear map of a rank leaves unexplained of what a layer's FFN gives, measured as calibration does."""
+    """What the best linear map of a rank leaves unexplained of what a layer's FFN gives, measured as calibration does. Its two
+    factors cost a token what the input and output rows of as many neurons do."""
     layers = _Layers(model.base_model, row)
     with evaluating(model):
         batches = as_batches(data, lambda: None, max_length=128, batch_tokens=4096)
@@ -67,13 +69,11 @@ def linear_map(model, row, layer, data, rank):
 def test_better_than_a_linear_map_of_the_same_cost(family):
     model, data = trained(family), walks(1500, 10**6)
     plan = Calibration(data, steps=600, batch_tokens=512, learning_rate=5e-3, held_out=HELD_OUT, progress=False)
-    tree, rank = "2x5", FFFConfig.from_shorthand("2x5").active_nodes
-    fast = convert_ffn_to_fff(model, tree, calibration=plan)
-    row = fast.family
-    alone = [0] if row.shared else [0, 1]
-    trees, lines = 0.0, 0.0
-    for layer in alone:  # each by itself: after others it would also be measured by what they missed
-        one = fast if row.shared else convert_ffn_to_fff(model, {layer: tree}, calibration=plan)
-        trees += one.calibration_report.unexplained[layer]
-        lines += linear_map(model, row, layer, data, rank)
-    assert 0 < trees < lines
+    tree, rank = "4x5", FFFConfig.from_shorthand("4x5").active_nodes
+    row = FAMILIES[family]
+    for layer in (
+        [0] if row.shared else [0, 1]
+    ):  # each by itself: after others it would also be measured by what they missed
+        fast = convert_ffn_to_fff(model, tree if row.shared else {layer: tree}, calibration=plan)
+        line = linear_map(model, row, layer, data, rank)
+        assert 0 < fast.calibration_report.unexplained[layer] < 0.8 * line, (layer, fast.calibration_report, line)

@@ -4,7 +4,9 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -225,13 +227,39 @@ def test_already_converted(tiny, tmp_path):
     assert not (tmp_path / "faster").exists()
 
 
-@pytest.mark.parametrize("name", ["nobody/has-such-a-model", "not//a name", "./nowhere/at/all"])
-def test_a_repository_that_cannot_be_reached(monkeypatch, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("nobody/has-such-a-model", "the Hub cannot be reached, and no model of that name has been fetched before"),
+        ("not//a name", "a model there is called OWNER/NAME"),
+        ("./nowhere/at/all", "a model there is called OWNER/NAME"),
+    ],
+)
+def test_neither_a_folder_nor_a_model_of_the_hub(monkeypatch, tmp_path, name, why):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="is neither a folder nor a model of the Hub that can be reached") as caught:
+    with pytest.raises(
+        ValueError, match="is neither a folder nor a model of the Hub: there is no such folder"
+    ) as caught:
         ModelFolder.find(name)
-    assert name in str(caught.value)
+    assert str(caught.value).startswith(name) and str(caught.value).endswith(why)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        ("RepositoryNotFoundError", "there is no model of that name there, or it is private"),
+        ("GatedRepoError", "is not open to you"),
+        ("HfHubHTTPError", "the Hub answered: 503"),
+    ],
+)
+def test_what_the_hub_answers(monkeypatch, error, why):
+    def refuse(*args, **kwargs):
+        raise getattr(huggingface_hub.errors, error)("503", response=Mock())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ValueError, match=f"there is no such folder, and .*{why}"):
+        ModelFolder.find("nobody/has-such-a-model")
 
 
 def test_out_of_memory(tiny, tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """Modules of no known family, by a pattern, and what holds a model: SentenceTransformer and CrossEncoder."""
 
 import copy
+import errno
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,6 +149,28 @@ def test_what_cannot_be_saved_or_loaded(tmp_path):
         load_fff(
             nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"mlp": m.mlp}) for m in Model().layers)}), tmp_path
         )
+
+
+def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
+    fast, folder = convert(Model(), ffn="layers.*.mlp"), tmp_path / "new" / "folder"
+    save_fff(fast, folder)
+    (folder / "notes.txt").write_text("mine")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert set(before) == {"fff.json", "model.safetensors", "notes.txt"}
+    assert {p.stat().st_mode & 0o044 for p in folder.iterdir()} == {(folder / "notes.txt").stat().st_mode & 0o044}
+
+    def full(module, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hf_fff.surgery.modules.save_model", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_fff(convert(Model(seed=1), "2x3", ffn="layers.*.mlp"), folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    monkeypatch.undo()
+    other = convert(Model(seed=1), "2x3", ffn="layers.*.mlp")
+    save_fff(other, folder)
+    assert torch.equal(load_fff(Model(), folder)(inputs()), other(inputs())) and (folder / "notes.txt").is_file()
 
 
 # --- what holds a model ---------------------------------------------------------------------------------------------
