@@ -100,13 +100,34 @@ def _transformer_path(modules: Path) -> str:
 
 
 def _fetch(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(source, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{source} is neither a folder nor a model of the Hub that can be reached: {error}") from error
+    except HFValidationError as error:
+        raise ValueError(
+            f"there is no folder {source}, and a model of the Hub has a name such as NAME or OWNER/NAME"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        if isinstance(error, GatedRepoError):
+            why = "its owner must let you in first (see its page there, then `hf auth login`)"
+        elif isinstance(error, RepositoryNotFoundError):
+            why = "there is none, or it is private (then `hf auth login`)"
+        elif isinstance(error, LocalEntryNotFoundError):
+            offline = constants.HF_HUB_OFFLINE
+            why = ("HF_HUB_OFFLINE is set" if offline else "it cannot be reached") + ", and the cache does not have it"
+        else:
+            why = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"there is no folder {source}, and no model of that name could be had from the Hub: {why}"
+        ) from error
 
 
 def convert_folder(
@@ -126,7 +147,7 @@ def convert_folder(
     A sentence-transformers folder stays one: ``SentenceTransformer(output)`` opens it after ``import hf_fff``.
 
     Raises:
-        ValueError: as ``convert_ffn_to_fff``, or the output lies in the source or holds it.
+        ValueError: as ``convert_ffn_to_fff``, or the output is the source, lies in it or holds it.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
         RuntimeError: out of memory.
     """
@@ -143,7 +164,9 @@ def convert_folder(
 
 
 def check_places(source: ModelFolder, output: Path) -> None:
-    """Raises ``ValueError`` where the output lies in the source or holds it."""
+    """Raises ``ValueError`` where the output is the source, lies in it or holds it."""
+    if source.root.resolve() == output.resolve():
+        raise ValueError(f"the output {output} is the source, which stays as it is: give another folder")
     if source.root.resolve() in output.resolve().parents:
         raise ValueError(f"the output {output} lies in the source {source.root}")
     if output.resolve() in source.root.resolve().parents:
@@ -154,7 +177,7 @@ def write_folder(source: ModelFolder, output: Path, make: Callable[[], Any], *, 
     """Writes the model that ``make`` gives, with all else that lies in the source; returns the model.
 
     Raises:
-        ValueError: the output lies in the source or holds it.
+        ValueError: the output is the source, lies in it or holds it.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
     """
     check_places(source, output)
