@@ -42,9 +42,7 @@ class Progress(TrainerCallback):
             self._bar.close()
             self._bar = None
 
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         if state.is_world_process_zero:
             if self._evaluation is None:
                 self._evaluation = _bar("evaluating", "batch", len(eval_dataloader), 0)
