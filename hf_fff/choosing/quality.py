@@ -77,7 +77,7 @@ class HeldOut:
         teacher = dense if self.task.name == "embeddings" else None
 
         def value(data: Encoded) -> float:
-            options = {"batch_size": self._batch_size, "progress": self._progress and data is self.all}
+            options: dict[str, Any] = {"batch_size": self._batch_size, "progress": self._progress and data is self.all}
             told = evaluate(model, self.task, data, self._tokenizer, teacher=teacher, **options)
             return math.exp(-told["loss"]) if self.task.name == "mlm" else told[self.task.main_metric]
 

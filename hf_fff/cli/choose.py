@@ -231,6 +231,7 @@ def choose(
             overwrite=overwrite,
             tell=lambda words: err.print(words),
         )
+        written = facts_of(load_model(str(output)), output) if choice.chosen else {}
     if plot is not None:
         draw(choice, plot)
     facts = {**summary(), "time_on": time_on.value if time_on else arguments(output, 1).device.type}
@@ -246,7 +247,7 @@ def choose(
             "frontier": [r.name for r in choice.frontier],
             "chosen": choice.chosen.name if choice.chosen else None,
             "work": str(choice.work) if choice.work else None,
-            **(facts_of(load_model(str(output)), output) if choice.chosen else {}),
+            **written,
         }
         print(json.dumps(result, indent=2))
     else:

@@ -94,20 +94,37 @@ def reports_errors(command: F) -> F:
         except (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError) as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:  # `hf-fff env | head -1`
                 raise
-            err.print(f"error: {error}", style="red")
+            told = str(error).replace(": name them", ": name them with --text-columns")
+            err.print(f"error: {told}{_kept(error)}", style="red")
             raise typer.Exit(exit_code(error)) from error
-        except KeyboardInterrupt:
-            err.print("\ninterrupted")
+        except (KeyboardInterrupt, SystemExit) as error:
+            err.print(f"\ninterrupted{_kept(error)}")
             raise
 
     return wrapped  # type: ignore[return-value]
+
+
+def _kept(error: BaseException) -> str:
+    work = getattr(error, "kept_in", None)
+    return f"\nWhat is done is kept in {work}: the same command goes on from there" if work else ""
+
+
+@contextmanager
+def resumable(work: Path) -> Iterator[None]:
+    """What ends too early, though not by what was given, says that what is done is kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, RuntimeError, OSError) as error:
+        if work.is_dir() and not (isinstance(error, Exception) and exit_code(error) == 2):
+            error.kept_in = work  # type: ignore[union-attr]
+        raise
 
 
 @contextmanager
 def working() -> Iterator[None]:
     """Around the work of a command: stdout is for its result alone, so what libraries print goes to stderr. transformers' bars
     of a second, for each model that is read or written, are left out; those of downloads stay."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
     shown = not are_progress_bars_disabled()
@@ -135,26 +152,21 @@ def _tick(done: threading.Event, seconds: float = 5.0) -> None:
                 bar.refresh()
 
 
-@contextmanager
-def resumable(work: Path) -> Iterator[None]:
-    """Says, where it ends too early, that what is done is kept."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, RuntimeError, OSError):
-        if work.is_dir():
-            err.print(f"\nwhat is done is kept in {work}: the same command goes on from there")
-        raise
-
-
-def load_kernels() -> None:
-    """Now, so that a bad ``HF_FFF_BACKEND`` is told before minutes of work; and says so if they must be compiled."""
-    from .. import ops
+def must_compile() -> bool:
+    """Whether the CPU kernel is to be compiled when it is loaded, which a user should hear of."""
     from ..ops import loader
 
     facts = loader.describe()
-    key = facts["libraries"]["cpu"].get("key")
+    key = facts["libraries"]["cpu"].get("key")  # none without a compiler
     asked = facts["backend_setting"] == "torch" or facts["kernel_path"]
-    if key and not asked and not Path(facts["cache"], f"cpu-{key}").exists():
+    return bool(key and not asked and not Path(facts["cache"], f"cpu-{key}").exists())
+
+
+def load_kernels() -> None:
+    """Now, so that a bad ``HF_FFF_BACKEND`` is told before minutes of work."""
+    from .. import ops
+
+    if must_compile():
         err.print("compiling the CPU kernel, once: this takes some seconds")
     ops.load()
 
@@ -198,7 +210,7 @@ def check_out(source: str, output: Path, overwrite: bool) -> None:
     from ..files import check_output
 
     if Path(source).is_dir() and output.resolve() == Path(source).resolve():
-        raise bad_option("OUT", ValueError(f"{output} is SRC itself, which stays as it is: give another folder"))
+        raise bad_option("OUT", ValueError(f"{output} is the source, which stays as it is: give another folder"))
     try:
         check_output(output, overwrite=overwrite)
     except OSError as error:

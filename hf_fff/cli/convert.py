@@ -80,13 +80,16 @@ def convert(
     if steps is not None and not text:
         raise bad_option("--steps", ValueError("are of the calibration, which needs --text"))
 
+    import warnings
+
     import torch
 
     from ..surgery import Calibration
     from ..surgery.folder import ModelFolder, convert_folder
 
     texts = read_text(text)
-    with working():
+    with working(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the converted model is not calibrated")  # told below
         folder = ModelFolder.find(source)
         load_kernels()
         plan = Calibration(texts, budget=budget, steps=steps, max_tokens=max_tokens, seed=seed, progress=not as_json)
@@ -100,6 +103,11 @@ def convert(
             seed=seed,
             dtype=getattr(torch, dtype.value) if dtype else None,
             overwrite=overwrite,
+        )
+    if not texts:
+        err.print(
+            "the model is not calibrated, and has lost what its FFNs knew: give --text, or use hf-fff distill",
+            style="yellow",
         )
     report = getattr(model, "calibration_report", None)
     configs = model.config.fff_layers

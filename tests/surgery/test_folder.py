@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tiny import HEADS, outputs, same, tiny_bert, tiny_inputs
 from transformers import AutoModel, AutoModelForSequenceClassification, FNetConfig, PreTrainedModel
 
@@ -229,9 +230,40 @@ def test_already_converted(tiny, tmp_path):
 def test_a_repository_that_cannot_be_reached(monkeypatch, tmp_path, name):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="is neither a folder nor a model of the Hub that can be reached") as caught:
+    known = "no model of that name could be had from the Hub: HF_HUB_OFFLINE is set, and the cache does not have it"
+    why = known if name.startswith("nobody") else "a model of the Hub has a name such as NAME or OWNER/NAME"
+    with pytest.raises(ValueError) as caught:
         ModelFolder.find(name)
-    assert name in str(caught.value)
+    assert str(caught.value) == f"there is no folder {name}, and {why}"
+
+
+HUB_ERRORS = {
+    RepositoryNotFoundError: "there is none, or it is private",
+    GatedRepoError: "its owner must let you in first",
+    LocalEntryNotFoundError: "it cannot be reached, and the cache does not have it",
+    HfHubHTTPError: "500 Server Error",
+}
+
+
+@pytest.mark.parametrize("kind", HUB_ERRORS)
+def test_what_the_hub_says(monkeypatch, kind):
+    def fetch(*_, **__):
+        error = kind.__new__(kind)
+        error.args = ("500 Server Error\nmore",)
+        raise error
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(ValueError, match=f"no folder nobody/model, and .* from the Hub: {HUB_ERRORS[kind]}") as caught:
+        ModelFolder.find("nobody/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_output_is_not_the_source(tiny, tmp_path):
+    before = (tiny / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="is the source, which stays as it is"):
+        convert_folder(ModelFolder.find(str(tiny)), tiny, "2x3", overwrite=True)
+    assert (tiny / "config.json").read_bytes() == before
 
 
 def test_out_of_memory(tiny, tmp_path, monkeypatch):
