@@ -186,7 +186,7 @@ def choose(
             "seed": seed,
             "save_steps": save_steps,
             "save_total_limit": 2,
-            "logging_steps": 50,
+            "logging_steps": 10,
             "disable_tqdm": as_json,
             "use_cpu": device is Device.cpu,
             "dataloader_pin_memory": torch.cuda.is_available() and device is not Device.cpu,
