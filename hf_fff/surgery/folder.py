@@ -147,7 +147,7 @@ def convert_folder(
     A sentence-transformers folder stays one: ``SentenceTransformer(output)`` opens it after ``import hf_fff``.
 
     Raises:
-        ValueError: as ``convert_ffn_to_fff``, or the output is the source, lies in it or holds it.
+        ValueError: as ``convert_ffn_to_fff``, or the output lies in the source or holds it.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
         RuntimeError: out of memory.
     """
@@ -164,9 +164,7 @@ def convert_folder(
 
 
 def check_places(source: ModelFolder, output: Path) -> None:
-    """Raises ``ValueError`` where the output is the source, lies in it or holds it."""
-    if source.root.resolve() == output.resolve():
-        raise ValueError(f"the output {output} is the source, which stays as it is: give another folder")
+    """Raises ``ValueError`` where the output lies in the source or holds it."""
     if source.root.resolve() in output.resolve().parents:
         raise ValueError(f"the output {output} lies in the source {source.root}")
     if output.resolve() in source.root.resolve().parents:
@@ -177,7 +175,7 @@ def write_folder(source: ModelFolder, output: Path, make: Callable[[], Any], *, 
     """Writes the model that ``make`` gives, with all else that lies in the source; returns the model.
 
     Raises:
-        ValueError: the output is the source, lies in it or holds it.
+        ValueError: the output lies in the source or holds it.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
     """
     check_places(source, output)

@@ -259,13 +259,6 @@ def test_what_the_hub_says(monkeypatch, kind):
     assert "\n" not in str(caught.value)
 
 
-def test_the_output_is_not_the_source(tiny, tmp_path):
-    before = (tiny / "config.json").read_bytes()
-    with pytest.raises(ValueError, match="is the source, which stays as it is"):
-        convert_folder(ModelFolder.find(str(tiny)), tiny, "2x3", overwrite=True)
-    assert (tiny / "config.json").read_bytes() == before
-
-
 def test_out_of_memory(tiny, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
