@@ -285,11 +285,12 @@ def _advice(choice: "Choice", context: typer.Context, plan: "Plan") -> list[str]
     if choice.work is None:
         return []
     told = [f"What was trained is kept in {choice.work} (remove it if you want none of it)."]
+    again: dict[str, Any] = {} if context.params["resume"] else {"resume": True}  # else it would start anew
     share = choice.best.share if choice.best else None
     if share and (keep := math.floor(1000 * share) / 1000) > 0:
-        told += ["To take the best of it:", "    " + command_line(context, keep=keep)]
+        told += ["To take the best of it:", "    " + command_line(context, keep=keep, **again)]
     if plan.steps is None:
-        more = command_line(context, budget=round(2 * plan.budget))
+        more = command_line(context, budget=round(2 * plan.budget), **again)
         told += ["To train it further, a higher --budget than before, which counts what was spent:", "    " + more]
     return told
 

@@ -140,7 +140,7 @@ def test_choose_goes_on_where_it_was_interrupted(dense, data, tmp_path, monkeypa
 def test_nothing_keeps_enough(dense, data, tmp_path):
     """What to type next is printed, and finds what was trained."""
     eval_data = write(tmp_path / "eval data.jsonl", pairs(60, 4))
-    options = ("--eval-data", eval_data, "--candidates", "none", "--plot", tmp_path / "frontier.png")
+    options = ("--eval-data", eval_data, "--candidates", "none", "--plot", tmp_path / "frontier.png", "--no-resume")
     result = choose(dense, tmp_path / "fast", data, *options)
     assert result.exit_code == 1 and not (tmp_path / "fast").exists()
     told = unwrapped(result.stderr)
