@@ -52,8 +52,10 @@ class HeldOut:
         columns: Columns,
         batch_size: int = 32,
         seed: int = 0,
+        progress: bool = False,
     ) -> None:
         self.task, self._tokenizer, self._batch_size = get_task(task), tokenizer, batch_size
+        self._progress = progress
         rows = shuffled(rows, seed)
         groups = min(_GROUPS, len(rows) // _IN_A_GROUP)
 
@@ -75,7 +77,8 @@ class HeldOut:
         teacher = dense if self.task.name == "embeddings" else None
 
         def value(data: Encoded) -> float:
-            told = evaluate(model, self.task, data, self._tokenizer, teacher=teacher, batch_size=self._batch_size)
+            options: dict[str, Any] = {"batch_size": self._batch_size, "progress": self._progress and data is self.all}
+            told = evaluate(model, self.task, data, self._tokenizer, teacher=teacher, **options)
             return math.exp(-told["loss"]) if self.task.name == "mlm" else told[self.task.main_metric]
 
         return Quality(value(self.all), tuple(map(value, self.groups)))

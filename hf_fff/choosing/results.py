@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..config import FFFConfig, LayersLike
@@ -69,6 +70,9 @@ class Result:
         layers: the kind of each layer, of a mixed candidate.
         microseconds: for each token, by batch size.
         relative: the geometric mean, over the batch sizes, of its time divided by the dense model's.
+        steps: of its trainings, all in all, the one that goes on included.
+        done: of these, the steps behind what is known of it and behind the model in the work folder; 0 before the first.
+        budget: of the search by which the steps were allotted.
         calibration: steps a layer, or the seconds for it.
         score: of the main metric.
         share: the same, divided by the dense model's.
@@ -81,6 +85,8 @@ class Result:
     microseconds: dict[str, float] = field(default_factory=dict)
     relative: float = math.inf
     steps: int | None = None
+    done: int = 0
+    budget: float | None = None
     calibration: dict[str, float | None] = field(default_factory=dict)
     step_seconds: float | None = None
     score: float | None = None
@@ -100,8 +106,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a search found: ``chosen`` is None where nothing keeps what is asked. ``results`` are by their time, the fastest
-    first."""
+    """What a search found: ``chosen`` is None where nothing keeps what is asked; what was trained then lies in ``work``, if
+    anything was. ``results`` are by their time, the fastest first."""
 
     metric: str
     keep: float
@@ -109,11 +115,13 @@ class Choice:
     dense: dict[str, Any]
     results: list[Result]
     chosen: Result | None
+    work: Path | None = None
 
     @property
     def best(self) -> Result | None:
-        """The one that keeps most."""
-        return max((r for r in self.results if r.share is not None), key=lambda r: r.share or 0.0, default=None)
+        """The one that keeps most, of those that are faster than the dense model."""
+        trained = (r for r in self.results if r.share is not None and r.relative < 1)
+        return max(trained, key=lambda r: r.share or 0.0, default=None)
 
     @property
     def frontier(self) -> list[Result]:

@@ -55,7 +55,9 @@ def choose(
 ) -> Choice:
     """Finds the fastest model that keeps what is asked, and writes it as ``distil_folder`` does, whole or not at all.
 
-    What is found on the way lies in ``OUT.work``, where an interrupted search goes on; it is removed in the end.
+    What is found on the way lies in ``OUT.work``, where an interrupted search goes on; it is removed in the end. Where nothing
+    keeps what is asked it stays, so that a search that asks for less takes what is there, and one with a higher budget, or more
+    candidates, goes on from it: candidates that keep too little are then trained further.
 
     Args:
         arguments: of a work folder and a number of steps, how to distil.
@@ -67,6 +69,9 @@ def choose(
             options, or is none.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
         RuntimeError: out of memory.
+
+    Warns:
+        UserWarning: the machine is busy, so that times tell little.
     """
     work = output.with_name(f"{output.name}.work")
     for place in (output, work):
@@ -82,9 +87,12 @@ def choose(
     if chosen is not None:
         with atomic_folder(output, overwrite=overwrite) as new:
             shutil.copytree(search.model_folder(chosen), new, dirs_exist_ok=True)
+    results = sorted(search.asked(), key=lambda r: r.relative)
+    facts = (search.held_out.metric, plan.keep, len(data.held_out), search.dense_facts, results, chosen)
+    if chosen is None and any(r.share is not None for r in search.results.values()):
+        return Choice(*facts, work=work)
     shutil.rmtree(work)
-    results = sorted(search.results.values(), key=lambda r: r.relative)
-    return Choice(search.held_out.metric, plan.keep, len(data.held_out), search.dense_facts, results, chosen)
+    return Choice(*facts)
 
 
 class _Search:
@@ -109,6 +117,7 @@ class _Search:
         self.dense_facts: dict[str, Any] = state.get("dense", {})
         self.spent: float = state.get("spent", 0.0)  # seconds, up to when this was written
         self.mark = time.monotonic()
+        self.busy = False  # whether that was told
         self.dense = source.load_dense().to(self.args.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(source.transformer)
         self.max_length = length_for(plan.max_length, self.dense)
@@ -120,6 +129,7 @@ class _Search:
             max_length=self.max_length,
             columns=data.columns,
             seed=plan.seed,
+            progress=not self.args.disable_tqdm,
         )
         self.held_out.task.check_model(self.dense)
         self.sample = self._sample()  # what is wrong with the rows is told now
@@ -127,9 +137,9 @@ class _Search:
         self.workloads = [real_rows(self.held_out.all, collate, size, seed=plan.seed) for size in plan.batch_sizes]
 
     def _options(self) -> dict[str, Any]:
-        """All that a candidate's result depends on."""
+        """All that a candidate's result depends on, and that is not written beside it."""
         plan, args = asdict(self.plan), self.args
-        of_plan = {k: v for k, v in plan.items() if k not in ("keep", "every", "mixed")}
+        of_plan = {k: v for k, v in plan.items() if k not in ("keep", "every", "mixed", "candidates", "budget")}
         options = {
             "source": str(self.source.root.resolve()),
             "task": self.data.task,
@@ -170,6 +180,9 @@ class _Search:
             if not self.dense_facts:
                 shutil.rmtree(self.work, ignore_errors=True)  # a search that is not to be continued
                 self._measure_dense()
+            new = [Result(name) for name in self.plan.candidates if name not in self.results]
+            if new:
+                self._measure_untrained(new)
         queue = sorted(
             (self.results[name] for name in self.plan.candidates if self.results[name].relative < 1),
             key=lambda r: r.relative,
@@ -188,12 +201,21 @@ class _Search:
             result.note = self._note(result, best)
         return best
 
+    def asked(self) -> list[Result]:
+        """Of what is known, what this search is about: an earlier one may have tried other candidates."""
+        kinds = {*self.plan.candidates}
+        return [
+            r
+            for r in self.results.values()
+            if (self.plan.mixed and {*r.layers.values()} <= kinds if r.layers else r.name in kinds)
+        ]
+
     def _keeps(self, result: Result) -> bool:
         return result.share is not None and result.share >= self.plan.keep and result.relative < 1
 
     def _best(self) -> Result | None:
         """The fastest of those that keep what is asked."""
-        return min(filter(self._keeps, self.results.values()), key=lambda r: r.relative, default=None)
+        return min(filter(self._keeps, self.asked()), key=lambda r: r.relative, default=None)
 
     def _note(self, result: Result, best: Result | None) -> str:
         if result.failed:
@@ -237,7 +259,7 @@ class _Search:
                 max_tokens=min(self.plan.max_tokens, _LAYERS_TOKENS),
                 max_length=self.max_length,
                 seed=self.plan.seed,
-                progress=False,
+                progress=not self.args.disable_tqdm,
             )
             fitted = convert_ffn_to_fff(self.dense, kind, calibration=plan, seed=self.plan.seed)
             unexplained: dict[int, float] = fitted.calibration_report.unexplained
@@ -247,36 +269,52 @@ class _Search:
 
     # Training
 
-    def model_folder(self, result: Result) -> Path:
-        return self.work / "models" / result.slug
+    def model_folder(self, result: Result, steps: int | None = None) -> Path:
+        """Of the model after so many steps; of the one that was measured by default."""
+        return self.work / "models" / f"{result.slug}-{result.done if steps is None else steps}"
 
     def _train(self, result: Result, left: int) -> None:
-        """Calibrates, distils and measures a candidate, unless that is done. ``left``: so many share the seconds that are left."""
-        if result.share is not None or result.failed:
+        """Calibrates, distils and measures a candidate; one that keeps too little for its steps is trained further where the
+        budget is higher than it was then. ``left``: so many share the seconds that are left."""
+        if result.failed:
             return
-        if result.steps is None:
+        if result.steps is None or (result.steps == result.done and self._may_improve(result)):
             self._allot(result, left)
             self.save()  # so that it goes on with as many
-        self.tell(f"{result.name}: {result.steps} steps, {result.relative:.2f} of the dense model's time")
+        if result.steps == result.done:
+            return
+        assert result.steps is not None
+        more = f"{result.steps - result.done} more" if result.done else result.steps
+        self.tell(f"{result.name}: {more} steps, {result.relative:.2f} of the dense model's time")
         try:
             model = self._distilled(result)
             with memory_explained("measuring", "the batch sizes or the maximal length of the inputs"):
                 quality = self.held_out.measure(model, self.dense)
                 self._time({result.name: model})
         except FloatingPointError as error:  # of this candidate alone
-            result.failed = str(error)
             self.tell(f"{result.name}: {error}")
+            if result.done:
+                result.steps = result.done  # what it was before stands
+            else:
+                result.failed = str(error)
+            self.save()
         else:
             dense = Quality(self.dense_facts["score"], tuple(self.dense_facts["groups"]))
             result.score, result.share, result.error = quality.value, quality.share(dense), quality.error(dense)
+            before, result.done = self.model_folder(result), result.steps
+            self.save()
+            shutil.rmtree(before, ignore_errors=True)
             self.tell(f"{result.name} keeps {result.share:.2%} at {result.relative:.2f} of the time")
-        self.save()
+
+    def _may_improve(self, result: Result) -> bool:
+        with_less = result.budget is not None and self.plan.budget > result.budget
+        return self.plan.steps is None and with_less and not self._keeps(result)
 
     def _distilled(self, result: Result) -> Any:
-        folder, training = self.model_folder(result), self.work / "training" / result.slug
+        folder, training = self.model_folder(result, result.steps), self.work / "training" / result.slug
         if training.exists() or not folder.exists():  # else it was interrupted while it was measured
             assert result.steps is not None
-            args = self.arguments(training, result.steps)
+            args = self.arguments(training, result.steps - result.done)
             distil_folder(
                 self.source,
                 folder,
@@ -291,11 +329,13 @@ class _Search:
                     progress=not args.disable_tqdm,
                 ),
                 max_length=self.plan.max_length,
+                start=self.model_folder(result) if result.done else None,
                 overwrite=True,
             )
         return load_model(str(folder)).to(self.args.device)
 
     def _allot(self, result: Result, left: int) -> None:
+        """Steps for the seconds that it gets; of a model that is calibrated already, the calibration's too."""
         plan = self.plan
         if plan.steps is not None:
             result.steps = plan.steps
@@ -303,21 +343,23 @@ class _Search:
             return
         seconds = max(plan.budget - self.spent - (time.monotonic() - self.mark), 0.0) / left
         assert result.step_seconds is not None
-        result.steps = max(_LEAST_STEPS, int(_TRAINING * seconds / result.step_seconds))
-        result.calibration = {"budget": max(_CALIBRATING * seconds, 1.0), "steps": plan.calibration_steps}
+        share = _TRAINING + (_CALIBRATING if result.done else 0.0)
+        result.steps = result.done + max(_LEAST_STEPS, int(share * seconds / result.step_seconds))
+        result.budget = plan.budget
+        if not result.done:
+            result.calibration = {"budget": max(_CALIBRATING * seconds, 1.0), "steps": plan.calibration_steps}
 
     # Measuring
 
     def _measure_dense(self) -> None:
         metric = self.held_out.metric
-        self.tell(f"the dense model: {metric} on {len(self.data.held_out)} rows, and how fast the candidates are")
+        self.tell(f"the dense model: {metric} on {len(self.data.held_out)} rows")
         quality = self.held_out.measure(self.dense, self.dense)
         if not quality.value > 0:
             raise ValueError(
                 f"the dense model's {metric} is {quality.value:.4f} on held-out rows: there is nothing to keep"
             )
         self.dense_facts = {"score": quality.value, "groups": list(quality.groups)}
-        self._measure_untrained([Result(name) for name in self.plan.candidates])
 
     def _measure_untrained(self, results: list[Result]) -> None:
         with warnings.catch_warnings():
@@ -336,11 +378,15 @@ class _Search:
     def _time(self, models: dict[str, Any]) -> None:
         """Writes times into the results of these names. What is measured is how many times as long as the dense model they
         take, side by side; microseconds are that, times what the dense model took when it was measured first."""
+        self._warn_if_busy()
         models = {"dense": self.dense, **models}
         for model in models.values():
             model.to(self.time_on)
         try:
-            timings = time_models(models, self.workloads, rounds=_ROUNDS, seed=self.plan.seed)
+            timings = []
+            for workload in self.workloads:  # one at a time, so that there is something to hear
+                self.tell(f"how fast, {workload.name} rows at once: {', '.join(models)}")
+                timings += time_models(models, [workload], rounds=_ROUNDS, seed=self.plan.seed)
         finally:
             for model in models.values():
                 model.to(self.args.device)
@@ -349,6 +395,13 @@ class _Search:
             ratios = {t.workload: t.ratios[name] for t in timings}
             self.results[name].microseconds = {w: dense[w] * ratio for w, ratio in ratios.items()}
             self.results[name].relative = statistics.geometric_mean(ratios.values())
+
+    def _warn_if_busy(self) -> None:
+        """Once; only of the machine's CPU is the load known."""
+        told = busy() if self.time_on.type == "cpu" and not self.busy else None
+        if told:
+            self.busy = True
+            warnings.warn(told, stacklevel=2)
 
     def _step_seconds(self, model: Any) -> float:
         """About how long a step of the distillation takes, from a few passes."""
@@ -387,6 +440,22 @@ class _Search:
 
     def _inputs(self) -> list[dict[str, torch.Tensor]]:
         return calibration_batches(self.data.task, self.sample, None, self.tokenizer, _LAYERS_TOKENS)
+
+
+def busy() -> str | None:
+    """What to say of a machine with so much to do that its times tell little; else None. What this process itself does counts
+    for no more than the threads that it uses."""
+    try:
+        load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    except (OSError, AttributeError):  # it is not known everywhere
+        return None
+    threads = torch.get_num_threads()
+    if load <= cpus + threads / 2:
+        return None
+    return (
+        f"the machine is busy: its load average is {load:.1f}, on {cpus} CPUs of which {threads} are used here. Times, and what "
+        "is chosen by them, may not hold when it is idle"
+    )
 
 
 def _opened(work: Path, options: Mapping[str, Any], *, resume: bool) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 import signal
 import sys
+import warnings
 from typing import Any
 
 
 def main() -> Any:
-    """Entry point. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
-    from .app import app
-
+    """Entry point; what its exit codes mean is told in ``common``."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that unfinished output is cleaned up
-    return app()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # where in the code helps nobody here
+    try:
+        from .app import app
+    except KeyboardInterrupt:
+        sys.exit(130)
+    return app(prog_name="hf-fff")

@@ -1,6 +1,7 @@
 """``hf-fff choose``."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,22 +20,30 @@ from .common import (
     app,
     bad_option,
     check_device,
+    check_out,
     columns_of,
+    command_line,
     err,
     facts_of,
+    how_to_open,
+    load_kernels,
     out,
     read_data,
+    read_text,
     reports_errors,
+    resumable,
     table_of,
+    working,
 )
 
 if TYPE_CHECKING:
-    from ..choosing import Choice
+    from ..choosing import Choice, Plan
 
 
 @app.command()
 @reports_errors
 def choose(
+    context: typer.Context,
     source: Source,
     output: Output,
     task: Annotated[str, typer.Option(help="classification, regression, tokens, qa, mlm, similarity or embeddings.")],
@@ -101,8 +110,10 @@ def choose(
     """Find the fastest model that keeps what the dense one knows, measured on your data and machine, and save it.
 
     Candidates are timed first. Then they are calibrated, distilled and measured on rows that they never saw, from the fastest on,
-    until one keeps the asked share. For similarity and embeddings they are trained on the texts alone. Exit code 1, and nothing
-    written, if none keeps enough. An interrupted search goes on with the same command.
+    until one keeps the asked share. For similarity and embeddings they are trained on the texts alone.
+
+    If none keeps enough, the exit code is 1, OUT is not made, and what was trained stays in OUT.work: the same command with a lower
+    --keep takes it, with a higher --budget or more --candidates goes on from it. An interrupted search goes on with the same command.
     """
     if not 0 < keep <= 1:
         raise bad_option("--keep", ValueError(f"{keep} must lie above 0, and be 1 at most"))
@@ -116,7 +127,6 @@ def choose(
 
     from ..choosing.plot import check_plot
     from ..config import FFFConfig
-    from ..files import check_output
 
     names = tuple(name.strip() for name in candidates.split(",") if name.strip())
     try:
@@ -132,30 +142,23 @@ def choose(
             raise ValueError
     except ValueError as error:
         raise bad_option("--batch-sizes", ValueError(f"{batch_sizes!r} is not a list of positive numbers")) from error
-    try:
-        check_output(output, overwrite=overwrite)
-    except OSError as error:
-        raise bad_option("OUT", error) from error
+    check_out(source, output, overwrite)
     if plot is not None:
         try:
             check_plot(plot)
         except ValueError as error:
             raise bad_option("--plot", error) from error
 
-    import sys
-    from contextlib import redirect_stdout
     from dataclasses import asdict
 
     import torch
 
-    from .. import ops
     from ..bench.machine import summary
     from ..bench.model import load_model
     from ..choosing import EMBEDDERS, Plan, prepare
     from ..choosing import choose as search
     from ..choosing.plot import plot as draw
     from ..surgery.folder import ModelFolder
-    from ..surgery.text import read_texts
     from ..tasks import get_task
     from ..training import DistillationArguments, arguments_for
 
@@ -183,7 +186,7 @@ def choose(
             "seed": seed,
             "save_steps": save_steps,
             "save_total_limit": 2,
-            "logging_steps": 50,
+            "logging_steps": 10,
             "disable_tqdm": as_json,
             "use_cpu": device is Device.cpu,
             "dataloader_pin_memory": torch.cuda.is_available() and device is not Device.cpu,
@@ -192,10 +195,6 @@ def choose(
             options |= {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size}
         return arguments_for(None if embedder else task, **options)
 
-    try:
-        texts = [t for path in text or [] for t in read_texts(path)]
-    except (ValueError, OSError) as error:
-        raise bad_option("--text", error) from error
     plan = Plan(
         keep=keep,
         candidates=names,
@@ -214,13 +213,13 @@ def choose(
         read_data("--data", data or []),
         held_out=read_data("--eval-data", eval_data or []),
         transfer=read_data("--transfer", transfer or []),
-        texts=texts,
+        texts=read_text(text),
         columns=columns_of(text_columns, label_column),
         seed=seed,
     )
-    folder = ModelFolder.find(source)
-    ops.load()
-    with redirect_stdout(sys.stderr):  # where the Trainer tells how it goes on
+    with working(), resumable(output.with_name(f"{output.name}.work")):
+        folder = ModelFolder.find(source)
+        load_kernels()
         choice = search(
             folder,
             output,
@@ -232,6 +231,7 @@ def choose(
             overwrite=overwrite,
             tell=lambda words: err.print(words),
         )
+        written = facts_of(load_model(str(output)), output) if choice.chosen else {}
     if plot is not None:
         draw(choice, plot)
     facts = {**summary(), "time_on": time_on.value if time_on else arguments(output, 1).device.type}
@@ -246,19 +246,21 @@ def choose(
             "candidates": [{"candidate": r.name, **asdict(r)} for r in choice.results],
             "frontier": [r.name for r in choice.frontier],
             "chosen": choice.chosen.name if choice.chosen else None,
-            **(facts_of(load_model(str(output)), output) if choice.chosen else {}),
+            "work": str(choice.work) if choice.work else None,
+            **written,
         }
         print(json.dumps(result, indent=2))
     else:
         _show(choice, ", ".join(f"{k} {v}" for k, v in facts.items()))
     if choice.chosen is None:
-        raise RuntimeError(_missed(choice))
+        raise RuntimeError("\n".join([_missed(choice, output), *_advice(choice, context, plan)]))
     if not as_json:
         out.print(
             f"{choice.chosen.name} keeps {_share(choice.chosen)} of the dense model's {choice.metric} in "
             f"{choice.chosen.relative:.2f} of its time: {output}",
             soft_wrap=True,
         )
+        out.print(how_to_open(output), soft_wrap=True)
 
 
 def _share(result: Any) -> str:
@@ -268,14 +270,29 @@ def _share(result: Any) -> str:
     return f"{result.share:.1%}" + ("" if result.error is None else f" ± {100 * result.error:.1f}")
 
 
-def _missed(choice: "Choice") -> str:
+def _missed(choice: "Choice", output: Path) -> str:
     best = choice.best
     if best is None:
-        return "no candidate is faster than the dense model: nothing was written"
+        return f"no candidate is faster than the dense model: {output} was not made"
     return (
-        f"no candidate that is faster than the dense model keeps {choice.keep:.1%} of its {choice.metric}: nothing was written. "
+        f"no candidate that is faster than the dense model keeps {choice.keep:.1%} of its {choice.metric}: {output} was not made. "
         f"The best is {best.name} with {_share(best)} in {best.relative:.2f} of its time"
     )
+
+
+def _advice(choice: "Choice", context: typer.Context, plan: "Plan") -> list[str]:
+    """What may be done with the candidates that were trained."""
+    if choice.work is None:
+        return []
+    told = [f"What was trained is kept in {choice.work} (remove it if you want none of it)."]
+    again: dict[str, Any] = {} if context.params["resume"] else {"resume": True}  # else it would start anew
+    share = choice.best.share if choice.best else None
+    if share and (keep := math.floor(1000 * share) / 1000) > 0:
+        told += ["To take the best of it:", "    " + command_line(context, keep=keep, **again)]
+    if plan.steps is None:
+        more = command_line(context, budget=round(2 * plan.budget), **again)
+        told += ["To train it further, a higher --budget than before, which counts what was spent:", "    " + more]
+    return told
 
 
 def _show(choice: "Choice", caption: str) -> None:

@@ -1,6 +1,21 @@
-"""The application, and what its commands share."""
+"""The application, and what its commands share.
 
-from collections.abc import Callable
+Exit codes, the same for all commands:
+
+- 0: done.
+- 2: what was given is wrong, be it an option, a file, a model or a variable of the environment: the same call will fail again.
+- 1: it went wrong while working, be it memory, a disk, a compiler or a training; or nothing was found that is good enough.
+- 130 and 143: interrupted, and terminated.
+"""
+
+import errno
+import json
+import re
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from functools import wraps
 from pathlib import Path
@@ -48,18 +63,112 @@ LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels; a w
 OnDevice = Annotated[Device | None, typer.Option(help="Where to compute; a GPU by default where there is one.")]
 
 
+# ValueErrors name a field that was given; of files, these are what a wrong path gives.
+_GIVEN = (
+    ValueError,
+    NotImplementedError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+
+
+def exit_code(error: Exception) -> int:
+    """2 where what was given is wrong, 1 where it went wrong while working."""
+    if isinstance(error, SafetensorError):
+        return 2 if "deserializing" in str(error) else 1  # a damaged model; a disk that is full
+    if isinstance(error, OSError) and error.errno is None:
+        return 2  # transformers cannot read what it was given
+    return 2 if isinstance(error, _GIVEN) else 1
+
+
 def reports_errors(command: F) -> F:
-    """Errors become one line on stderr and exit code 1; a traceback helps nobody who mistyped a path."""
+    """Errors become one line on stderr and an exit code; a traceback helps nobody who mistyped a path."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError) as error:
-            err.print(f"error: {error}", style="red")
-            raise typer.Exit(1) from error
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:  # `hf-fff env | head -1`
+                raise
+            told = str(error).replace(": name them", ": name them with --text-columns")
+            err.print(f"error: {told}{_kept(error)}", style="red")
+            raise typer.Exit(exit_code(error)) from error
+        except (KeyboardInterrupt, SystemExit) as error:
+            err.print(f"\ninterrupted{_kept(error)}")
+            raise
 
     return wrapped  # type: ignore[return-value]
+
+
+def _kept(error: BaseException) -> str:
+    work = getattr(error, "kept_in", None)
+    return f"\nWhat is done is kept in {work}: the same command goes on from there" if work else ""
+
+
+@contextmanager
+def resumable(work: Path) -> Iterator[None]:
+    """What ends too early, though not by what was given, says that what is done is kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, RuntimeError, OSError) as error:
+        if work.is_dir() and not (isinstance(error, Exception) and exit_code(error) == 2):
+            error.kept_in = work  # type: ignore[union-attr]
+        raise
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """Around the work of a command: stdout is for its result alone, so what libraries print goes to stderr. transformers' bars
+    of a second, for each model that is read or written, are left out; those of downloads stay."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    shown = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if shown:
+        enable_progress_bars()
+    done = threading.Event()
+    clock = threading.Thread(target=_tick, args=(done,), daemon=True)
+    clock.start()
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        done.set()
+        clock.join()
+
+
+def _tick(done: threading.Event, seconds: float = 5.0) -> None:
+    """Shows bars again now and then, so that their clocks go on where a step takes long."""
+    from tqdm import tqdm
+
+    while not done.wait(seconds):
+        for bar in list(getattr(tqdm, "_instances", ())):
+            if not bar.disable:
+                bar.refresh()
+
+
+def must_compile() -> bool:
+    """Whether the CPU kernel is to be compiled when it is loaded, which a user should hear of."""
+    from ..ops import loader
+
+    facts = loader.describe()
+    key = facts["libraries"]["cpu"].get("key")  # none without a compiler
+    asked = facts["backend_setting"] == "torch" or facts["kernel_path"]
+    return bool(key and not asked and not Path(facts["cache"], f"cpu-{key}").exists())
+
+
+def load_kernels() -> None:
+    """Now, so that a bad ``HF_FFF_BACKEND`` is told before minutes of work."""
+    from .. import ops
+
+    if must_compile():
+        err.print("compiling the CPU kernel, once: this takes some seconds")
+    ops.load()
 
 
 def _version(wanted: bool) -> None:
@@ -86,22 +195,39 @@ def table_of(*names: str, **options: Any) -> Table:
     return Table(*(Column(name, overflow="fold") for name in names), **options)
 
 
-def check_use(fff: str, text: list[Path], output: Path, overwrite: bool) -> None:
+def check_use(fff: str, source: str, output: Path, overwrite: bool) -> None:
     """What can be told from the options alone."""
     from ..config import FFFConfig
-    from ..files import check_output
 
     try:
         FFFConfig.from_shorthand(fff)
     except ValueError as error:
         raise bad_option("--fff", error) from error
-    for path in text:
-        if not path.is_file():
-            raise bad_option("--text", ValueError(f"{path} is not a file"))
+    check_out(source, output, overwrite)
+
+
+def check_out(source: str, output: Path, overwrite: bool) -> None:
+    from ..files import check_output
+
+    if Path(source).is_dir() and output.resolve() == Path(source).resolve():
+        raise bad_option("OUT", ValueError(f"{output} is the source, which stays as it is: give another folder"))
     try:
         check_output(output, overwrite=overwrite)
     except OSError as error:
         raise bad_option("OUT", error) from error
+
+
+def read_text(paths: list[Path] | None) -> list[str]:
+    """The paragraphs of all files of ``--text``."""
+    from ..surgery.text import read_texts
+
+    try:
+        for path in paths or []:
+            if not path.is_file():
+                raise ValueError(f"{path} is not a file")
+        return [text for path in paths or [] for text in read_texts(path)]
+    except (ValueError, OSError) as error:
+        raise bad_option("--text", error) from error
 
 
 def read_data(option: str, sources: list[str]) -> list[dict[str, Any]]:
@@ -110,6 +236,8 @@ def read_data(option: str, sources: list[str]) -> list[dict[str, Any]]:
 
     try:
         return [row for source in sources for row in read_rows(source)]
+    except FileNotFoundError as error:
+        raise bad_option(option, ValueError(f"there is no file {error.filename}")) from error
     except (ValueError, OSError) as error:
         raise bad_option(option, error) from error
 
@@ -137,3 +265,46 @@ def facts_of(model: Any, output: Path) -> dict[str, Any]:
         "layers": {str(i): c.shorthand for i, c in model.config.fff_layers.items()},
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def how_to_open(output: Path) -> str:
+    """Lines of Python, to be copied."""
+    import transformers
+
+    from ..surgery.folder import ModelFolder
+
+    folder = ModelFolder.find(str(output))
+    config = json.loads((folder.transformer / "config.json").read_text(encoding="utf-8"))
+    head = re.search(r"For[A-Z]\w*$", (config.get("architectures") or [""])[0])
+    names = [f"AutoModel{head[0]}" if head else "AutoModel", "AutoModel"]
+    auto = next(name for name in names if hasattr(transformers, name))
+    opened = [f"{auto}.from_pretrained({_quoted(folder.transformer)})"]
+    imports = ["import hf_fff  # registers the Fast classes", f"from transformers import {auto}"]
+    if (folder.root / "modules.json").is_file():
+        imports.append("from sentence_transformers import SentenceTransformer")
+        opened.append(f"SentenceTransformer({_quoted(folder.root)})")
+    return "\n".join(["To open it, in Python:", *(f"    {line}" for line in imports + opened)])
+
+
+def _quoted(path: Path) -> str:
+    return json.dumps(str(path), ensure_ascii=False)
+
+
+def command_line(context: typer.Context, **changed: Any) -> str:
+    """The command as it was given, with other values of some parameters; to be copied."""
+    words = ["hf-fff", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if name not in changed and (source is None or source.name != "COMMANDLINE"):
+            continue
+        value = changed.get(name, context.params[name])
+        values = value if isinstance(value, (list, tuple)) else [value]
+        told = [str(v.value if isinstance(v, Enum) else v) for v in values]
+        if parameter.param_type_name == "argument":
+            words += told
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            words += [word for v in told for word in (parameter.opts[0], v)]
+    return shlex.join(words)

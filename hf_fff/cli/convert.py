@@ -20,9 +20,13 @@ from .common import (
     check_use,
     err,
     facts_of,
+    how_to_open,
+    load_kernels,
     out,
+    read_text,
     reports_errors,
     table_of,
+    working,
 )
 
 
@@ -72,32 +76,39 @@ def convert(
 ) -> None:
     """Convert a dense model's feedforward networks into fast ones, and save the model."""
     target_layers = _parse_layers(layers)
-    check_use(fff, text or [], output, overwrite)
+    check_use(fff, source, output, overwrite)
     if steps is not None and not text:
         raise bad_option("--steps", ValueError("are of the calibration, which needs --text"))
 
+    import warnings
+
     import torch
 
-    from .. import ops
     from ..surgery import Calibration
     from ..surgery.folder import ModelFolder, convert_folder
-    from ..surgery.text import read_texts
 
-    folder = ModelFolder.find(source)
-    texts = [t for path in text or [] for t in read_texts(path)]
-    ops.load()  # a bad HF_FFF_BACKEND is told now, not after minutes of collecting
-    plan = Calibration(texts, budget=budget, steps=steps, max_tokens=max_tokens, seed=seed, progress=not as_json)
-    model = convert_folder(
-        folder,
-        output,
-        fff,
-        target_layers=target_layers,
-        init=init.value,
-        calibration=plan if texts else None,
-        seed=seed,
-        dtype=getattr(torch, dtype.value) if dtype else None,
-        overwrite=overwrite,
-    )
+    texts = read_text(text)
+    with working(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the converted model is not calibrated")  # told below
+        folder = ModelFolder.find(source)
+        load_kernels()
+        plan = Calibration(texts, budget=budget, steps=steps, max_tokens=max_tokens, seed=seed, progress=not as_json)
+        model = convert_folder(
+            folder,
+            output,
+            fff,
+            target_layers=target_layers,
+            init=init.value,
+            calibration=plan if texts else None,
+            seed=seed,
+            dtype=getattr(torch, dtype.value) if dtype else None,
+            overwrite=overwrite,
+        )
+    if not texts:
+        err.print(
+            "the model is not calibrated, and has lost what its FFNs knew: give --text, or use hf-fff distill",
+            style="yellow",
+        )
     report = getattr(model, "calibration_report", None)
     configs = model.config.fff_layers
     result = {
@@ -123,3 +134,4 @@ def convert(
                 f"layers {', '.join(poor)} fit no better than a constant would: more --text, and more --steps or --budget, are needed",
                 style="yellow",
             )
+    out.print(how_to_open(output), soft_wrap=True)

@@ -23,9 +23,14 @@ from .common import (
     check_use,
     columns_of,
     facts_of,
+    how_to_open,
+    load_kernels,
     out,
     read_data,
+    read_text,
     reports_errors,
+    resumable,
+    working,
 )
 
 
@@ -87,7 +92,7 @@ def distill(
     Without --task that is the dense model's hidden states and embeddings, on any --text; with it, the logits of its head, on
     labelled --data, copies of them with other tokens, and --transfer inputs. For mlm, --text is the data.
     """
-    check_use(fff, text or [], output, overwrite)
+    check_use(fff, source, output, overwrite)
     for option, rate in (("--learning-rate", learning_rate), ("--fff-learning-rate", fff_learning_rate)):
         if rate is not None and not rate > 0:
             raise bad_option(option, ValueError(f"{rate} must be above 0"))
@@ -95,16 +100,12 @@ def distill(
         task, text, data, {"--transfer": transfer, "--text-columns": text_columns, "--label-column": label_column}
     )
 
-    import sys
-    from contextlib import redirect_stdout
     from dataclasses import asdict
 
     import torch
 
-    from .. import ops
     from ..surgery import Calibration
     from ..surgery.folder import ModelFolder
-    from ..surgery.text import read_texts
     from ..training import TaskRows, arguments_for, distil_folder, get_objective
 
     if task:
@@ -113,6 +114,7 @@ def distill(
         except ValueError as error:
             raise bad_option("--task", error) from error
     check_device("--device", device, bf16=bf16)
+    work = work or output.with_name(f"{output.name}.work")
     given = {
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": batch_size,
@@ -121,13 +123,13 @@ def distill(
     }
     options: dict[str, Any] = {
         **{name: value for name, value in given.items() if value is not None},
-        "output_dir": str(work or output.with_name(f"{output.name}.work")),
+        "output_dir": str(work),
         "max_steps": steps,
         "bf16": bf16,
         "seed": seed,
         "save_steps": save_steps,
         "save_total_limit": 2,
-        "logging_steps": 50,
+        "logging_steps": 10,
         "disable_tqdm": as_json,
         "use_cpu": device is Device.cpu,
         "dataloader_pin_memory": torch.cuda.is_available() and device is not Device.cpu,
@@ -138,13 +140,13 @@ def distill(
         labelled = read_data("--data", data or []) + read_data("--text", [str(path) for path in text or []])
         rows = TaskRows(task, labelled, read_data("--transfer", transfer or []), columns_of(text_columns, label_column))
     else:
-        rows = [t for path in text or [] for t in read_texts(path)]
-    folder = ModelFolder.find(source)
-    ops.load()
+        rows = read_text(text)
     plan = Calibration(
         None, budget=budget, steps=calibration_steps, max_tokens=max_tokens, seed=seed, progress=not as_json
     )
-    with redirect_stdout(sys.stderr):  # where the Trainer tells how it goes on
+    with working(), resumable(work):
+        folder = ModelFolder.find(source)
+        load_kernels()
         model = distil_folder(
             folder,
             output,
@@ -165,6 +167,7 @@ def distill(
         print(json.dumps(result, indent=2))
         return
     out.print(f"{type(model).__name__} in {output}: {_told(report)}", soft_wrap=True)
+    out.print(how_to_open(output), soft_wrap=True)
 
 
 def _told(report: Any) -> str:

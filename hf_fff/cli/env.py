@@ -1,36 +1,104 @@
 """``hf-fff env`` and ``hf-fff build``."""
 
 import json
+import os
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .common import Json, app, out, reports_errors, table_of
+from .common import Json, app, err, must_compile, out, reports_errors, table_of
 
 
 @app.command()
 @reports_errors
 def env(as_json: Json = False) -> None:
-    """Say what is installed, which kernels run, and why."""
+    """Say what is installed, which kernels run, and why; and what is slow or missing here."""
     from ..bench.machine import report
 
-    facts = report()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="hf_fff: ")  # the same is told below
+        facts = report()
+    problems = _problems(facts, _no_gpu())
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps({**facts, "problems": problems}, indent=2))
         return
     table = table_of("what", "value", show_header=False)
-    for key, value in _flatten(facts):
-        table.add_row(key, value)
+    for label, value in _rows(facts):
+        table.add_row(label, value)
     out.print(table)
+    for problem in problems:
+        out.print(f"- {problem}", soft_wrap=True)
+    if not problems:
+        out.print("Nothing is slow or missing.")
 
 
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    if isinstance(value, dict):
-        return [row for k, v in value.items() for row in _flatten(v, f"{prefix}.{k}" if prefix else str(k))]
-    if isinstance(value, list):
-        return [(prefix, " ".join(map(str, value)))]
-    return [(prefix, "" if value is None else str(value))]
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Labels in plain words, and what stands beside them."""
+    kernels, backend, packages = facts["kernels"], facts["backend"], facts["packages"]
+    library = kernels["libraries"]["cpu"]
+    runs = "PyTorch" if backend["cpu"] == "torch" else f"C++ kernel, {backend['isa']}"
+    absent = "not installed"
+    rows = [
+        ("hf_fff", facts["hf_fff"]),
+        ("Python", f"{facts['python']}, {facts['platform']}"),
+        *((name, version) for name, version in packages.items() if version != absent),
+        ("not installed, and optional", ", ".join(name for name, version in packages.items() if version == absent)),
+        ("processor", f"{facts['cpu']['name']}, {facts['cpu']['threads']} threads used"),
+        ("its features", " ".join(kernels["cpu_features"])),
+        ("GPU", facts["cuda"]),
+        ("what FFFs run in, on the CPU", runs),
+        ("kernel library", _library(library)),
+        ("C++ compiler", f"{library['compiler']}\n{library.get('version', '')}".strip()),
+        ("kernel sources", kernels["sources"]),
+        ("kernel cache", kernels["cache"]),
+        *((f"{name}, as set", value) for name, value in sorted(os.environ.items()) if name.startswith("HF_FFF_")),
+    ]
+    return [(label, value) for label, value in rows if value]
+
+
+def _library(library: dict[str, Any]) -> str:
+    if not library.get("loaded"):
+        return "not loaded"
+    return f"{library['path']}\n({library['origin']})"
+
+
+def _problems(facts: dict[str, Any], no_gpu: str | None) -> list[str]:
+    """What is slow or missing, why, and what to do."""
+    backend, library = facts["backend"], facts["kernels"]["libraries"]["cpu"]
+    reason = library.get("reason") or ""
+    told = []
+    if backend["cpu"] == "torch":
+        told.append(
+            f"FFFs run in PyTorch on this CPU, which is slower than the C++ kernel: {reason or library['status']}"
+        )
+    elif reason:
+        told.append(f"The C++ kernel: {reason}")
+    if library["compiler"].startswith("none") and "compiler" not in reason:
+        told.append(f"Kernels cannot be compiled here: {library['compiler'].removeprefix('none: ')}")
+    if backend["cpu"] != "torch" and backend["isa"] == "baseline":
+        why = "HF_FFF_ISA says so" if os.environ.get("HF_FFF_ISA") else "this processor has no AVX2"
+        told.append(f"The C++ kernel runs without vector instructions, slowly: {why}.")
+    if no_gpu:
+        told.append(f"No GPU is used, so that distilling is slow: {no_gpu}")
+    return told
+
+
+def _no_gpu() -> str | None:
+    """Why there is none; None where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    if not (torch.version.cuda or torch.version.hip):
+        return f"this PyTorch ({torch.__version__}) is built for CPUs alone."
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides them all."
+    return (
+        f"PyTorch ({torch.__version__}) finds none: there is none in this machine, or its driver is missing or older than "
+        "this PyTorch wants (see nvidia-smi)."
+    )
 
 
 @app.command()
@@ -45,6 +113,8 @@ def build(
 
     from ..ops import loader
 
+    if force or must_compile():
+        err.print("compiling the CPU kernel: this takes some seconds")
     status = loader.build("cpu", force=force, output=output)
     if as_json:
         print(json.dumps(asdict(status), indent=2, default=str))

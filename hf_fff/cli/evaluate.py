@@ -19,6 +19,7 @@ from .common import (
     read_data,
     reports_errors,
     table_of,
+    working,
 )
 
 if TYPE_CHECKING:
@@ -75,26 +76,27 @@ def evaluate(
 
     place = device.value if device else "cuda" if torch.cuda.is_available() else "cpu"
     sources = {role: s for role, s in (("model", model), ("teacher", teacher), ("none", none)) if s is not None}
-    loaded = {role: _load(source, kind, place) for role, source in sources.items()}
-    student, tokenizer = loaded["model"]
-    for role, (other, its_tokenizer) in loaded.items():
-        check_teacher(student, other, kind, role)
-        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"{model} and {sources[role]} have different tokenizers: they cannot be compared")
-    encoded = kind.encode(
-        rows[:limit],
-        tokenizer,
-        student.config,
-        max_length=max_length,
-        columns=columns_of(text_columns, label_column),
-        seed=seed,
-    )
-    dense = loaded["teacher"][0] if teacher is not None else None
-    scores = {
-        role: measure(m, kind, encoded, tokenizer, teacher=dense, batch_size=batch_size, progress=not as_json)
-        for role, (m, _) in loaded.items()
-    }
-    usage = fff_usage(student, (batch for _, batch in batches(encoded, kind.collator(tokenizer), batch_size)))
+    with working():
+        loaded = {role: _load(source, kind, place) for role, source in sources.items()}
+        student, tokenizer = loaded["model"]
+        for role, (other, its_tokenizer) in loaded.items():
+            check_teacher(student, other, kind, role)
+            if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+                raise ValueError(f"{model} and {sources[role]} have different tokenizers: they cannot be compared")
+        encoded = kind.encode(
+            rows[:limit],
+            tokenizer,
+            student.config,
+            max_length=max_length,
+            columns=columns_of(text_columns, label_column),
+            seed=seed,
+        )
+        dense = loaded["teacher"][0] if teacher is not None else None
+        scores = {
+            role: measure(m, kind, encoded, tokenizer, teacher=dense, batch_size=batch_size, progress=not as_json)
+            for role, (m, _) in loaded.items()
+        }
+        usage = fff_usage(student, (batch for _, batch in batches(encoded, kind.collator(tokenizer), batch_size)))
     result = {
         "task": task,
         "rows": len(encoded.rows),

@@ -419,6 +419,7 @@ def calibrate(
             raise ValueError(f"the calibration data has {report.tokens} tokens; at least 256 are needed")
         bar = tqdm(total=len(plans), desc="calibrating", unit="layer", disable=not c.progress)
         for index in range(last + 1):
+            bar.set_postfix_str(f"layer {index}: collecting")  # which takes long where there is much text
             unexplained = []
             for piece in pieces if index not in groups else ():
                 piece.ahead = dense_layers.run(piece, index, piece.dense)

@@ -100,7 +100,7 @@ def _transformer_path(modules: Path) -> str:
 
 
 def _fetch(source: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -109,22 +109,25 @@ def _fetch(source: str) -> Path:
         RepositoryNotFoundError,
     )
 
-    cause: Exception
     try:
         return Path(snapshot_download(source, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]))
     except HFValidationError as error:
-        reason, cause = "a model there is called OWNER/NAME", error
-    except GatedRepoError as error:
-        reason, cause = "the model of that name there is not open to you (ask for access, log in)", error
-    except RepositoryNotFoundError as error:
-        reason, cause = "there is no model of that name there, or it is private", error
-    except LocalEntryNotFoundError as error:
-        reason, cause = "the Hub cannot be reached, and no model of that name has been fetched before", error
-    except HfHubHTTPError as error:
-        reason, cause = f"the Hub answered: {error}", error
-    raise ValueError(
-        f"{source} is neither a folder nor a model of the Hub: there is no such folder, and {reason}"
-    ) from cause
+        raise ValueError(
+            f"there is no folder {source}, and a model of the Hub has a name such as NAME or OWNER/NAME"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        if isinstance(error, GatedRepoError):
+            why = "its owner must let you in first (see its page there, then `hf auth login`)"
+        elif isinstance(error, RepositoryNotFoundError):
+            why = "there is none, or it is private (then `hf auth login`)"
+        elif isinstance(error, LocalEntryNotFoundError):
+            offline = constants.HF_HUB_OFFLINE
+            why = ("HF_HUB_OFFLINE is set" if offline else "it cannot be reached") + ", and the cache does not have it"
+        else:
+            why = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"there is no folder {source}, and no model of that name could be had from the Hub: {why}"
+        ) from error
 
 
 def convert_folder(

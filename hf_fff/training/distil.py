@@ -11,6 +11,7 @@ from ..surgery.text import shuffled
 from ..tasks import Encoded, evaluate, get_task
 from .arguments import DistillationArguments
 from .data import TaskMix, TokenisedTexts, check_rows
+from .progress import tell_progress
 from .trainer import DistillationTrainer, own_parameters, shares_parameters, unprepare
 
 _HELD_OUT_ROWS = 2048  # more would only cost time
@@ -124,7 +125,8 @@ def distil_task(
     kind = get_task(task)
 
     def score(model: Any) -> float:
-        return evaluate(model, kind, held_out, tokenizer, batch_size=args.eval_batch_size)[kind.main_metric]
+        shown, batch_size = not args.disable_tqdm, args.eval_batch_size
+        return evaluate(model, kind, held_out, tokenizer, batch_size=batch_size, progress=shown)[kind.main_metric]
 
     done = _distil(student, teacher, args, resume_from_checkpoint, score=score, **data)
     told = {"task": task, "metric": kind.main_metric, **done}
@@ -150,6 +152,7 @@ def _distil(
     advice = "the batch size (per_device_train_batch_size) or the maximal length of the inputs"
     with memory_explained("training", advice):
         trainer = DistillationTrainer(student, args, teacher=teacher, **options)
+        tell_progress(trainer)
         try:
             scores = [score(teacher), score(student)] if score else []
             before = trainer.evaluate()

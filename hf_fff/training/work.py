@@ -62,6 +62,7 @@ def distil_folder(
     calibration: Calibration,
     max_length: int = 128,
     held_out: float | None = None,
+    start: Path | None = None,
     resume: bool = True,
     overwrite: bool = False,
 ) -> Any:
@@ -75,6 +76,7 @@ def distil_folder(
         data: texts for general distillation, or the rows of a task, of which the source is a finetuned model.
         calibration: how; its ``data`` is replaced by the texts, or by the inputs of the task as the model meets them.
         held_out: share of the texts or labelled rows to evaluate on; 0.02 of texts and 0.1 of rows by default.
+        start: a folder of a model that was made from the source with ``config``: it is trained further, and not calibrated.
 
     Returns:
         The model, with its ``distillation_report``.
@@ -113,6 +115,7 @@ def distil_folder(
         "loss": {name: getattr(args, name) for name in _WEIGHTS},
         "seed": args.seed,
         "bf16": args.bf16,
+        "start": str(start.resolve()) if start else None,
     }
     options = json.loads(json.dumps(options))  # as it is read again
     started = _check_work(work, options, resume=resume)
@@ -128,7 +131,11 @@ def distil_folder(
             atomic_folder(work, overwrite=True) as new,
             memory_explained("calibrating", "the calibration's max_tokens or the maximal length of the inputs"),
         ):
-            convert_ffn_to_fff(dense, config, calibration=how, seed=args.seed).save_pretrained(new / _START)
+            if start:
+                begun: Any = fast_class(type(dense)).from_pretrained(ModelFolder.find(str(start)).transformer)
+            else:
+                begun = convert_ffn_to_fff(dense, config, calibration=how, seed=args.seed)
+            begun.save_pretrained(new / _START)
             (new / _OPTIONS).write_text(json.dumps(options, indent=2), encoding="utf-8")
     # Loaded even if it was just made: so what is interrupted and what is not start alike.
     student: Any = fast_class(type(dense)).from_pretrained(work / _START)

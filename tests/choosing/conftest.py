@@ -29,13 +29,15 @@ def kind_of(model):
 
 @pytest.fixture
 def lab(source, tmp_path, monkeypatch):
-    """``lab(plan, ...)`` runs a search in which a kind takes ``lab.time[kind]`` of the dense model's time and keeps
-    ``lab.share[kind]``; what was trained, with how many steps, is in ``lab.trained``."""
+    """``lab.run(keep, ...)`` runs a search in which a kind takes ``lab.time[kind]`` of the dense model's time and keeps
+    ``lab.share[kind]``; what was trained, with how many steps, is in ``lab.trained``, and the
+    folders from which it went on in ``lab.started``."""
     lab = SimpleNamespace(
         time={"none": 0.5, "mlp:4": 0.6, "2x2": 0.7, "2x3": 0.8, "8x4": 1.1},
         share={"none": 0.6, "mlp:4": 0.8, "2x2": 0.9, "2x3": 0.99},
         unexplained={},
         trained=[],
+        started=[],
         timed=[],
         fail_at=None,  # a kind, and whether that was before or after its model was written
         output=tmp_path / "out",
@@ -47,8 +49,10 @@ def lab(source, tmp_path, monkeypatch):
         lab.timed.append(list(kinds.values()))
         return [Timing(w.name, 10, {name: lab.time.get(kind, 1.0) for name, kind in kinds.items()}) for w in workloads]
 
-    def distil_folder(folder, output, config, data, args, *, calibration, overwrite, **_):
+    def distil_folder(folder, output, config, data, args, *, calibration, overwrite, start=None, **_):
         kind = kind_of(real(folder.load_dense(), config))
+        assert start is None or (start / "model.safetensors").is_file()
+        lab.started.append(start and start.name)
         lab.trained.append((kind, args.max_steps, calibration.steps, calibration.budget))
         if lab.fail_at != (kind, "before"):
             convert_folder(folder, output, config, overwrite=overwrite)
@@ -69,6 +73,7 @@ def lab(source, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "distil_folder", distil_folder)
     monkeypatch.setattr(search, "convert_ffn_to_fff", convert)
     monkeypatch.setattr(HeldOut, "measure", measure)
+    monkeypatch.setattr(search, "busy", lambda: None)
 
     def run(keep, candidates="none,mlp:4,2x2,2x3,8x4", rows=60, resume=True, **plan):
         if "budget" not in plan:

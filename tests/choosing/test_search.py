@@ -2,6 +2,7 @@
 
 import pytest
 from command import listing
+from tiny import same
 from transformers import AutoModelForSequenceClassification
 
 from hf_fff.bench.model import Timing
@@ -86,16 +87,123 @@ def test_batch_sizes_count_alike(lab, monkeypatch):
     assert choice.dense["microseconds"] == {"1": pytest.approx(3e5), "32": pytest.approx(3e5)}
 
 
-def test_nothing_keeps_enough(lab, tmp_path):
-    before = listing(tmp_path)
+def test_nothing_keeps_enough(lab):
+    """What was trained stays, for one who asks for less."""
     choice = lab.run(0.995)
     assert choice.chosen is None and choice.best.name == "2x3" and choice.best.share == pytest.approx(0.99)
-    assert listing(tmp_path) == before
+    assert not lab.output.exists() and choice.work == lab.work
+    trained = model_in(lab.work / "models" / "2x3-7").state_dict()
+    lab.trained.clear()
+    choice = lab.run(0.985, mixed=False)
+    assert choice.chosen.name == "2x3" and choice.work is None and lab.trained == [] and not lab.work.exists()
+    assert same(model_in(lab.output).state_dict(), trained)
 
 
-def test_nothing_is_faster(lab, tmp_path):
+def test_nothing_is_faster(lab):
     choice = lab.run(0.1, "8x4")
     assert choice.chosen is None and choice.best is None and lab.trained == [] and not lab.output.exists()
+    assert choice.work is None and not lab.work.exists()  # nothing is in it
+
+
+def test_what_is_slower_once_trained_is_not_the_best(lab, monkeypatch):
+    fake = search.time_models
+
+    def time_models(models, workloads, **options):
+        if len(models) == 2 and "2x3" in models:
+            lab.time["2x3"] = 1.2
+        return fake(models, workloads, **options)
+
+    monkeypatch.setattr(search, "time_models", time_models)
+    assert lab.run(0.995, "2x2,2x3").best.name == "2x2"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass in trainings alone, 200 in each; a step takes half of one."""
+    seconds = [0.0]
+    monkeypatch.setattr(search.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(search._Search, "_step_seconds", lambda self, model: 0.5)
+    monkeypatch.setattr(search, "distil_folder", _taking(search.distil_folder, seconds, 200.0))
+    return seconds
+
+
+def test_a_higher_budget_trains_further(lab, clock):
+    """Two candidates, no mixed ones: a half of the 1000 s each, then a half of what the 2000 s leave."""
+    lab.run(0.95, "none,2x2", budget=1000.0, mixed=False)
+    assert [t[1:] for t in lab.trained] == [(600, None, 125.0), (960, None, 200.0)] and lab.started == [None, None]
+    lab.trained.clear(), lab.started.clear()
+    assert lab.run(0.95, "none,2x2", budget=1000.0, mixed=False).chosen is None and lab.trained == []
+    lab.share["none"] = 0.7
+    choice = lab.run(0.95, "none,2x2", budget=2000.0, mixed=False)
+    # 1600 s are left, 800 for each, and 85 % of them for steps: a calibration has been
+    assert [t[:2] for t in lab.trained] == [("none", 1360), ("2x2", 2380)] and lab.started == ["none-600", "2x2-960"]
+    found = {r.name: r for r in choice.results}
+    assert found["none"].share == pytest.approx(0.7) and found["none"].steps == 1960
+    assert sorted(p.name for p in (lab.work / "models").iterdir()) == ["2x2-3340", "none-1960"]
+
+
+def test_what_keeps_enough_is_not_trained_further(lab, clock):
+    lab.run(0.95, "none,2x2", budget=1000.0, mixed=False)
+    lab.trained.clear()
+    assert lab.run(0.5, "none,2x2", budget=2000.0, mixed=False).chosen.name == "none" and lab.trained == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_further_training_goes_on(lab, clock, when):
+    lab.run(0.95, "2x2", budget=1000.0, mixed=False)
+    lab.fail_at = ("2x2", when)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        lab.run(0.95, "2x2", budget=2000.0, mixed=False)
+    lab.fail_at = None
+    asked = lab.trained[-1]
+    lab.trained.clear()
+    lab.share["2x2"] = 0.96
+    choice = lab.run(0.95, "2x2", budget=2000.0, mixed=False)
+    assert choice.chosen.name == "2x2" and lab.trained == ([asked] if when == "before" else [])
+
+
+def test_a_further_training_that_goes_wrong_leaves_what_was(lab, clock, monkeypatch):
+    lab.run(0.95, "2x2", budget=1000.0, mixed=False)
+
+    def diverging(*_, **__):
+        raise FloatingPointError("the loss is not finite at step 3")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "distil_folder", diverging)
+        (result,) = lab.run(0.95, "2x2", budget=2000.0, mixed=False).results
+    assert result.share == pytest.approx(0.9) and result.steps == 1200 and not result.failed
+    assert lab.run(0.9, "2x2", budget=2000.0, mixed=False).chosen.name == "2x2"
+
+
+def test_candidates_may_be_added_and_left_out(lab):
+    lab.run(0.995, "none,2x2")
+    lab.trained.clear()
+    assert [r.name for r in lab.run(0.995, "none,2x2,2x3,8x4", mixed=False).results] == ["none", "2x2", "2x3", "8x4"]
+    assert kinds(lab.trained) == ["2x3"] and ["dense", "2x3", "8x4"] in lab.timed
+    choice = lab.run(0.5, "2x2,2x3", mixed=False)  # "none" would be faster
+    assert choice.chosen.name == "2x2" and [r.name for r in choice.results] == ["2x2", "2x3"]
+
+
+def test_a_busy_machine_is_told_once(lab, monkeypatch):
+    monkeypatch.setattr(search, "busy", lambda: "the machine is busy")
+    with pytest.warns(UserWarning, match="the machine is busy") as told:
+        lab.run(0.85, mixed=False)
+    assert len(lab.timed) > 2 and len([w for w in told if "busy" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "told"), [(8.1, 8, False), (12.1, 8, True), (9.1, 2, True), (8.9, 2, False)]
+)
+def test_how_busy_a_machine_of_eight_cpus_may_be(monkeypatch, load, threads, told):
+    monkeypatch.setattr(search.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(search.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(search.torch, "get_num_threads", lambda: threads)
+    assert (f"load average is {load}, on 8 CPUs of which {threads}" in (search.busy() or "")) == told
+
+
+def test_where_no_load_is_known(monkeypatch):
+    monkeypatch.delattr(search.os, "getloadavg", raising=False)
+    assert search.busy() is None
 
 
 def test_steps_are_as_given(lab):
@@ -107,12 +215,8 @@ def test_steps_are_as_given(lab):
     assert {tuple(t[1:]) for t in lab.trained} == {(11, 3, None)}
 
 
-def test_a_budget_is_divided(lab, monkeypatch):
-    """No second passes: three candidates and two mixed ones get a fifth each of 1000 s, 60 % of it for steps."""
-    clock = [0.0]
-    monkeypatch.setattr(search.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(search._Search, "_step_seconds", lambda self, model: 0.5)
-    monkeypatch.setattr(search, "distil_folder", _taking(search.distil_folder, clock, 200.0))
+def test_a_budget_is_divided(lab, clock):
+    """Three candidates and two mixed ones get a fifth each of 1000 s, 60 % of it for steps."""
     choice = lab.run(0.995, "none,mlp:4,2x2", budget=1000.0)
     assert [t[1:] for t in lab.trained] == [(240, None, 50.0)] * 3
     assert {r.steps for r in choice.results} == {240}

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, FNetConf
 
 from hf_fff import __version__, convert_ffn_to_fff, ops
 from hf_fff.bench import layer, machine
+from hf_fff.cli import env as env_command
 from hf_fff.ops import loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
@@ -32,9 +33,9 @@ def test_version_and_help():
 
 
 def test_convert_without_text(model, tmp_path):
-    with pytest.warns(UserWarning, match="not calibrated"):
-        result = run("convert", model, tmp_path / "fast", "--fff", "2x3")
+    result = run("convert", model, tmp_path / "fast", "--fff", "2x3")
     assert result.exit_code == 0 and "not calibrated" in result.stdout and "2x3" in result.stdout
+    assert "has lost what its FFNs knew: give --text" in unwrapped(result.stderr)
     fast = AutoModelForSequenceClassification.from_pretrained(tmp_path / "fast")
     assert type(fast).__name__ == "FastBertForSequenceClassification"
     assert {c.shorthand for c in fast.config.fff_layers.values()} == {"2x3"} and len(fast.config.fff_layers) == 3
@@ -159,7 +160,7 @@ def test_wrong_use(model, tmp_path, name):
 
 
 def no_such(tmp_path):
-    return tmp_path / "nowhere" / "at all", "neither a folder nor a model"
+    return tmp_path / "nowhere" / "at all", "at all, and a model of the Hub has a name such as"
 
 
 def a_file(tmp_path):
@@ -191,7 +192,7 @@ def test_source_that_cannot_be_converted(model, tmp_path, source):
     path, message = source(tmp_path)
     before = listing(tmp_path)
     result = run("convert", path, tmp_path / "fast", "--fff", "2x3")
-    assert result.exit_code == 1 and message in unwrapped(result.output)
+    assert result.exit_code == 2 and message in unwrapped(result.output)
     assert result.stdout == "" and listing(tmp_path) == before
 
 
@@ -209,7 +210,7 @@ def test_text_that_cannot_be_used(model, tmp_path, content, message):
     path.write_bytes(content)
     before = listing(tmp_path)
     result = run("convert", model, tmp_path / "new" / "fast", "--fff", "2x3", "--text", path, "--json")
-    assert result.exit_code == 1 and message in unwrapped(result.stderr)
+    assert result.exit_code == 2 and message in unwrapped(result.stderr)
     assert result.stdout == "" and listing(tmp_path) == before
 
 
@@ -218,7 +219,7 @@ def test_damaged_weights(model, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     before = listing(tmp_path)
     result = run("convert", model, tmp_path / "fast", "--fff", "2x3")
-    assert result.exit_code == 1 and "error: Error while deserializing" in unwrapped(result.stderr)
+    assert result.exit_code == 2 and "error: Error while deserializing" in unwrapped(result.stderr)
     assert listing(tmp_path) == before
 
 
@@ -227,16 +228,33 @@ def test_a_backend_that_is_not_known(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_FFF_BACKEND", "cobol")
     before = listing(tmp_path)
     result = run("convert", model, tmp_path / "fast", "--fff", "2x3", "--init", "random")
-    assert result.exit_code == 1 and listing(tmp_path) == before
+    assert result.exit_code == 2 and listing(tmp_path) == before
     assert "HF_FFF_BACKEND='cobol' is not known (allowed: auto, native, torch)" in unwrapped(result.stderr)
 
 
 def test_layers_that_are_not_there_and_output_in_the_source(model, tmp_path):
     before = listing(tmp_path)
     result = run("convert", model, tmp_path / "fast", "--fff", "2x3", "--layers", "1,7")
-    assert result.exit_code == 1 and "target_layers has 7; the model has layers 0 to 2" in unwrapped(result.output)
+    assert result.exit_code == 2 and "target_layers has 7; the model has layers 0 to 2" in unwrapped(result.output)
     result = run("convert", model, model / "fast", "--fff", "2x3")
-    assert result.exit_code == 1 and "lies in the source" in unwrapped(result.output)
+    assert result.exit_code == 2 and "lies in the source" in unwrapped(result.output)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["convert", "distill", "choose"])
+def test_the_source_is_not_overwritten(model, text, tmp_path, monkeypatch, command):
+    """However it is written."""
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    usual = {
+        "convert": ("--fff", "2x3"),
+        "distill": ("--fff", "2x3", "--steps", 1, "--text", text),
+        "choose": ("--task", "mlm", "--keep", 0.5, "--text", text),
+    }
+    before = listing(tmp_path)
+    for output in (model, "dense", "link", tmp_path / "link" / ".." / "dense"):
+        result = run(command, model, output, "--overwrite", *usual[command])
+        assert result.exit_code == 2 and "is the source, which stays as it is" in unwrapped(result.stderr)
     assert listing(tmp_path) == before
 
 
@@ -259,10 +277,10 @@ def test_interrupted(model, text, tmp_path, sent, exit_code):
             seen += piece
         assert listing(tmp_path) != before, "there is nothing to clean up"
         process.send_signal(sent)
-        process.communicate(timeout=60)
+        told = process.communicate(timeout=60)[1].decode()
     finally:
         process.kill()
-    assert process.returncode == exit_code
+    assert process.returncode == exit_code and "interrupted" in told and "Traceback" not in told
     assert listing(tmp_path) == before
 
 
@@ -271,17 +289,95 @@ def test_env():
     assert facts["packages"]["torch"] == torch.__version__ and facts["hf_fff"] == __version__
     assert facts["backend"]["cpu"] in ("native", "torch") and facts["kernels"]["libraries"]["cpu"]["status"]
     table = run("env")
-    assert table.exit_code == 0 and "kernels.cache" in table.stdout
+    assert table.exit_code == 0 and "kernel cache" in table.stdout and "packages." not in table.stdout
+    assert all(problem in table.stdout for problem in facts["problems"])
+
+
+def report(**changes):
+    """As ``machine.report`` gives it, of a machine without faults."""
+    library = {"compiler": "/usr/bin/c++", "version": "c++ 12", "status": "native", "loaded": True, "path": "/lib.so"}
+    library |= {"origin": "cache", "reason": ""}
+    facts = {
+        "hf_fff": "1",
+        "python": "3",
+        "platform": "Linux",
+        "packages": {"torch": "2", "peft": "not installed"},
+        "cpu": {"name": "a processor", "threads": 2},
+        "cuda": "a GPU",
+        "backend": {"cpu": "native", "isa": "avx2"},
+        "kernels": {"cpu_features": ["fma", "avx2"], "sources": "/s", "cache": "/c", "libraries": {"cpu": library}},
+    }
+    library |= changes.pop("library", {})
+    return {**facts, **changes}
+
+
+def cells(shown):
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+
+
+def test_env_in_plain_words(monkeypatch):
+    monkeypatch.setattr(env_command, "_no_gpu", lambda: None)
+    monkeypatch.setattr(machine, "report", report)
+    monkeypatch.setenv("HF_FFF_THING", "value")
+    shown = run("env").stdout
+    for row in (
+        ["torch", "2"],
+        ["not installed, and optional", "peft"],
+        ["its features", "fma avx2"],
+        ["GPU", "a GPU"],
+    ):
+        assert row in cells(shown)
+    assert ["what FFFs run in, on the CPU", "C++ kernel, avx2"] in cells(shown)
+    assert ["HF_FFF_THING, as set", "value"] in cells(shown)
+    assert shown.endswith("Nothing is slow or missing.\n")
+
+
+NO_COMPILER = "none: no c++ compiler found (none of c++, g++, clang++ is on PATH). Install g++ or clang++"
+PROBLEMS = {
+    "PyTorch runs": (
+        {"backend": {"cpu": "torch", "isa": None}, "library": {"loaded": False, "reason": "it is too old"}},
+        "FFFs run in PyTorch on this CPU, which is slower than the C++ kernel: it is too old",
+    ),
+    "no compiler": ({"library": {"compiler": NO_COMPILER}}, "Kernels cannot be compiled here: no c++ compiler found"),
+    "a temporary one": (
+        {"library": {"reason": "the cache cannot be used"}},
+        "The C++ kernel: the cache cannot be used",
+    ),
+    "baseline": (
+        {"backend": {"cpu": "native", "isa": "baseline"}},
+        "without vector instructions, slowly: this processor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_env_says_what_is_slow(monkeypatch, name):
+    changes, message = PROBLEMS[name]
+    monkeypatch.setattr(env_command, "_no_gpu", lambda: None)
+    monkeypatch.setattr(machine, "report", lambda: report(**changes))
+    monkeypatch.delenv("HF_FFF_ISA", raising=False)
+    (problem,) = json.loads(run("env", "--json").stdout)["problems"]
+    assert message in problem and f"- {problem}\n" in run("env").stdout
+
+
+def test_env_says_why_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "is built for CPUs alone" in run("env").stdout
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "its driver is missing" in run("env").stdout
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA_VISIBLE_DEVICES hides them all" in run("env").stdout
 
 
 def test_env_cuts_nothing_off(monkeypatch):
-    long = "".join(f"/folder{i}" for i in range(30))
-    facts = {"a": {"b": long}, "flags": ["x", "y"], "none": None, "reason": "fff.cpp:100: [enabled by default] [/x]"}
-    monkeypatch.setattr(machine, "report", lambda: facts)
-    shown = run("env").stdout
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
-    assert "".join(value for name, value in cells if name in ("a.b", ""))[: len(long)] == long
-    assert ["flags", "x y"] in cells and ["none", ""] in cells and ["reason", facts["reason"]] in cells
+    long, named = "".join(f"/folder{i}" for i in range(30)), "fff.cpp:100: [enabled by default] [/x]"
+    monkeypatch.setattr(machine, "report", lambda: report(hf_fff=long, cuda=named))
+    rows = cells(run("env").stdout)
+    start = next(i for i, (label, _) in enumerate(rows) if label == "hf_fff")
+    assert "".join(value for _, value in rows[start:])[: len(long)] == long
+    assert ["GPU", named] in rows
 
 
 def test_env_says_why_pytorch_runs(monkeypatch):
@@ -291,10 +387,10 @@ def test_env_says_why_pytorch_runs(monkeypatch):
     facts = json.loads(run("env", "--json").stdout)
     assert facts["backend"] == {"cpu": "torch", "isa": None}
     assert facts["kernels"]["libraries"]["cpu"]["reason"] == "HF_FFF_BACKEND=torch"
-    assert "cpu.reason │ HF_FFF_BACKEND=torch" in unwrapped(run("env").stdout)
+    assert "slower than the C++ kernel: HF_FFF_BACKEND=torch" in run("env").stdout
     monkeypatch.setenv("HF_FFF_BACKEND", "cobol")
     wrong = run("env")
-    assert wrong.exit_code == 1 and wrong.stdout == ""
+    assert wrong.exit_code == 2 and wrong.stdout == ""
     assert "HF_FFF_BACKEND='cobol' is not known (allowed: auto, native, torch)" in unwrapped(wrong.stderr)
 
 

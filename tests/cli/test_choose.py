@@ -1,6 +1,7 @@
 """``hf-fff choose``: on a task that needs the FFN, the candidate wins that can hold all of it; and wrong use writes nothing."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def timed(monkeypatch):
         return [Timing(w.name, w.tokens, {name: TIMES.get(name, 0.6) for name in models}) for w in workloads]
 
     monkeypatch.setattr(search, "time_models", time_models)
+    monkeypatch.setattr(search, "busy", lambda: None)
 
 
 def choose(dense, output, data, *options):
@@ -126,7 +128,7 @@ def test_choose_goes_on_where_it_was_interrupted(dense, data, tmp_path, monkeypa
     assert result.exit_code == 1 and "the power is gone" in result.stderr and not (tmp_path / "fast").exists()
     kept = listing(tmp_path / "fast.work")
     result = choose(dense, tmp_path / "fast", data, "--seed", 1)
-    assert result.exit_code == 1 and "made with other options" in unwrapped(result.stderr)
+    assert result.exit_code == 2 and "made with other options" in unwrapped(result.stderr)
     assert listing(tmp_path / "fast.work") == kept
     monkeypatch.setattr(search, "distil_folder", lambda *a, **k: (calls.append(a[2]), distil(*a, **k)))
     assert choose(dense, tmp_path / "fast", data).exit_code == 0
@@ -136,18 +138,37 @@ def test_choose_goes_on_where_it_was_interrupted(dense, data, tmp_path, monkeypa
 
 
 def test_nothing_keeps_enough(dense, data, tmp_path):
-    eval_data = write(tmp_path / "eval.jsonl", pairs(60, 4))
-    before = listing(tmp_path)
-    options = ("--eval-data", eval_data, "--candidates", "none", "--plot", tmp_path / "frontier.png")
+    """What to type next is printed, and finds what was trained."""
+    eval_data = write(tmp_path / "eval data.jsonl", pairs(60, 4))
+    options = ("--eval-data", eval_data, "--candidates", "none", "--plot", tmp_path / "frontier.png", "--no-resume")
     result = choose(dense, tmp_path / "fast", data, *options)
-    assert result.exit_code == 1
+    assert result.exit_code == 1 and not (tmp_path / "fast").exists()
     told = unwrapped(result.stderr)
-    assert "no candidate that is faster than the dense model keeps 90.0% of its accuracy: nothing was written" in told
-    assert "The best is none with " in told and "in 0.50 of its time" in told
+    output = tmp_path / "fast"
+    assert f"than the dense model keeps 90.0% of its accuracy: {output} was not made. The best is none with " in told
+    assert "in 0.50 of its time" in told and f"What was trained is kept in {output}.work" in told
     shown = unwrapped(result.stdout)
     assert "accuracy on 60 held-out rows" in shown and "keeps too little" in shown and "1.00" in shown
     assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"  # what it was is asked for
-    assert {k: v for k, v in listing(tmp_path).items() if k != "frontier.png"} == before
+    (command,) = (line for line in result.stderr.splitlines() if line.strip().startswith("hf-fff choose"))
+    trained = (output.with_name("fast.work") / "models" / "none-4" / "model.safetensors").read_bytes()
+    result = run(*shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    assert "calibrating" not in result.stderr and not output.with_name("fast.work").exists()
+    assert (output / "model.safetensors").read_bytes() == trained
+
+
+def test_a_higher_budget_goes_on(dense, data, tmp_path):
+    options = ("--task", "classification", "--data", data, "--keep", 0.9, "--candidates", "none", "--device", "cpu")
+    first = run("choose", dense, tmp_path / "fast", *options, "--budget", 1)
+    assert first.exit_code == 1, first.output
+    known = json.loads((tmp_path / "fast.work" / "search.json").read_text())["results"]["none"]
+    (command,) = (line for line in first.stderr.splitlines() if "--budget 2" in line)
+    result = run(*shlex.split(command)[1:], "--json")
+    assert result.exit_code == 1 and "calibrating" not in result.stderr
+    told = json.loads(result.stdout)
+    assert told["candidates"][0]["steps"] >= known["steps"] + 50 and told["chosen"] is None
+    assert told["work"] == str(tmp_path / "fast.work")
 
 
 def test_choose_for_embeddings(dense, tmp_path):
@@ -193,40 +214,40 @@ def test_choose_different_kinds_for_different_layers(tmp_path, monkeypatch):
 
 
 WRONG = {
-    "candidate": (["--candidates", "none,9"], 2, "fff='9' is not of the form"),
-    "no candidates": (["--candidates", " ,"], 2, "there are none"),
-    "keep": (["--keep", "0"], 2, "--keep"),
-    "keep too much": (["--keep", "1.01"], 2, "1.01 must lie above 0, and be 1 at most"),
-    "engine": (["--engine", "onnx"], 2, "'onnx' is not known (allowed: torch)"),
-    "engine to come": (["--engine", "openvino"], 2, "'openvino' joins with that engine"),
-    "task": (["--task", "translation"], 2, "task='translation' is not known"),
-    "text": (["--text", "{0}/train.jsonl"], 2, "classification learns from --data"),
-    "steps and budget": (["--budget", "9"], 2, "the same thing twice"),
-    "batch sizes": (["--batch-sizes", "1,x"], 2, "'1,x' is not a list of positive numbers"),
-    "data": (["--data", "{0}/nowhere.tsv"], 2, "--data"),
-    "eval data": (["--eval-data", "{0}/nowhere.tsv"], 2, "--eval-data"),
-    "all held out": (["--eval-data", "{0}/train.jsonl"], 1, "nothing to train on"),
-    "no labels": (["--eval-data", "{0}/bare.jsonl"], 1, "have no labels"),
-    "transfer": (["--transfer", "{0}/other.jsonl"], 1, "transfer row 1 is not of the form"),
-    "label": (["--eval-data", "{0}/wrong.jsonl"], 1, "label=7 is no label (allowed: 0 to 1"),
-    "head": (["--task", "regression"], 1, "are classes, not a number"),
-    "plot": (["--plot", "{0}/frontier.doc"], 2, "must end in one of .png"),
-    "plot's folder": (["--plot", "{0}/nowhere/a.png"], 2, "there is no folder"),
-    "seed": (["--seed", "-1"], 2, "--seed"),
-    "output": (["--keep", "0.5"], 1, "lies in the source"),
+    "candidate": (["--candidates", "none,9"], "fff='9' is not of the form"),
+    "no candidates": (["--candidates", " ,"], "there are none"),
+    "keep": (["--keep", "0"], "--keep"),
+    "keep too much": (["--keep", "1.01"], "1.01 must lie above 0, and be 1 at most"),
+    "engine": (["--engine", "onnx"], "'onnx' is not known (allowed: torch)"),
+    "engine to come": (["--engine", "openvino"], "'openvino' joins with that engine"),
+    "task": (["--task", "translation"], "task='translation' is not known"),
+    "text": (["--text", "{0}/train.jsonl"], "classification learns from --data"),
+    "steps and budget": (["--budget", "9"], "the same thing twice"),
+    "batch sizes": (["--batch-sizes", "1,x"], "'1,x' is not a list of positive numbers"),
+    "data": (["--data", "{0}/nowhere.tsv"], "--data"),
+    "eval data": (["--eval-data", "{0}/nowhere.tsv"], "--eval-data"),
+    "all held out": (["--eval-data", "{0}/train.jsonl"], "nothing to train on"),
+    "no labels": (["--eval-data", "{0}/bare.jsonl"], "have no labels"),
+    "transfer": (["--transfer", "{0}/other.jsonl"], "transfer row 1 is not of the form"),
+    "label": (["--eval-data", "{0}/wrong.jsonl"], "label=7 is no label (allowed: 0 to 1"),
+    "head": (["--task", "regression"], "are classes, not a number"),
+    "plot": (["--plot", "{0}/frontier.doc"], "must end in one of .png"),
+    "plot's folder": (["--plot", "{0}/nowhere/a.png"], "there is no folder"),
+    "seed": (["--seed", "-1"], "--seed"),
+    "output": (["--keep", "0.5"], "lies in the source"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_choose_used_wrongly(dense, data, tmp_path, name):
-    options, exit_code, message = WRONG[name]
+    options, message = WRONG[name]
     write(tmp_path / "bare.jsonl", [{k: r[k] for k in ("sentence1", "sentence2")} for r in pairs(9, 5)])
     write(tmp_path / "wrong.jsonl", [r | {"label": 7} for r in pairs(9, 5)])
     write(tmp_path / "other.jsonl", [{"text": "word1"}])
     before = listing(tmp_path), listing(dense)
     output = dense / "fast" if name == "output" else tmp_path / "fast"
     result = choose(dense, output, data, *(option.format(tmp_path) for option in options))
-    assert result.exit_code == exit_code and message in unwrapped(result.stderr), result.output
+    assert result.exit_code == 2 and message in unwrapped(result.stderr), result.output
     assert (listing(tmp_path), listing(dense)) == before and result.stdout == ""
 
 

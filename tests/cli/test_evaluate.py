@@ -175,7 +175,7 @@ WRONG_USE = {
     "length for qa": (["cls", "--task", "qa", "--max-length", "31"], "--max-length", "31 must be at least 32 for qa"),
     "batch": (["cls", "--batch-size", "0"], "--batch-size", "1"),
     "limit": (["cls", "--limit", "0"], "--limit", "1"),
-    "no file": (["cls", "--data", "nowhere.tsv"], "--data", "No such file"),
+    "no file": (["cls", "--data", "nowhere.tsv"], "--data", "there is no file nowhere.tsv"),
     "kind of file": (["cls", "--data", "cls/config.yaml"], "--data", "neither a file of a known kind"),
     "device": (["cls", "--device", "tpu"], "--device", "cuda"),
 }
@@ -197,7 +197,10 @@ def test_no_gpu(folder):
 
 
 WRONG_MODELS = {
-    "none there": (["nowhere"], "neither a folder nor a model of the Hub"),
+    "none there": (
+        ["nowhere"],
+        "there is no folder nowhere, and no model of that name could be had from the Hub: HF_HUB_OFFLINE",
+    ),
     "no head": (["emb"], "emb: BertModel has no head for classification"),
     "no head, teacher": (["cls", "--teacher", "mlm"], "mlm: BertForMaskedLM has no head for classification"),
     "tokenizer": (["cls-2x3", "--teacher", "other-words"], "have different tokenizers"),
@@ -225,5 +228,5 @@ def test_models_and_rows_that_do_not_fit(folder, monkeypatch, name):
     monkeypatch.chdir(folder)
     options, message = WRONG_MODELS[name]
     result = run("--task", "classification", "--data", "rows.tsv", *options)
-    assert result.exit_code == 1 and result.stdout == "", result.output
+    assert result.exit_code == 2 and result.stdout == "", result.output
     assert message in unwrapped(result.stderr)
