@@ -57,7 +57,7 @@ test-compat: $(VENV_COMPAT)/.stamp ## the fast tests with the oldest supported t
 sanitize: ## the C++ core of the kernels under ASan and UBSan, with each instruction set of this machine; needs no Python
 	@mkdir -p build
 	@$(CXX) -g -O1 -std=c++20 -fsanitize=address,undefined -fno-sanitize-recover=undefined -pthread -Ikernels \
-		kernels/tests/check.cpp kernels/cpu/fff.cpp -o build/check
+		kernels/tests/check.cpp kernels/cpu/*.cpp -o build/check
 	@for isa in avx512 avx2 baseline; do HF_FFF_ISA=$$isa build/check || exit 1; done
 
 lint: $(VENV)/.stamp ## ruff and mypy

@@ -57,11 +57,12 @@ class Library:
         return f"libhf_fff_{self.name}.so"
 
 
+_CORE = ("cpu/fff.cpp", "cpu/packed.cpp")
 LIBRARIES = {
     row.name: row
     for row in (
-        Library("cpu", ("torch-ext/torch_binding_cpu.cpp", "cpu/fff.cpp"), "hf_fff::fff"),
-        Library("bench", ("torch-ext/bench_cpu.cpp", "cpu/fff.cpp"), "hf_fff_bench::fff_loop"),
+        Library("cpu", ("torch-ext/torch_binding_cpu.cpp", *_CORE), "hf_fff::fff"),
+        Library("bench", ("torch-ext/bench_cpu.cpp", *_CORE), "hf_fff_bench::fff_loop"),
     )
 }
 # kind of compiler -> environment variables that name one, names to look for

@@ -155,7 +155,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fff_backward(Tensor grad_y, Tensor x,
   return {grad_x, grad_in, grad_bias, grad_out};
 }
 
+Tensor pack(Tensor weight_in, Tensor bias_in, Tensor weight_out, int64_t n_trees, std::string rows) {
+  const auto shape = shape_of(weight_in, weight_in, bias_in, weight_out, n_trees);
+  STD_TORCH_CHECK(rows == "int8" || rows == "bf16", "pack: rows='", rows, "' is not known (allowed: int8, bf16)");
+  const auto kind = rows == "int8" ? hf_fff::Rows::int8 : hf_fff::Rows::bf16;
+  const auto floats = [](const Tensor& t) { return dense(torch::stable::to(t, ScalarType::Float)); };
+  const Tensor wi = floats(weight_in), bi = floats(bias_in), wo = floats(weight_out);
+  Tensor packed = torch::stable::new_empty(weight_in, std::vector<int64_t>{hf_fff::packed_bytes(kind, shape)}, ScalarType::Byte);
+  STD_TORCH_CHECK(hf_fff::pack(kind, shape, in<float>(wi), in<float>(bi), in<float>(wo), out<uint8_t>(packed)),
+                  "pack: a weight is not finite: it cannot be packed");
+  return packed;
+}
+
+Tensor fff_packed(Tensor x, Tensor packed, std::string activation) {
+  STD_TORCH_CHECK(!hf_fff::isa_error(), hf_fff::isa_error());
+  STD_TORCH_CHECK(packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_cpu(),
+                  "fff_packed: packed is ", text(packed), "; hf_fff::pack makes a uint8 [bytes] on the CPU");
+  const Tensor xd = dense(x), pd = dense(packed);
+  hf_fff::Rows rows;
+  hf_fff::Shape shape;
+  const char* error = hf_fff::read_packed(in<uint8_t>(pd), pd.numel(), false, &rows, &shape);
+  STD_TORCH_CHECK(!error, "fff_packed: the packed layer cannot be used: ", error);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == shape.hidden, "fff_packed: x is ", text(x), "; it must be [..., ",
+                  shape.hidden, "], as the packed layer is");
+  const auto act = activation_of(activation);
+  Tensor y = empty_like_dense(x);
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    hf_fff::forward_packed<T>({x.numel() / shape.hidden, act, in<T>(xd), in<uint8_t>(pd), out<T>(y)}, torch_threads);
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::Float: run(float{}); break;
+    case ScalarType::BFloat16: run(hf_fff::bfloat16{}); break;
+    case ScalarType::Half: run(hf_fff::float16{}); break;
+    default: STD_TORCH_CHECK(false, "fff_packed: x must be float32, bfloat16 or float16");
+  }
+  return y;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(hf_fff, CPU, m) {
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("fff_packed", TORCH_BOX(&fff_packed));
   m.impl("fff", TORCH_BOX(&fff));
   m.impl("fff_train", TORCH_BOX(&fff_train));
   m.impl("fff_backward", TORCH_BOX(&fff_backward));
