@@ -131,18 +131,37 @@ template <class V> FFF_INLINE V low_words(V a, V b) { return (V)_mm512_unpacklo_
 template <class V> FFF_INLINE V high_words(V a, V b) { return (V)_mm512_unpackhi_epi32((__m512i)a, (__m512i)b); }
 #endif
 
+template <class A> struct FourOf { typedef A type __attribute__((vector_size(16))); };
+template <class A> using Four = typename FourOf<A>::type;
+template <class A> FFF_INLINE Four<A> load_four(const A* p) { Four<A> v; std::memcpy(&v, p, sizeof v); return v; }
+
+// What is known of four nodes.
+FFF_INLINE void nodes_of(const Node* nodes, const int32_t* at, Four<float>* scale_in, Four<float>* bias, Four<float>* scale_out,
+                         Four<int32_t>* row_sum) {
+#if defined(__x86_64__)
+  const auto of = [&](int i) { return _mm_loadu_ps(&nodes[at[i]].scale_in); };
+  __m128 a = of(0), b = of(1), c = of(2), d = of(3);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  *scale_in = (Four<float>)a, *bias = (Four<float>)b, *scale_out = (Four<float>)c, *row_sum = (Four<int32_t>)d;
+#else
+  for (int i = 0; i < 4; ++i) {
+    const Node& node = nodes[at[i]];
+    (*scale_in)[i] = node.scale_in, (*bias)[i] = node.bias, (*scale_out)[i] = node.scale_out, (*row_sum)[i] = node.row_sum;
+  }
+#endif
+}
+
 // The sums over the lanes of four vectors, always in the same order.
-template <class A> FFF_INLINE void sum_four(const Vec<A>* v, A* out) {
+template <class A> FFF_INLINE Four<A> sum_four(const Vec<A>* v) {
 #if defined(__x86_64__) && FFF_BYTES == 64
   const Vec<A> ab = low_words(v[0], v[1]) + high_words(v[0], v[1]), cd = low_words(v[2], v[3]) + high_words(v[2], v[3]);
   const Vec<A> abcd = (Vec<A>)_mm512_unpacklo_epi64((__m512i)ab, (__m512i)cd) +
                       (Vec<A>)_mm512_unpackhi_epi64((__m512i)ab, (__m512i)cd);
   typedef A Half __attribute__((vector_size(32)));
-  typedef A Quarter __attribute__((vector_size(16)));
   const Half half = (Half)_mm512_castsi512_si256((__m512i)abcd) + (Half)_mm512_extracti64x4_epi64((__m512i)abcd, 1);
-  const Quarter quarter = (Quarter)_mm256_castsi256_si128((__m256i)half) + (Quarter)_mm256_extracti128_si256((__m256i)half, 1);
-  std::memcpy(out, &quarter, sizeof quarter);
+  return (Four<A>)_mm256_castsi256_si128((__m256i)half) + (Four<A>)_mm256_extracti128_si256((__m256i)half, 1);
 #else
+  Four<A> out;
   for (int i = 0; i < 4; ++i) {
     A lane[FFF_BYTES / sizeof(A)];
     std::memcpy(lane, v + i, sizeof lane);
@@ -150,6 +169,7 @@ template <class A> FFF_INLINE void sum_four(const Vec<A>* v, A* out) {
       for (int k = 0; k < step; ++k) lane[k] += lane[k + step];
     out[i] = lane[0];
   }
+  return out;
 #endif
 }
 
@@ -201,6 +221,8 @@ template <class K, class T> FFF_TARGET void pack_tokens(const Packed& p, const T
   for (int64_t t = begin; t < end; ++t) {
     const T* row = x + t * hidden;
     uint8_t* to = p.x + t * p.layout.row_bytes;
+    const char* ahead = reinterpret_cast<const char*>(x + std::min(t + 3, end - 1) * hidden);
+    for (int64_t i = 0; i < hidden * int64_t(sizeof(T)); i += 64) __builtin_prefetch(ahead + i, 0, 2);
     float last[lanes] = {};
     for (int64_t i = whole; i < hidden; ++i) last[i - whole] = to_accumulator(row[i]);
     const Vec<float> rest = load(last);
@@ -234,60 +256,64 @@ FFF_TARGET void walk_packed(const Packed& p, const int32_t* order, int64_t first
   const int64_t trees = l.trees, row_bytes = l.row_bytes, walks = n * (tree_end - tree);
   const Node* nodes = p.nodes();
   const uint8_t* rows = p.data + l.in_at;
-  int64_t token[side], root[side], number[side];
-  int32_t at[side];
+  int64_t token[side], number[side];
+  alignas(16) int32_t at[side];  // nodes among those of all trees
+  alignas(16) int32_t child[side];  // 2 at + child: the left child
+  alignas(16) float x_scale[side] = {};
+  const uint8_t* x[side];
   alignas(64) float z[(most_levels + 1) * side], scale[(most_levels + 1) * side];
   int64_t i = 0, k = tree;  // the next walk's token and tree
   for (int64_t walk = 0; walk < walks; walk += side) {
     const int64_t count = std::min(side, walks - walk);
     for (int64_t s = 0; s < side; ++s) {
       if (s < count) {
-        token[s] = order ? order[i] : first + i, number[s] = k, root[s] = k * l.tree_nodes;
-        at[s] = level ? p.node[token[s] * trees + k] : 0;
+        token[s] = order ? order[i] : first + i, number[s] = k;
+        at[s] = int32_t(k * l.tree_nodes) + (level ? p.node[token[s] * trees + k] : 0);
+        child[s] = 1 - int32_t(k * l.tree_nodes);
+        x[s] = p.x + token[s] * row_bytes;
+        if constexpr (K::rows == Rows::int8) x_scale[s] = p.x_scale[token[s]];
         if (++i == n) i = 0, ++k;
       } else {
-        token[s] = token[s - 1], number[s] = number[s - 1], root[s] = root[s - 1], at[s] = at[s - 1];
+        token[s] = token[s - 1], number[s] = number[s - 1], at[s] = at[s - 1], child[s] = child[s - 1], x[s] = x[s - 1];
+        x_scale[s] = x_scale[s - 1];
       }
     }
     for (int64_t d = level; d < end; ++d)
-      for (int64_t s = 0; s < side; s += 4) {
-        if (s >= count) break;
-        const uint8_t *x[4], *row[4];
-        for (int j = 0; j < 4; ++j) {
-          x[j] = p.x + token[s + j] * row_bytes;
-          row[j] = rows + (root[s + j] + at[s + j]) * row_bytes;
-        }
+      for (int64_t s = 0; s < count; s += 4) {
+        const uint8_t* row[4];
+        for (int j = 0; j < 4; ++j) row[j] = rows + at[s + j] * row_bytes;
         Vec<Lane> sum[4] = {}, other[4] = {};
         int64_t b = 0;
         for (; b + 2 * FFF_BYTES <= row_bytes; b += 2 * FFF_BYTES)
 #pragma GCC unroll 4
           for (int j = 0; j < 4; ++j) {
-            sum[j] = K::add(sum[j], load_bytes(x[j] + b), load_bytes(row[j] + b));
-            other[j] = K::add(other[j], load_bytes(x[j] + b + FFF_BYTES), load_bytes(row[j] + b + FFF_BYTES));
+            sum[j] = K::add(sum[j], load_bytes(x[s + j] + b), load_bytes(row[j] + b));
+            other[j] = K::add(other[j], load_bytes(x[s + j] + b + FFF_BYTES), load_bytes(row[j] + b + FFF_BYTES));
           }
         for (; b < row_bytes; b += FFF_BYTES)
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) sum[j] = K::add(sum[j], load_bytes(x[j] + b), load_bytes(row[j] + b));
+          for (int j = 0; j < 4; ++j) sum[j] = K::add(sum[j], load_bytes(x[s + j] + b), load_bytes(row[j] + b));
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) sum[j] += other[j];
-        Lane total[4];
-        sum_four<Lane>(sum, total);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          const Node& node = nodes[root[s + j] + at[s + j]];
-          float logit;
-          if constexpr (K::rows == Rows::int8)
-            logit = product(float(total[j] - K::excess * node.row_sum), product(p.x_scale[token[s + j]], node.scale_in)) + node.bias;
-          else logit = total[j] + node.bias;
-          z[(d - level) * side + s + j] = logit;
-          scale[(d - level) * side + s + j] = node.scale_out;
-          if (d + 1 == l.levels) continue;
-          at[s + j] = int32_t(2 * at[s + j] + 1 + (logit > 0.f));
-          if (d + 1 >= fetched) {
-            prefetch_row(rows + (root[s + j] + at[s + j]) * row_bytes, row_bytes);
-            __builtin_prefetch(nodes + root[s + j] + at[s + j]);
+        const Four<Lane> total = sum_four<Lane>(sum);
+        Four<float> scale_in, bias, scale_out;
+        Four<int32_t> row_sum;
+        nodes_of(nodes, at + s, &scale_in, &bias, &scale_out, &row_sum);
+        Four<float> logit;
+        if constexpr (K::rows == Rows::int8)
+          logit = product(__builtin_convertvector(total - K::excess * row_sum, Four<float>),
+                          product(load_four(x_scale + s), scale_in)) + bias;
+        else logit = total + bias;
+        std::memcpy(z + (d - level) * side + s, &logit, 16);
+        std::memcpy(scale + (d - level) * side + s, &scale_out, 16);
+        if (d + 1 == l.levels) continue;
+        const Four<int32_t> here = load_four(at + s), next = here + here + load_four(child + s) - (logit > 0.f);
+        std::memcpy(at + s, &next, 16);
+        if (d + 1 >= fetched)
+          for (int j = 0; j < 4; ++j) {
+            prefetch_row(rows + at[s + j] * row_bytes, row_bytes);
+            __builtin_prefetch(nodes + at[s + j]);
           }
-        }
       }
     for (int64_t v = 0; v < (end - level) * side; v += lanes) {
       const Vec<float> a = activated(p.activation, load(z + v));
@@ -297,7 +323,7 @@ FFF_TARGET void walk_packed(const Packed& p, const int32_t* order, int64_t first
       float* value = p.value + token[s] * l.values();
       float *top = value + l.top_value(number[s]), *body = value + l.body_value(number[s]) - l.top_levels;
       for (int64_t d = level; d < end; ++d) (d < l.top_levels ? top : body)[d] = z[(d - level) * side + s];
-      p.node[token[s] * trees + number[s]] = at[s];
+      p.node[token[s] * trees + number[s]] = at[s] - 1 + child[s];
     }
   }
 }
