@@ -36,9 +36,11 @@ def test_a_converted_model(head, rows):
     fast, batch = optimize(model, rows=rows), tiny_inputs(model)
     assert type(fast) is type(model) and not any(m.training for m in fast.modules())
     assert model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    assert sum(isinstance(m, PackedFFF) for m in fast.modules()) == 3 and not any(isinstance(m, FFF) for m in fast.modules())
+    assert sum(isinstance(m, PackedFFF) for m in fast.modules()) == 3 and not any(
+        isinstance(m, FFF) for m in fast.modules()
+    )
     assert near(outputs(fast, batch), outputs(model.eval(), batch))
-    own = {n: p for n, p in model.named_parameters()}
+    own = dict(model.named_parameters())
     shared = dict(fast.named_parameters())
     assert shared and all(p is own[n] for n, p in shared.items()) and not any("weight_in" in n for n in shared)
 
@@ -56,7 +58,9 @@ def test_other_families(family):
     fast, batch = optimize(model, rows="bf16"), tiny_inputs(model)
     batch = {k: v for k, v in batch.items() if k != "token_type_ids"}
     assert near(outputs(fast, batch), outputs(model, batch))
-    assert len({id(m) for m in fast.modules() if isinstance(m, PackedFFF)}) == len({id(m) for m in model.modules() if isinstance(m, FFF)})
+    assert len({id(m) for m in fast.modules() if isinstance(m, PackedFFF)}) == len(
+        {id(m) for m in model.modules() if isinstance(m, FFF)}
+    )
 
 
 def test_any_module():
@@ -207,7 +211,9 @@ def test_peft_target_parameters():
     model.add_module("ffn", FFF(24, "3x4"))
     x = torch.randn(6, 24)
     plain = model(x)
-    config = peft.LoraConfig(r=2, target_parameters=["ffn.weight_in", "ffn.weight_out"], target_modules=[], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, target_parameters=["ffn.weight_in", "ffn.weight_out"], target_modules=[], init_lora_weights=False
+    )
     adapted = peft.get_peft_model(model, config)
     with torch.no_grad():
         first, again = adapted(x), adapted(x)

@@ -45,7 +45,9 @@ class PackedFFF(nn.Module):
         if rows not in ops.ROWS:
             raise ValueError(f"rows={rows!r} is not known (allowed: {', '.join(ops.ROWS)})")
         if device := next((w.device for w in weights if w.device.type != "cpu"), None):
-            raise ValueError(f"packed layers are for the CPU, and the weights are on {device}: move the model there first")
+            raise ValueError(
+                f"packed layers are for the CPU, and the weights are on {device}: move the model there first"
+            )
         if not all(bool(w.isfinite().all()) for w in weights):
             raise ValueError("a weight is not finite: it cannot be packed")
         return cls(ops.pack(*weights, fff.n_trees, rows), fff.config)
@@ -80,4 +82,6 @@ class PackedFFF(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        return f"{self.hidden_size}, {c.shorthand}, {c.activation}, rows={self.rows!r}, {self.packed.numel() / 1e6:.1f} MB"
+        return (
+            f"{self.hidden_size}, {c.shorthand}, {c.activation}, rows={self.rows!r}, {self.packed.numel() / 1e6:.1f} MB"
+        )

@@ -16,7 +16,21 @@ from . import packed_backend, torch_backend
 from ._schema import ACTIVATIONS, ROWS, depth_of, library
 from .loader import Status, load, setting, status
 
-__all__ = ["ACTIVATIONS", "ROWS", "Status", "backend", "depth_of", "fff", "fff_packed", "fff_train", "has_native", "isa", "load", "pack", "status"]
+__all__ = [
+    "ACTIVATIONS",
+    "ROWS",
+    "Status",
+    "backend",
+    "depth_of",
+    "fff",
+    "fff_packed",
+    "fff_train",
+    "has_native",
+    "isa",
+    "load",
+    "pack",
+    "status",
+]
 
 
 def _fallback(name: str, home: ModuleType = torch_backend) -> Any:

@@ -58,7 +58,9 @@ class Library:
         return f"libhf_fff_{self.name}.so"
 
 
-_CORE = tuple(f"cpu/{n}.cpp" for n in ("avx512", "avx2", "baseline", "packed", "avx512_bf16", "fff"))  # the longest first
+_CORE = tuple(
+    f"cpu/{n}.cpp" for n in ("avx512", "avx2", "baseline", "packed", "avx512_bf16", "fff")
+)  # the longest first
 LIBRARIES = {
     row.name: row
     for row in (
@@ -345,7 +347,9 @@ def _run(compiler: _Compiler, commands: list[list[str]], target: Path) -> None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     running[0].wait(0.05)
                 if failed := next((p for p in running if p.poll()), None):
-                    target.write_bytes(os.urandom(1 << 20))  # a full disk is no fault of the compiler: let it raise OSError
+                    target.write_bytes(
+                        os.urandom(1 << 20)
+                    )  # a full disk is no fault of the compiler: let it raise OSError
                     lines = log.read_text(errors="replace").strip().splitlines()
                     last = "\n".join((["…"] if len(lines) > 12 else []) + lines[-12:])
                     raise BuildError(f"{compiler.command[0]} failed (exit status {failed.returncode}):\n{last}")

@@ -27,7 +27,9 @@ def test_one_buffer_and_nothing_else(fff, rows):
     x = torch.randn(2, 5, 40)
     with torch.no_grad():
         want, y = fff(x), layer(x)
-    assert y.shape == x.shape and (y - want).norm(dim=-1).median() < 0.05 * want.norm(dim=-1).median()  # but for turns near a tie
+    assert (
+        y.shape == x.shape and (y - want).norm(dim=-1).median() < 0.05 * want.norm(dim=-1).median()
+    )  # but for turns near a tie
 
 
 def test_copies(fff):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_operator import random_layer, relative
 
-from hf_fff import ops
+from hf_fff import FFF, FFFConfig, ops
 from hf_fff.ops import packed_backend
 
 NATIVE = torch.ops.hf_fff
@@ -46,7 +46,7 @@ def same_path(x, weights, packed, n_trees, activation="gelu"):
 @pytest.mark.parametrize("rows", ops.ROWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_the_buffer_is_the_same_from_both_backends(shape, rows):
-    x, *weights = random_layer(*shape)
+    _, *weights = random_layer(*shape)
     packed = NATIVE.pack(*weights, shape[0], rows)
     assert torch.equal(packed, packed_backend.pack(*weights, shape[0], rows))
     layout = packed_backend.read_header(packed, whole=True)
@@ -71,7 +71,9 @@ def test_forward_is_the_definition(backend, shape, rows):
 
 @pytest.mark.parametrize("dtype", packed_backend.PACKED_DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(3, 6, 65, 40), (1, 9, 128, 200), (8, 4, 100, 150)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "shape", [(3, 6, 65, 40), (1, 9, 128, 200), (8, 4, 100, 150)], ids=lambda s: "x".join(map(str, s))
+)
 def test_both_backends_give_the_same_bits_over_int8(shape, activation, dtype):
     x, *weights = random_layer(*shape)
     packed = NATIVE.pack(*weights, shape[0], "int8")
@@ -83,7 +85,9 @@ def test_both_backends_give_the_same_bits_over_int8(shape, activation, dtype):
 
 
 @pytest.mark.parametrize(("rows", "share", "bound"), [("int8", 0.96, 0.025), ("bf16", 0.985, 0.006)])
-@pytest.mark.parametrize("shape", [(1, 11, 768, 400), (8, 8, 384, 200), (32, 6, 384, 100)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "shape", [(1, 11, 768, 400), (8, 8, 384, 200), (32, 6, 384, 100)], ids=lambda s: "x".join(map(str, s))
+)
 def test_near_float32(shape, rows, share, bound):
     x, *weights = random_layer(*shape)
     packed = NATIVE.pack(*weights, shape[0], rows)
@@ -96,8 +100,33 @@ def test_near_float32(shape, rows, share, bound):
     assert relative(oracle.array(y[alike]), oracle.array(want[alike])) < bound
 
 
+@pytest.mark.parametrize(("rows", "share", "bound"), [("int8", 0.93, 0.05), ("bf16", 0.98, 0.01)])
+def test_near_float32_after_a_fit(rows, share, bound):
+    """Fitted to a dense network on correlated inputs with some large columns, as a calibrated layer is."""
+    mix = torch.randn(64, 64) / 8
+    mix[:, :2] *= 6
+    first, second = torch.randn(128, 64) / 8, torch.randn(64, 128) / 11
+    layer = FFF(64, FFFConfig(4, 5, routing_gradient=3.0))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+    for _ in range(80):
+        x = torch.randn(512, 64) @ mix
+        loss = (layer(x) - torch.nn.functional.gelu(x @ first.T) @ second.T).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x, weights = torch.randn(500, 64) @ mix, [p.detach() for p in layer.parameters()]
+    packed = NATIVE.pack(*weights, 4, rows)
+    same = same_path(x, weights, packed, 4)
+    alike = same.flatten(1).all(1)
+    y, want = NATIVE.fff_packed(x, packed, "gelu"), NATIVE.fff(x, *weights, 4, "gelu")
+    assert same[:, :, -1].double().mean() > share
+    assert relative(oracle.array(y[alike]), oracle.array(want[alike])) < bound
+
+
 @pytest.mark.parametrize("rows", ops.ROWS)
-@pytest.mark.parametrize("shape", [(1, 11, 256, 300), (8, 6, 100, 300), (5, 4, 70, 100)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "shape", [(1, 11, 256, 300), (8, 6, 100, 300), (5, 4, 70, 100)], ids=lambda s: "x".join(map(str, s))
+)
 def test_alone_in_a_batch_and_with_any_threads(shape, rows):
     x, *weights = random_layer(*shape)
     packed = NATIVE.pack(*weights, shape[0], rows)
@@ -118,7 +147,7 @@ _DIGEST = """
 import hashlib, sys, torch
 sys.path.insert(0, "tests"), sys.path.insert(0, "tests/ops")
 from test_operator import random_layer
-from hf_fff import ops
+from hf_fff import FFF, FFFConfig, ops
 digest = hashlib.sha256()
 for shape in ((1, 9, 100, 150), (6, 5, 64, 120), (3, 3, 33, 7)):
     x, *weights = random_layer(*shape)
@@ -133,9 +162,16 @@ print(ops.isa(), digest.hexdigest())
 
 def test_every_instruction_set_gives_the_same_bits_over_int8():
     digests, root = {}, Path(__file__).parents[2]
-    for setting in ({"HF_FFF_ISA": "avx512"}, {"HF_FFF_ISA": "avx2"}, {"HF_FFF_ISA": "baseline"}, {"HF_FFF_BACKEND": "torch"}):
+    for setting in (
+        {"HF_FFF_ISA": "avx512"},
+        {"HF_FFF_ISA": "avx2"},
+        {"HF_FFF_ISA": "baseline"},
+        {"HF_FFF_BACKEND": "torch"},
+    ):
         environment = {**os.environ, **setting, "PYTHONPATH": str(root)}
-        run = subprocess.run([sys.executable, "-c", _DIGEST], env=environment, cwd=root, capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [sys.executable, "-c", _DIGEST], env=environment, cwd=root, capture_output=True, text=True, check=False
+        )
         if "is not available on this machine" in run.stderr:
             continue
         assert run.returncode == 0, run.stderr
@@ -219,7 +255,9 @@ def test_as_a_torch_operator(rows):
 def test_compiles_without_a_graph_break():
     x, *weights = random_layer(2, 4, 40, 6)
     packed = NATIVE.pack(*weights, 2, "int8")
-    compiled = torch.compile(lambda t: NATIVE.fff_packed(2 * t, packed, "gelu") + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda t: NATIVE.fff_packed(2 * t, packed, "gelu") + 1, fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(x), NATIVE.fff_packed(2 * x, packed, "gelu") + 1)
 
 
