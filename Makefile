@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 TEXT ?=
 
+SANITIZE = -g -O1 -std=c++20 -fsanitize=address,undefined -fno-sanitize-recover=undefined -Ikernels
 PYTEST = -m pytest -q
 FAST = -m "not full"
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -54,11 +55,13 @@ test-full: $(VENV)/.stamp ## all tests
 test-compat: $(VENV_COMPAT)/.stamp ## the fast tests with the oldest supported transformers
 	@"$(VENV_COMPAT)/bin/python" $(PYTEST) $(FAST) $(PYTEST_ARGS)
 
-sanitize: ## the C++ core of the kernels under ASan and UBSan, with each instruction set of this machine; needs no Python
-	@mkdir -p build
-	@$(CXX) -g -O1 -std=c++20 -fsanitize=address,undefined -fno-sanitize-recover=undefined -pthread -Ikernels \
-		kernels/tests/check.cpp kernels/cpu/fff.cpp -o build/check
+sanitize: $(patsubst kernels/cpu/%.cpp,build/check-%.o,$(wildcard kernels/cpu/*.cpp)) ## the C++ core of the kernels under ASan and UBSan, with each instruction set of this machine; needs no Python
+	@$(CXX) $(SANITIZE) -pthread kernels/tests/check.cpp $^ -o build/check
 	@for isa in avx512 avx2 baseline; do HF_FFF_ISA=$$isa build/check || exit 1; done
+
+build/check-%.o: kernels/cpu/%.cpp $(wildcard kernels/cpu/*.h)
+	@mkdir -p build
+	@$(CXX) $(SANITIZE) -c $< -o $@
 
 lint: $(VENV)/.stamp ## ruff and mypy
 	@"$(VENV)/bin/python" -m ruff check --quiet .

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .models import FFNInterface as FFNInterface
     from .models import register_family as register_family
     from .models.usage import fff_usage as fff_usage
+    from .packing import optimize as optimize
     from .surgery import Calibration as Calibration
     from .surgery import convert_ffn_to_fff as convert_ffn_to_fff
     from .surgery import load_fff as load_fff
@@ -31,6 +32,7 @@ _HOME = {
     "convert_ffn_to_fff": "surgery",
     "fff_usage": "models.usage",
     "load_fff": "surgery",
+    "optimize": "packing",
     "register_family": "models",
     "save_fff": "surgery",
     "DistillationArguments": "training",

@@ -75,3 +75,48 @@ def routing_term(x, grad_y, weight_in, bias_in, weight_out, n_trees, activation,
                 s = 1 / (1 + math.exp(-z / tau))
                 result[t, k, level] = alpha * (worth(t, k, 2 * n + 2) - worth(t, k, 2 * n + 1)) * s * (1 - s) / tau
     return result
+
+
+def integers(row):
+    """Along the last axis: the nearest of -127 to 127 to each number's share of the largest, and what one of them is worth."""
+    row = row.astype(np.float32)
+    most = abs(row).max(-1, keepdims=True)
+    up = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    return np.rint(row * up).astype(np.float64), (most / np.float32(127)).astype(np.float64)
+
+
+def bf16(values):
+    """Rounded to 8 bits of mantissa, ties to even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def fff_packed(x, weight_in, bias_in, weight_out, n_trees, rows, activation="gelu"):
+    """Output ``[T, H]`` and path of a packed layer: products of 8-bit integers, or of bf16 numbers, everything else in float64.
+
+    A token, a row of ``weight_in`` and a row of ``weight_out`` have a scale each; what the output rows are multiplied by, with their
+    scales in it, has one a token.
+    """
+    x, weight_in, bias_in, weight_out = (array(t) for t in (x, weight_in, bias_in, weight_out))
+    act, tree_nodes = ACTIVATIONS[activation], weight_in.shape[0] // n_trees
+    levels = (tree_nodes + 1).bit_length() - 1
+    if rows == "int8":
+        (x, x_scale), (weight_in, scale_in), (weight_out, scale_out) = map(integers, (x, weight_in, weight_out))
+    else:
+        x, weight_in, weight_out = map(bf16, (x, weight_in, weight_out))
+        x_scale, scale_in, scale_out = (np.ones((len(t), 1)) for t in (x, weight_in, weight_out))
+    y, path = np.zeros_like(x), np.zeros((len(x), n_trees, levels), dtype=np.int64)
+    for t in range(len(x)):
+        factors, used = [], []
+        for k in range(n_trees):
+            n = 0
+            for level in range(levels):
+                row = k * tree_nodes + n
+                z = float(np.dot(x[t], weight_in[row]) * (x_scale[t, 0] * scale_in[row, 0]) + bias_in[row])
+                path[t, k, level] = n
+                factors.append(act(z) * scale_out[row, 0])
+                used.append(row)
+                n = 2 * n + 2 if z > 0 else 2 * n + 1
+        factor, scale = integers(np.array(factors)) if rows == "int8" else (bf16(factors), np.ones(1))
+        y[t] = factor @ weight_out[used] * scale
+    return y, path

@@ -5,12 +5,23 @@ from typing import Any
 from ..config import FFFConfig
 from .controls import MLP, NoFFN
 from .fff import FFF, OutputBias
+from .packed import PackedFFF
 from .wrappers import ChannelsFirst, FeedforwardBlock
 
 Feedforward = FFF | MLP | NoFFN
 _OF_KIND: dict[str, type[FFF] | type[MLP] | type[NoFFN]] = {"tree": FFF, "mlp": MLP, "none": NoFFN}
 
-__all__ = ["FFF", "MLP", "ChannelsFirst", "Feedforward", "FeedforwardBlock", "NoFFN", "OutputBias", "feedforward"]
+__all__ = [
+    "FFF",
+    "MLP",
+    "ChannelsFirst",
+    "Feedforward",
+    "FeedforwardBlock",
+    "NoFFN",
+    "OutputBias",
+    "PackedFFF",
+    "feedforward",
+]
 
 
 def feedforward(hidden_size: int, config: FFFConfig, **options: Any) -> Feedforward:

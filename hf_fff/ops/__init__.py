@@ -12,25 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import torch_backend
-from ._schema import ACTIVATIONS, depth_of, library
+from . import packed_backend, torch_backend
+from ._schema import ACTIVATIONS, ROWS, depth_of, library
 from .loader import Status, load, setting, status
 
-__all__ = ["ACTIVATIONS", "Status", "backend", "depth_of", "fff", "fff_train", "has_native", "isa", "load", "status"]
+__all__ = [
+    "ACTIVATIONS",
+    "ROWS",
+    "Status",
+    "backend",
+    "depth_of",
+    "fff",
+    "fff_packed",
+    "fff_train",
+    "has_native",
+    "isa",
+    "load",
+    "pack",
+    "status",
+]
 
 
-def _fallback(name: str) -> Any:
+def _fallback(name: str, home: ModuleType = torch_backend) -> Any:
     """The kernel of last resort: load the device's native library on the first call, else compute in PyTorch.
 
     A library that loads registers itself for its device, so that later calls never come here: waiting for the first use
     costs the hot path nothing, and works wherever the operator is called from (export, pickle, compile).
     """
     operator = getattr(torch.ops.hf_fff, name).default
-    in_torch = getattr(torch_backend, name)
+    in_torch = getattr(home, name)
 
     def kernel(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.device.type == "cpu" and not has_native() and load("cpu").loaded:
             return operator(x, *args, **kwargs)
+        if home is packed_backend and x.device.type != "cpu":
+            raise ValueError(f"hf_fff::{name} is for the CPU, and got a tensor on {x.device}")
         if x.device.type == "cuda" and (on_gpu := _triton()):
             return getattr(on_gpu, name)(x, *args, **kwargs)
         return in_torch(x, *args, **kwargs)
@@ -93,11 +109,15 @@ def _autocast(name: str, device: str) -> Any:
 
 for _name in ("fff", "fff_train", "fff_backward"):
     library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
+for _name in ("pack", "fff_packed"):
+    library.impl(_name, _fallback(_name, packed_backend), "CompositeExplicitAutograd")
 for _name in ("fff", "fff_train"):
     library.impl(_name, _autocast(_name, "cpu"), "AutocastCPU")
     library.impl(_name, _autocast(_name, "cuda"), "AutocastCUDA")
 
 fff_train = torch.ops.hf_fff.fff_train.default
+pack = torch.ops.hf_fff.pack.default
+fff_packed = torch.ops.hf_fff.fff_packed.default
 _infer = torch.ops.hf_fff.fff.default
 
 

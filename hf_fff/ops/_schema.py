@@ -13,6 +13,9 @@ ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "identity")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+ROWS = ("int8", "bf16")  # what the rows of a packed layer are made of
+PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 _WEIGHTS = "Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, int n_trees, str activation"
 _ROUTING = "float routing_gradient=0.0, float routing_temperature=1.0"
 
@@ -25,6 +28,12 @@ library.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# Frozen layers, for inference on a CPU: one flat buffer with rows of fewer bytes, and the forward pass over it.
+library.define(
+    "pack(Tensor weight_in, Tensor bias_in, Tensor weight_out, int n_trees, str rows) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define("fff_packed(Tensor x, Tensor packed, str activation) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def depth_of(nodes: int, n_trees: int) -> int:
@@ -108,6 +117,29 @@ def _(
 
     into_in, into_bias, into_out = (gradient(w, need_weights) for w in (weight_in, bias_in, weight_out))
     return gradient(x, need_x), into_in, into_bias, into_out
+
+
+@torch.library.register_fake("hf_fff::pack", lib=library)
+def _(weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, n_trees: int, rows: str) -> Tensor:
+    from .packed_backend import Layout
+
+    depth = check_arguments(weight_in, weight_in, bias_in, weight_out, n_trees)
+    layout = Layout(rows, int(weight_in.shape[1]), n_trees, depth)
+    return weight_in.new_empty(layout.bytes, dtype=torch.uint8)
+
+
+@torch.library.register_fake("hf_fff::fff_packed", lib=library)
+def _(x: Tensor, packed: Tensor, activation: str) -> Tensor:
+    return _empty(x)
+
+
+def _no_backward(ctx: Any, grad_y: Tensor) -> None:
+    raise RuntimeError(
+        "a packed layer (hf_fff::fff_packed) has no gradients: it is for inference. Train the model that it was packed from."
+    )
+
+
+torch.library.register_autograd("hf_fff::fff_packed", _no_backward, lib=library)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -6,6 +6,7 @@ process says why the slower path is taken. ``HF_FFF_BACKEND=native`` makes that 
 """
 
 import atexit
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from filelock import FileLock
@@ -57,11 +58,14 @@ class Library:
         return f"libhf_fff_{self.name}.so"
 
 
+_CORE = tuple(
+    f"cpu/{n}.cpp" for n in ("avx512", "avx2", "baseline", "packed", "avx512_bf16", "fff")
+)  # the longest first
 LIBRARIES = {
     row.name: row
     for row in (
-        Library("cpu", ("torch-ext/torch_binding_cpu.cpp", "cpu/fff.cpp"), "hf_fff::fff"),
-        Library("bench", ("torch-ext/bench_cpu.cpp", "cpu/fff.cpp"), "hf_fff_bench::fff_loop"),
+        Library("cpu", ("torch-ext/torch_binding_cpu.cpp", *_CORE), "hf_fff::fff"),
+        Library("bench", ("torch-ext/bench_cpu.cpp", *_CORE), "hf_fff_bench::fff_loop"),
     )
 }
 # kind of compiler -> environment variables that name one, names to look for
@@ -319,31 +323,52 @@ def _compile(library: Library, compiler: _Compiler, target: Path) -> None:
     if missing := [str(s) for s in sources if not s.is_file()]:
         raise BuildError(f"the sources of the {library.name} library are not installed: {', '.join(missing)}")
     includes = [f"-I{home / 'include'}", f"-I{root}"]
-    command = [*compiler.command, *_FLAGS, *_words("HF_FFF_CXXFLAGS"), *includes, *map(str, sources), "-o", str(target)]
-    command += [f"-L{home / 'lib'}", *_LINK, *_LINK_LIBRARIES]
-    log, environment = target.with_suffix(".log"), {**os.environ, "LC_ALL": "C"}
-    with log.open("wb") as out:  # a file: children that outlive a killed compiler would keep a pipe open
-        try:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
-            )
-        except OSError as error:
-            raise BuildError(f"the compiler cannot be started: {error}") from error
-        try:
-            process.wait(_TIMEOUT)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise BuildError(f"{compiler.command[0]} took more than {_TIMEOUT:.0f} s and was stopped") from error
-            raise
-    if process.returncode:
-        target.write_bytes(os.urandom(1 << 20))  # a full disk is no fault of the compiler: let it raise OSError
-        lines = log.read_text(errors="replace").strip().splitlines()
-        last = "\n".join((["…"] if len(lines) > 12 else []) + lines[-12:])
-        raise BuildError(f"{compiler.command[0]} failed (exit status {process.returncode}):\n{last}")
+    compile_ = [*compiler.command, *_FLAGS, *_words("HF_FFF_CXXFLAGS"), *includes]
+    inputs, link = list(map(str, sources)), [f"-L{home / 'lib'}", *_LINK, *_LINK_LIBRARIES]
+    if len(sources) > 1:  # each by itself, as many at a time as there are cores
+        objects = [str(target.with_name(f"{i}.o")) for i in range(len(sources))]
+        _run(compiler, [[*compile_, "-c", s, "-o", o] for s, o in zip(inputs, objects, strict=True)], target)
+        inputs = objects
+    _run(compiler, [[*compile_, *inputs, "-o", str(target), *link]], target)
     if not _looks_whole(target):
         raise BuildError(f"{compiler.command[0]} reported success and wrote no usable library")
+
+
+def _run(compiler: _Compiler, commands: list[list[str]], target: Path) -> None:
+    """Runs commands of the compiler side by side; when one fails or time is over, none of them is left."""
+    log, environment = target.with_suffix(".log"), {**os.environ, "LC_ALL": "C"}
+    waiting, end = list(commands), time.monotonic() + _TIMEOUT
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        with log.open("wb") as out:  # a file: children that outlive a killed compiler would keep a pipe open
+            while waiting or running:
+                while waiting and len(running) < (os.cpu_count() or 1):
+                    running.append(_start(waiting.pop(0), out, environment))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    running[0].wait(0.05)
+                if failed := next((p for p in running if p.poll()), None):
+                    target.write_bytes(
+                        os.urandom(1 << 20)
+                    )  # a full disk is no fault of the compiler: let it raise OSError
+                    lines = log.read_text(errors="replace").strip().splitlines()
+                    last = "\n".join((["…"] if len(lines) > 12 else []) + lines[-12:])
+                    raise BuildError(f"{compiler.command[0]} failed (exit status {failed.returncode}):\n{last}")
+                running = [p for p in running if p.returncode is None]
+                if running and time.monotonic() > end:
+                    raise BuildError(f"{compiler.command[0]} took more than {_TIMEOUT:.0f} s and was stopped")
+    finally:
+        for process in (p for p in running if p.returncode is None):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _start(command: list[str], out: IO[bytes], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
+        )
+    except OSError as error:
+        raise BuildError(f"the compiler cannot be started: {error}") from error
 
 
 def _open(library: Library, path: Path, origin: str) -> Status:

@@ -1,4 +1,4 @@
-// Activations and their derivatives. Included by fff.cpp once per instruction set. No include guard: that is the point.
+// Activations and their derivatives. Included once per instruction set. No include guard: that is the point.
 
 // out[i] = act(z[i]); slope[i] = act'(z[i]) where wanted. Loops that the compiler vectorises.
 template <class A> FFF_TARGET void activate(Activation activation, const A* z, int64_t n, A* out, A* slope) {

@@ -1,4 +1,4 @@
-// The backward pass. Included by fff.cpp once per instruction set, after rows.h and activation.h. No include guard: that is
+// The backward pass. Included once per instruction set, after rows.h and activation.h. No include guard: that is
 // the point.
 
 // The straight-through routing gradient: for a visited inner node with logit z let v_right, v_left be

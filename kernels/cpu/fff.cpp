@@ -1,4 +1,4 @@
-// Instruction sets side by side in one file, the choice between them, and what is common to all: how the work is split.
+// The choice between instruction sets, and what is common to all: how the work is split.
 #include "fff.h"
 
 #include <algorithm>
@@ -9,98 +9,18 @@
 #include <type_traits>
 #include <vector>
 
-#include "order.h"
-#include "scalar.h"
+#include "kernels.h"
+#include "split.h"
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
-#endif
-#if defined(__x86_64__)
-#include <immintrin.h>
 #endif
 
 namespace hf_fff {
 namespace {
 
-constexpr int64_t few_tokens = 64;      // tokens that forward_few takes at a time
 constexpr int64_t most_tokens = 16384;  // tokens that forward_by_tree takes at a time
 constexpr int64_t chunk_tokens = 1024;  // of which it finishes so many at a time: what one part of a tree needs stays near
 constexpr int64_t column_part = 64;     // columns of the weights' gradients that a thread takes, at least
-
-// What an instruction set offers.
-template <class T> struct Kernels {
-  void (*forward_few)(const Forward<T>&, int64_t, int64_t);
-  void (*descend)(const Descent<T>&, int32_t*, int32_t*, int64_t, int64_t, int64_t);
-  void (*outputs)(const Descent<T>&, const int32_t*, int64_t, accumulator_t<T>*);
-  void (*backward_tokens)(const Backward<T>&, int64_t, const int64_t*, int64_t, accumulator_t<T>*, accumulator_t<T>*,
-                          accumulator_t<T>*, int64_t);
-  void (*backward_columns)(const Backward<T>&, int64_t, const int64_t*, const accumulator_t<T>*, const accumulator_t<T>*,
-                           int64_t, int64_t);
-};
-
-#define FFF_KERNELS                                                                                         \
-  template <class T> constexpr Kernels<T> kernels{forward_few<T>, descend<T>, outputs<T>, backward_tokens<T>, \
-                                                   backward_columns<T>};
-
-#if defined(__x86_64__)
-namespace avx512 {
-#define FFF_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
-#define FFF_BYTES 64
-#include "simd.h"
-#include "rows.h"
-#include "activation.h"
-#include "forward.h"
-#include "backward.h"
-FFF_KERNELS
-#undef FFF_INLINE
-#undef FFF_BYTES
-#undef FFF_TARGET
-}  // namespace avx512
-
-namespace avx512_bf16 {  // for bfloat16 alone
-#define FFF_TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")))
-#define FFF_BYTES 64
-#define FFF_BF16
-#include "simd.h"
-#include "rows.h"
-#include "activation.h"
-#include "forward.h"
-#include "backward.h"
-FFF_KERNELS
-#undef FFF_INLINE
-#undef FFF_BF16
-#undef FFF_BYTES
-#undef FFF_TARGET
-}  // namespace avx512_bf16
-
-namespace avx2 {
-#define FFF_TARGET __attribute__((target("avx2,fma,f16c")))
-#define FFF_BYTES 32
-#include "simd.h"
-#include "rows.h"
-#include "activation.h"
-#include "forward.h"
-#include "backward.h"
-FFF_KERNELS
-#undef FFF_INLINE
-#undef FFF_BYTES
-#undef FFF_TARGET
-}  // namespace avx2
-#endif
-
-namespace baseline {  // what the compiler targets by itself: SSE2, Neon, ...
-#define FFF_TARGET
-#define FFF_BYTES 16
-#include "simd.h"
-#include "rows.h"
-#include "activation.h"
-#include "forward.h"
-#include "backward.h"
-FFF_KERNELS
-#undef FFF_INLINE
-#undef FFF_BYTES
-#undef FFF_TARGET
-}  // namespace baseline
 
 struct Choice {
   std::string name, error;
@@ -135,14 +55,14 @@ template <class T> const Kernels<T>& pick() {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<T, bfloat16>) {
     static const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
-    if (has_bf16 && choice().name == "avx512") return avx512_bf16::kernels<T>;
+    if (has_bf16 && choice().name == "avx512") return avx512_bf16::kernels<T>();
   }
-  static const Kernels<T>& picked = choice().name == "avx512" ? avx512::kernels<T>
-                                    : choice().name == "avx2" ? avx2::kernels<T>
-                                                              : baseline::kernels<T>;
+  static const Kernels<T>& picked = choice().name == "avx512" ? avx512::kernels<T>()
+                                    : choice().name == "avx2" ? avx2::kernels<T>()
+                                                              : baseline::kernels<T>();
   return picked;
 #else
-  return baseline::kernels<T>;
+  return baseline::kernels<T>();
 #endif
 }
 
@@ -156,15 +76,6 @@ int64_t second_level_cache() {
     return told > 0 ? std::clamp<int64_t>(told, 256 << 10, 4 << 20) : int64_t{1} << 20;
   }();
   return bytes;
-}
-
-template <class F> void parallel(const ParallelFor& host, int64_t count, int64_t grain, const F& f) {
-  if (count <= 0) return;
-  if (count <= grain) return f(0, count);
-  host.run(
-      count, grain,
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&f)));
 }
 
 // Tokens that are worth a thread of their own: some microseconds of work, at 16 elements of a row in about a nanosecond.

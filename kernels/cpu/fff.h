@@ -67,6 +67,30 @@ bool is_valid_path(const Shape&, const int32_t* path);
 template <class T> void forward(const Forward<T>&, const ParallelFor&);
 template <class T> void backward(const Backward<T>&, const ParallelFor&);
 
+// ---- packed: frozen trees with rows of fewer bytes, for inference --------------------------------------------------------
+// One flat buffer: a header, then everything of the layer in the order in which it is read (layout.h). It is a copy, so it
+// belongs where weights do not change any more.
+enum class Rows : int32_t { int8, bf16 };
+
+// The bytes that `pack` fills for a shape (tokens do not matter).
+int64_t packed_bytes(Rows, const Shape&);
+
+// False, with nothing of use in `packed`, where a weight is not finite. `packed` holds packed_bytes().
+bool pack(Rows, const Shape&, const float* weight_in, const float* bias_in, const float* weight_out, uint8_t* packed);
+
+// Reads the header: null and the shape (tokens = 0), or what is wrong with the buffer. `whole` also looks for damage in all
+// that follows the header, at the cost of reading it.
+const char* read_packed(const uint8_t* packed, int64_t bytes, bool whole, Rows* rows, Shape* shape);
+
+template <class T> struct PackedForward {  // T: float, bfloat16, float16
+  int64_t tokens;
+  Activation activation;
+  const T* x;             // [tokens, hidden]
+  const uint8_t* packed;  // that read_packed accepts; best aligned to 64 bytes
+  T* y;                   // [tokens, hidden]
+};
+template <class T> void forward_packed(const PackedForward<T>&, const ParallelFor&);
+
 // The instruction set in use: "avx512", "avx2", "baseline". HF_FFF_ISA forces one; a name that the machine lacks is an
 // error, whose text `isa_error` returns (null: none).
 const char* isa();

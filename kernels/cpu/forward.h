@@ -1,4 +1,4 @@
-// The forward pass. Included by fff.cpp once per instruction set, after rows.h and activation.h. No include guard: that is
+// The forward pass. Included once per instruction set, after rows.h and activation.h. No include guard: that is
 // the point.
 
 // Few tokens [begin, end): a walk is one token in one tree, and a few walks go down level by level side by side, so that

@@ -1,4 +1,4 @@
-// Sums of products of rows: what both passes are made of. Included by fff.cpp once per instruction set, after simd.h.
+// Sums of products of rows: what both passes are made of. Included once per instruction set, after simd.h.
 // No include guard: that is the point.
 
 // <a, b> over n elements. Four running sums hide the latency of the additions.

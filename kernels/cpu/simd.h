@@ -1,4 +1,4 @@
-// Vector primitives for one instruction set. Included once per set (see fff.cpp), inside a namespace of that set, with
+// Vector primitives for one instruction set. Included once per set (see avx512.cpp), inside a namespace of that set, with
 //   FFF_TARGET   the attribute that lets a function use the set's instructions
 //   FFF_BYTES    bytes of a vector
 // Vectors are the compilers' own (GCC, Clang): the same code serves x86-64, Arm and whatever comes.

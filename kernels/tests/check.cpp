@@ -2,6 +2,7 @@
 // types, forward and backward, in buffers of exactly the right size: results against sums in double along the same path,
 // tokens alone against tokens in a batch, and one thread against three, the last two bit for bit. HF_FFF_ISA chooses what
 // runs.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -116,6 +117,86 @@ template <class T> void check(const char* type, double bound, Shape s) {
   expect(std::fabs(scaled - direct) <= 2 * bound * size, "the gradient of weight_out is wrong", type, s);
 }
 
+// One row as integers: nearest to 127 times its share of the largest; `scale` is what one of them is worth.
+std::vector<int> integers(const float* row, int64_t n, float* scale) {
+  float most = 0;
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, std::fabs(row[i]));
+  *scale = most / 127.f;
+  std::vector<int> q(n);
+  for (int64_t i = 0; i < n && most > 0; ++i) q[i] = int(std::nearbyint(row[i] * (127.f / most)));
+  return q;
+}
+
+uint64_t digest = 14695981039346656037u;  // of all outputs over int8 rows: equal for every instruction set
+
+// Packed layers against their definition, in double along a path of its own, but for the sums of integers.
+template <class T> void check_packed(const char* type, Rows rows, Shape s) {
+  const bool int8 = rows == Rows::int8;
+  const ParallelFor one{in_one_thread}, three{in_three_threads};
+  const auto x = random_values<T>(s.tokens * s.hidden, 1);
+  const auto weight_in = random_values<float>(s.nodes() * s.hidden, 1 / std::sqrt(double(s.hidden))),
+             bias_in = random_values<float>(s.nodes(), 0.3), weight_out = random_values<float>(s.nodes() * s.hidden, 1);
+  std::vector<uint8_t> packed(packed_bytes(rows, s));
+  expect(pack(rows, s, weight_in.data(), bias_in.data(), weight_out.data(), packed.data()), "does not pack", type, s);
+  Rows found;
+  Shape shape;
+  const char* error = read_packed(packed.data(), int64_t(packed.size()), true, &found, &shape);
+  expect(!error && found == rows && shape.hidden == s.hidden && shape.trees == s.trees && shape.depth == s.depth,
+         error ? error : "the header is wrong", type, s);
+  if (s.nodes() * s.hidden < 5000)
+    for (int i = 0; i < 40; ++i) {
+      auto damaged = packed;
+      damaged[random_bits() % damaged.size()] ^= 1 << random_bits() % 8;
+      expect(read_packed(damaged.data(), int64_t(damaged.size()), true, &found, &shape), "damage is not seen", type, s);
+      damaged.resize(random_bits() % damaged.size());
+      expect(read_packed(damaged.data(), int64_t(damaged.size()), true, &found, &shape), "a cut is not seen", type, s);
+    }
+  const auto run = [&](int64_t tokens, const T* from, const ParallelFor& host, std::vector<T>& y) {
+    forward_packed<T>({tokens, Activation::gelu, from, packed.data(), y.data()}, host);
+  };
+  std::vector<T> y(s.tokens * s.hidden), again(y.size()), alone(s.hidden);
+  run(s.tokens, x.data(), one, y);
+  run(s.tokens, x.data(), three, again);
+  expect(same(y, again), "threads change the packed result", type, s);
+  for (size_t i = 0; int8 && i < y.size() * sizeof(T); ++i)
+    digest = (digest ^ reinterpret_cast<const uint8_t*>(y.data())[i]) * 1099511628211u;
+  double error2 = 0, norm2 = 0;
+  for (int64_t t = 0; t < s.tokens; t += 1 + s.tokens / 7) {
+    run(1, x.data() + t * s.hidden, one, alone);
+    const std::vector<T> there(y.begin() + t * s.hidden, y.begin() + (t + 1) * s.hidden);
+    expect(same(alone, there), "a token alone differs from one in a batch, packed", type, s);
+    std::vector<float> token(s.hidden);
+    for (int64_t i = 0; i < s.hidden; ++i) token[i] = float(value(x[t * s.hidden + i]));
+    float x_scale, in_scale, out_scale;
+    const auto qx = integers(token.data(), s.hidden, &x_scale);
+    std::vector<double> sum(s.hidden);
+    for (int64_t tree = 0; tree < s.trees; ++tree)
+      for (int64_t level = 0, n = 0; level < s.levels(); ++level) {
+        const int64_t row = tree * s.tree_nodes() + n;
+        double z = 0;
+        if (int8) {
+          const auto q = integers(weight_in.data() + row * s.hidden, s.hidden, &in_scale);
+          for (int64_t i = 0; i < s.hidden; ++i) z += qx[i] * q[i];
+          z *= double(x_scale) * in_scale;
+        } else {
+          for (int64_t i = 0; i < s.hidden; ++i)
+            z += double(to_float(to_bfloat16(token[i]))) * to_float(to_bfloat16(weight_in[row * s.hidden + i]));
+        }
+        z += bias_in[row];
+        const auto q = integers(weight_out.data() + row * s.hidden, s.hidden, &out_scale);
+        for (int64_t i = 0; i < s.hidden; ++i)
+          sum[i] += gelu(z) * (int8 ? q[i] * double(out_scale) : to_float(to_bfloat16(weight_out[row * s.hidden + i])));
+        n = 2 * n + 1 + (z > 0);
+      }
+    for (int64_t i = 0; i < s.hidden; ++i) {
+      error2 += std::pow(value(there[i]) - sum[i], 2);
+      norm2 += sum[i] * sum[i];
+    }
+  }
+  // What is left: factors of output rows as 8 bit integers or bf16, and a turn that rounding decides otherwise.
+  expect(error2 <= 0.03 * 0.03 * norm2, "the packed output is wrong", type, s);
+}
+
 int64_t between(int64_t low, int64_t high) { return low + int64_t(random_bits() % uint64_t(high - low + 1)); }
 
 }  // namespace
@@ -132,7 +213,13 @@ int main(int count, char** arguments) {
     check<double>("float64", 1e-12, s);
     check<bfloat16>("bfloat16", 2e-2, s);
     check<float16>("float16", 2e-3, s);
+    for (const Rows rows : {Rows::int8, Rows::bf16}) {
+      check_packed<float>(rows == Rows::int8 ? "int8, x float32" : "bf16, x float32", rows, s);
+      check_packed<bfloat16>(rows == Rows::int8 ? "int8, x bfloat16" : "bf16, x bfloat16", rows, s);
+      check_packed<float16>(rows == Rows::int8 ? "int8, x float16" : "bf16, x float16", rows, s);
+    }
   }
-  std::printf("%s: %zu shapes, %d failures\n", isa(), shapes.size(), failures);
+  std::printf("%s: %zu shapes, %d failures, int8 outputs %016llx\n", isa(), shapes.size(), failures,
+              (unsigned long long)digest);
   return failures != 0;
 }

@@ -39,6 +39,17 @@ double fff_loop(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, i
   });
 }
 
+double fff_packed_loop(Tensor x, Tensor packed, int64_t repeats) {
+  const int64_t inputs = x.size(0), tokens = x.size(1), hidden = x.size(2);
+  Tensor y = torch::stable::new_empty(x, std::vector<int64_t>{tokens, hidden});
+  const auto* from = static_cast<const float*>(x.const_data_ptr());
+  return seconds_per_call(repeats, [&](int64_t i) {
+    hf_fff::forward_packed<float>({tokens, hf_fff::Activation::gelu, from + i % inputs * tokens * hidden,
+                                   static_cast<const uint8_t*>(packed.const_data_ptr()), static_cast<float*>(y.mutable_data_ptr())},
+                                  torch_threads);
+  });
+}
+
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   std::array<StableIValue, 3> stack{from(x), from(weight), from(std::optional<Tensor>(bias))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
@@ -60,11 +71,13 @@ double dense_loop(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out,
 
 STABLE_TORCH_LIBRARY(hf_fff_bench, m) {
   m.def("fff_loop(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, int n_trees, int depth, int repeats) -> float");
+  m.def("fff_packed_loop(Tensor x, Tensor packed, int repeats) -> float");
   m.def("dense_loop(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor bias_out, int repeats) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_fff_bench, CPU, m) {
   m.impl("fff_loop", TORCH_BOX(&fff_loop));
+  m.impl("fff_packed_loop", TORCH_BOX(&fff_packed_loop));
   m.impl("dense_loop", TORCH_BOX(&dense_loop));
 }
 

@@ -14,6 +14,29 @@
 
 namespace {
 
+// A string argument. torch's own conversion to std::string leaks one a call (ToImpl<std::string> in 2.11 to 2.13), and what it
+// leaks keeps the C library from joining the memory of freed results: a process grew by a result a call.
+struct Text {
+  std::string value;
+};
+
+}  // namespace
+
+template <> struct torch::stable::detail::ToImpl<Text> {
+  static Text call(StableIValue from, uint64_t, bool) {
+    const auto handle = torch::stable::detail::to<StringHandle>(from);
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    Text text{std::string(data, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
+
+namespace {
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -102,31 +125,31 @@ std::vector<int64_t> leading(const Tensor& x, int64_t trees, int64_t levels) {
 
 Tensor empty_like_dense(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
 
-Tensor fff(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, int64_t n_trees, std::string activation) {
+Tensor fff(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, int64_t n_trees, Text activation) {
   const auto shape = shape_of(x, weight_in, bias_in, weight_out, n_trees);
   Tensor y = empty_like_dense(x);
-  run_forward(x, weight_in, bias_in, weight_out, shape, activation, y, nullptr, nullptr);
+  run_forward(x, weight_in, bias_in, weight_out, shape, activation.value, y, nullptr, nullptr);
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> fff_train(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, int64_t n_trees,
-                                             std::string activation, double, double) {
+                                             Text activation, double, double) {
   const auto shape = shape_of(x, weight_in, bias_in, weight_out, n_trees);
   Tensor y = empty_like_dense(x);
   const auto sizes = leading(x, shape.trees, shape.levels());
   Tensor path = torch::stable::new_empty(x, sizes, ScalarType::Int);
   Tensor logits = torch::stable::new_empty(
       x, sizes, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
-  run_forward(x, weight_in, bias_in, weight_out, shape, activation, y, &path, &logits);
+  run_forward(x, weight_in, bias_in, weight_out, shape, activation.value, y, &path, &logits);
   return {y, path, logits};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fff_backward(Tensor grad_y, Tensor x, Tensor weight_in, Tensor bias_in,
                                                         Tensor weight_out, Tensor path, Tensor logits, int64_t n_trees,
-                                                        std::string activation, double routing_gradient,
+                                                        Text activation, double routing_gradient,
                                                         double routing_temperature, bool need_x, bool need_weights) {
   const auto shape = shape_of(x, weight_in, bias_in, weight_out, n_trees);
-  const auto act = activation_of(activation);
+  const auto act = activation_of(activation.value);
   STD_TORCH_CHECK(grad_y.numel() == x.numel() && grad_y.scalar_type() == x.scalar_type(), "fff_backward: grad_y is ",
                   text(grad_y), "; it must have x's shape ", text(x), " and dtype");
   STD_TORCH_CHECK(path.numel() == shape.tokens * shape.walk() && logits.numel() == path.numel(), "fff_backward: path is ",
@@ -155,7 +178,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fff_backward(Tensor grad_y, Tensor x,
   return {grad_x, grad_in, grad_bias, grad_out};
 }
 
+Tensor pack(Tensor weight_in, Tensor bias_in, Tensor weight_out, int64_t n_trees, Text kind_of_rows) {
+  const std::string& rows = kind_of_rows.value;
+  const auto shape = shape_of(weight_in, weight_in, bias_in, weight_out, n_trees);
+  STD_TORCH_CHECK(rows == "int8" || rows == "bf16", "pack: rows='", rows, "' is not known (allowed: int8, bf16)");
+  const auto kind = rows == "int8" ? hf_fff::Rows::int8 : hf_fff::Rows::bf16;
+  const auto floats = [](const Tensor& t) { return dense(torch::stable::to(t, ScalarType::Float)); };
+  const Tensor wi = floats(weight_in), bi = floats(bias_in), wo = floats(weight_out);
+  Tensor packed = torch::stable::new_empty(weight_in, std::vector<int64_t>{hf_fff::packed_bytes(kind, shape)}, ScalarType::Byte);
+  STD_TORCH_CHECK(hf_fff::pack(kind, shape, in<float>(wi), in<float>(bi), in<float>(wo), out<uint8_t>(packed)),
+                  "pack: a weight is not finite: it cannot be packed");
+  return packed;
+}
+
+Tensor fff_packed(Tensor x, Tensor packed, Text activation) {
+  STD_TORCH_CHECK(!hf_fff::isa_error(), hf_fff::isa_error());
+  STD_TORCH_CHECK(packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_cpu(),
+                  "fff_packed: packed is ", text(packed), "; hf_fff::pack makes a uint8 [bytes] on the CPU");
+  const Tensor xd = dense(x), pd = dense(packed);
+  hf_fff::Rows rows;
+  hf_fff::Shape shape;
+  const char* error = hf_fff::read_packed(in<uint8_t>(pd), pd.numel(), false, &rows, &shape);
+  STD_TORCH_CHECK(!error, "fff_packed: the packed layer cannot be used: ", error);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == shape.hidden, "fff_packed: x is ", text(x), "; it must be [..., ",
+                  shape.hidden, "], as the packed layer is");
+  const auto act = activation_of(activation.value);
+  Tensor y = empty_like_dense(x);
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    hf_fff::forward_packed<T>({x.numel() / shape.hidden, act, in<T>(xd), in<uint8_t>(pd), out<T>(y)}, torch_threads);
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::Float: run(float{}); break;
+    case ScalarType::BFloat16: run(hf_fff::bfloat16{}); break;
+    case ScalarType::Half: run(hf_fff::float16{}); break;
+    default: STD_TORCH_CHECK(false, "fff_packed: x must be float32, bfloat16 or float16");
+  }
+  return y;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(hf_fff, CPU, m) {
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("fff_packed", TORCH_BOX(&fff_packed));
   m.impl("fff", TORCH_BOX(&fff));
   m.impl("fff_train", TORCH_BOX(&fff_train));
   m.impl("fff_backward", TORCH_BOX(&fff_backward));

@@ -122,6 +122,19 @@ def test_is_built_once_and_then_found_in_the_cache(root, compiler, tmp_path, cap
     assert sorted(p.name for p in built.path.parent.iterdir()) == ["libhf_fff_tiny.json", "libhf_fff_tiny.so", "lock"]
 
 
+def test_several_sources_are_compiled_each_by_itself_and_linked(root, compiler, tmp_path):
+    compiler()
+    (root / "other.cpp").write_text('#include "tiny.h"\nextern "C" int other() { return TINY; }\n')
+    loader = fresh_loader(root)
+    loader.LIBRARIES = {"tiny": loader.Library("tiny", ("tiny.cpp", "other.cpp"))}
+    assert loader.load("tiny").origin == "built" and compiler.count() == 3
+    (root / "other.cpp").write_text("int other( {}\n")
+    loader = fresh_loader(root)
+    loader.LIBRARIES = {"tiny": loader.Library("tiny", ("tiny.cpp", "other.cpp"))}
+    status, warning = load_warned(loader)
+    assert not status.loaded and "other.cpp:1" in warning and not list((tmp_path / "cache").rglob("*.o"))
+
+
 def test_an_operator_in_the_stable_abi_compiles_and_runs(root):
     import torch
 

@@ -314,6 +314,39 @@ def test_memory_does_not_grow():
     assert resident() - before < 8 << 20
 
 
+_CALLS = """
+import os, sys, torch
+sys.path.insert(0, "tests"), sys.path.insert(0, "tests/ops")
+from test_operator import random_layer
+from hf_fff import ops
+torch.set_num_threads(1)
+args = random_layer(2, 3, 64, 300)
+packed = {rows: ops.pack(*args[1:], 2, rows) for rows in ops.ROWS}
+calls = {
+    "fff": lambda: torch.ops.hf_fff.fff(*args, 2, "gelu"),
+    "fff_train": lambda: ops.fff_train(*args, 2, "gelu"),
+    "int8": lambda: ops.fff_packed(args[0], packed["int8"], "gelu"),
+    "bf16": lambda: ops.fff_packed(args[0], packed["bf16"], "gelu"),
+}
+for _ in range(3):
+    for _ in range(int(sys.argv[2])):
+        calls[sys.argv[1]]()
+    print(int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+"""
+
+
+@pytest.mark.parametrize("count", [2000, pytest.param(50_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("operator", ["fff", "fff_train", "int8", "bf16"])
+def test_nothing_but_calls_uses_no_memory(operator, count):
+    """What a binding leaks need not be large: a few bytes between two results keep the memory of both from being used again."""
+    root = pathlib.Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", _CALLS, operator, str(count)]
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
+    sizes = list(map(int, run.stdout.split()))
+    assert sizes[-1] - sizes[0] < 16 << 20, sizes  # a result a call would be 300 MB
+
+
 @pytest.mark.parametrize("alpha", [0.0, 3.0])
 @pytest.mark.parametrize("shape", [(4, 6, 100, 500), (1, 11, 200, 300), (2, 12, 70, 40), (3, 0, 33, 90)], ids=str)
 def test_backward_is_deterministic_over_threads(shape, alpha):
