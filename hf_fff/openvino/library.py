@@ -33,7 +33,10 @@ def engine_version() -> str:
 
 
 def _host() -> Host:
-    home = Path(engine().__file__).parent  # type: ignore[arg-type]
+    try:
+        home = _home()
+    except ImportError as error:
+        raise BuildError(str(error)) from error
     names = [p.name for base in ("libopenvino", "libtbb") for p in sorted((home / "libs").glob(f"{base}.so.*"))[:1]]
     # By their full names, since wheels have no links without the version; macOS looks symbols up when it loads.
     libraries = () if sys.platform == "darwin" else tuple(f"-l:{name}" for name in names)
@@ -91,8 +94,12 @@ def build(output: str | Path | None = None, *, force: bool = False) -> Path:
     return status.path
 
 
+def _home() -> Path:
+    return Path(engine().__file__).parent  # type: ignore[arg-type]
+
+
 def _hint() -> str:
-    home = Path(engine().__file__).parent  # type: ignore[arg-type]
+    home = _home()
     if (home / "include" / "openvino" / "openvino.hpp").is_file():
         return ""
     return f"\n{home} holds no C++ headers; those of PyPI's wheels do: `pip install openvino`."

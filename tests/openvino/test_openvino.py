@@ -18,10 +18,10 @@ ov = pytest.importorskip("openvino", reason="openvino is not installed")
 
 from hf_fff import FFF, convert_ffn_to_fff  # noqa: E402
 from hf_fff import openvino as fff_openvino  # noqa: E402
+from hf_fff.models import known_types  # noqa: E402
 from hf_fff.openvino import graph as graphs  # noqa: E402
 from hf_fff.openvino import library, quantise  # noqa: E402
 from hf_fff.openvino.embedding import Embedding  # noqa: E402
-from hf_fff.models import known_types  # noqa: E402
 from hf_fff.ops import ACTIVATIONS, loader  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
