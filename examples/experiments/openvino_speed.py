@@ -51,7 +51,7 @@ def work(system, threads, layers):
         model = hf_fff.convert_ffn_to_fff(model, kind, init="random")
     if engine == "openvino":
         generator = torch.Generator().manual_seed(1)
-        ids = [{"input_ids": torch.randint(1000, 30000, (4, 64), generator=generator)} for _ in range(16)]
+        ids = [{"input_ids": torch.randint(1000, 30000, (4, 64), generator=generator)} for _ in range(4)]
         call = fff_openvino.compile(model, precision, texts=ids, ov_config={"INFERENCE_NUM_THREADS": threads})
     else:
         call = model

@@ -72,8 +72,8 @@ def to_graph(model: Any) -> tuple[Any, str]:
         except Exception as error:  # of many types
             kind = getattr(model.config, "model_type", "?")
             raise ValueError(f"OpenVINO cannot convert this {type(model).__name__} ({kind}): {error}") from error
-    for port, name in zip(graph.inputs, names, strict=True):
-        port.get_tensor().set_names({name})
+    for port in graph.inputs:
+        port.get_tensor().set_names({next(name for name in names if name in port.get_names())})
     for port, name in zip(graph.outputs, traced.names, strict=True):
         port.get_tensor().set_names({name})
     return graph, traced.kind
