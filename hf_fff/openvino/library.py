@@ -20,7 +20,9 @@ def engine() -> ModuleType:
     """
     try:
         import openvino
-    except ImportError as error:
+
+        openvino.Core  # noqa: B018  # a folder of that name on the path is importable too
+    except (ImportError, AttributeError) as error:
         raise ImportError(
             f"OpenVINO cannot be imported ({error}): install it with `pip install 'hf-fff[openvino]'`"
         ) from error
