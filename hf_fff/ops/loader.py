@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -37,10 +38,28 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _SOURCE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
 _CPU_FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512f|avx512_(bf16|vnni|fp16)|amx_\w+|asimd(dp)?|bf16|i8mm|sve2?")
 
-# No -march: the sources choose the instruction set when they run. TORCH_TARGET_VERSION is torch 2.11's stable ABI.
-_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+# No -march: the sources choose the instruction set when they run.
+_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
 _LINK = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-Wl,--no-as-needed",)
-_LINK_LIBRARIES = ("-ltorch_cpu",)
+
+
+@dataclass(frozen=True)
+class Host:
+    """The framework that a library is compiled against and loaded into."""
+
+    name: str
+    version: str  # a library serves the version that it was compiled against
+    home: Path  # what include and lib lie in
+    flags: tuple[str, ...]
+    libraries: tuple[str, ...]  # for the linker
+    open: Callable[[Path], None]
+    lib: str = "lib"
+
+
+def _torch() -> Host:
+    # TORCH_TARGET_VERSION is torch 2.11's stable ABI.
+    flags, home = ("-DTORCH_TARGET_VERSION=0x020b000000000000",), Path(torch.__file__).parent
+    return Host("torch", torch.__version__, home, flags, ("-ltorch_cpu",), torch.ops.load_library)
 
 
 @dataclass(frozen=True)
@@ -52,20 +71,22 @@ class Library:
     operator: str | None = None
     dispatch_key: str = "CPU"
     compiler: str = "c++"
+    host: Callable[[], Host] = _torch
+    required: bool = False  # nothing else can do its work: it is an error that it cannot be loaded
 
     @property
     def file_name(self) -> str:
         return f"libhf_fff_{self.name}.so"
 
 
-_CORE = tuple(
+CORE = tuple(
     f"cpu/{n}.cpp" for n in ("avx512", "avx2", "baseline", "packed", "avx512_bf16", "fff")
 )  # the longest first
 LIBRARIES = {
     row.name: row
     for row in (
-        Library("cpu", ("torch-ext/torch_binding_cpu.cpp", *_CORE), "hf_fff::fff"),
-        Library("bench", ("torch-ext/bench_cpu.cpp", *_CORE), "hf_fff_bench::fff_loop"),
+        Library("cpu", ("torch-ext/torch_binding_cpu.cpp", *CORE), "hf_fff::fff"),
+        Library("bench", ("torch-ext/bench_cpu.cpp", *CORE), "hf_fff_bench::fff_loop"),
     )
 }
 # kind of compiler -> environment variables that name one, names to look for
@@ -117,9 +138,10 @@ def load(name: str = "cpu") -> Status:
 
     Raises:
         ValueError: ``HF_FFF_BACKEND`` or ``name`` is none of those known.
-        RuntimeError: it cannot be loaded and ``HF_FFF_BACKEND=native``.
+        RuntimeError: it cannot be loaded and is required, by itself or by ``HF_FFF_BACKEND=native``.
     """
-    library, wanted = _library(name), setting()
+    library = _library(name)
+    wanted = "native" if library.required else setting()
     if name not in _statuses:
         with _lock:
             if name not in _statuses:
@@ -128,7 +150,8 @@ def load(name: str = "cpu") -> Status:
                     _warn(found)
     status = _statuses[name]
     if wanted == "native" and not status.loaded:
-        raise RuntimeError(f"HF_FFF_BACKEND=native, but the {name} library cannot be loaded: {status.reason}")
+        why = "" if library.required else "HF_FFF_BACKEND=native, but "
+        raise RuntimeError(f"{why}the {name} library cannot be loaded: {status.reason}")
     return status
 
 
@@ -312,19 +335,20 @@ def _build_in(folder: Path, library: Library, compiler: _Compiler) -> Status:
         seconds = time.perf_counter() - start
         built = replace(_open(library, path, "built"), build_seconds=round(seconds, 2))
         manifest = Path(work) / "manifest"
-        manifest.write_text(json.dumps({**facts, "torch": torch.__version__}, indent=2))
+        host = library.host()
+        manifest.write_text(json.dumps({**facts, host.name: host.version}, indent=2))
         os.replace(manifest, _manifest(path))
     return built
 
 
 def _compile(library: Library, compiler: _Compiler, target: Path) -> None:
-    home, root = Path(torch.__file__).parent, kernels_root()
+    host, root = library.host(), kernels_root()
     sources = [root / s for s in library.sources]
     if missing := [str(s) for s in sources if not s.is_file()]:
         raise BuildError(f"the sources of the {library.name} library are not installed: {', '.join(missing)}")
-    includes = [f"-I{home / 'include'}", f"-I{root}"]
-    compile_ = [*compiler.command, *_FLAGS, *_words("HF_FFF_CXXFLAGS"), *includes]
-    inputs, link = list(map(str, sources)), [f"-L{home / 'lib'}", *_LINK, *_LINK_LIBRARIES]
+    flags = [*_FLAGS, *host.flags, *_words("HF_FFF_CXXFLAGS"), f"-I{host.home / 'include'}", f"-I{root}"]
+    compile_ = [*compiler.command, *flags]
+    inputs, link = list(map(str, sources)), [f"-L{host.home / host.lib}", *_LINK, *host.libraries]
     if len(sources) > 1:  # each by itself, as many at a time as there are cores
         objects = [str(target.with_name(f"{i}.o")) for i in range(len(sources))]
         _run(compiler, [[*compile_, "-c", s, "-o", o] for s, o in zip(inputs, objects, strict=True)], target)
@@ -347,9 +371,8 @@ def _run(compiler: _Compiler, commands: list[list[str]], target: Path) -> None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     running[0].wait(0.05)
                 if failed := next((p for p in running if p.poll()), None):
-                    target.write_bytes(
-                        os.urandom(1 << 20)
-                    )  # a full disk is no fault of the compiler: let it raise OSError
+                    # A full disk is no fault of the compiler: let it raise OSError.
+                    target.write_bytes(os.urandom(1 << 20))
                     lines = log.read_text(errors="replace").strip().splitlines()
                     last = "\n".join((["…"] if len(lines) > 12 else []) + lines[-12:])
                     raise BuildError(f"{compiler.command[0]} failed (exit status {failed.returncode}):\n{last}")
@@ -382,7 +405,7 @@ def _open(library: Library, path: Path, origin: str) -> Status:
         # Operators of another version may take other arguments, which torch does not check.
         if _read_manifest(path).get("sources") not in (None, _source_digest()):
             raise BuildError(f"{path} was built from the sources of another version")
-        torch.ops.load_library(path)
+        library.host().open(path)
         if library.operator and not _has_kernel(library.operator, library.dispatch_key):
             raise BuildError(f"{path} registers no kernel of {library.operator} for {library.dispatch_key}")
     return Status(library.name, loaded=True, path=path, origin=origin)
@@ -460,8 +483,9 @@ def _words(variable: str) -> list[str]:
 
 
 def _key(library: Library, compiler: _Compiler) -> str:
-    flags = (*_FLAGS, *_LINK, *_LINK_LIBRARIES, *_words("HF_FFF_CXXFLAGS"))
-    machine = (platform.machine(), _cpu_flags(), torch.__version__)
+    host = library.host()
+    flags = (*_FLAGS, *host.flags, *_LINK, *host.libraries, *_words("HF_FFF_CXXFLAGS"))
+    machine = (platform.machine(), _cpu_flags(), host.version)
     parts = (library.sources, _source_digest(), flags, compiler.command, compiler.version, machine)
     return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:16]
 

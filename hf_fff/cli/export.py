@@ -1,0 +1,94 @@
+"""``hf-fff export``."""
+
+import json
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Json, Output, Overwrite, Source, app, bad_option, out, reports_errors
+
+
+class Engine(str, Enum):
+    openvino = "openvino"
+
+
+class Precision(str, Enum):
+    int8 = "int8"
+    bf16 = "bf16"
+    f32 = "f32"
+
+
+@app.command()
+@reports_errors
+def export(
+    source: Source,
+    output: Output,
+    engine: Annotated[Engine, typer.Option(help="What is to run the model.")] = Engine.openvino,
+    precision: Annotated[
+        Precision, typer.Option(help="Of attention and all that is dense; int8 needs --text.")
+    ] = Precision.int8,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Typical texts for int8, one a line; may be repeated.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Texts that int8 looks at, at most.")] = 300,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model, converted or dense, for a CPU engine: hf_fff.openvino.load opens it."""
+    from ..files import check_output
+
+    if precision is Precision.int8 and not text:
+        raise bad_option("--text", ValueError("int8 looks at some hundreds of typical texts: name a file of them"))
+    for path in text or []:
+        if not path.is_file():
+            raise bad_option("--text", ValueError(f"{path} is not a file"))
+    try:
+        check_output(output, overwrite=overwrite)
+    except OSError as error:
+        raise bad_option("OUT", error) from error
+
+    from transformers import AutoTokenizer
+
+    from .. import openvino
+    from ..bench.model import load_model
+    from ..openvino.embedding import Embedding
+    from ..surgery.folder import ModelFolder, check_places
+    from ..surgery.text import read_texts
+
+    start = time.perf_counter()
+    folder = ModelFolder.find(source)
+    check_places(folder, output)
+    texts = [line for path in text or [] for line in read_texts(path)] or None
+    try:
+        openvino.extension()  # what is missing is told before anything slow
+        made = openvino.compile(
+            load_model(source),
+            precision.value,
+            texts=texts,
+            tokenizer=AutoTokenizer.from_pretrained(folder.transformer),
+            embedding=Embedding.of_folder(folder.root, folder.transformer),
+            samples=samples,
+        )
+    except ImportError as error:
+        raise RuntimeError(str(error)) from error
+    made.save_pretrained(output, overwrite=overwrite)
+    result = {
+        "output": str(output),
+        "model_class": made.model_class,
+        "engine": engine.value,
+        "precision": precision.value,
+        "operations": made.operations,
+        "megabytes": round(sum(p.stat().st_size for p in output.rglob("*") if p.is_file()) / 1e6, 1),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        out.print(
+            f"{result['model_class']} in {output}: {precision.value}, {result['operations']} FFFs, "
+            f"{result['megabytes']} MB, {result['seconds']} s",
+            soft_wrap=True,
+        )

@@ -1,0 +1,430 @@
+"""Models inside OpenVINO: the operation against the oracle, whole models against torch, saving, wrong use."""
+
+import copy
+import json
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from command import listing, run, unwrapped
+from task_rows import WORDS, tiny_tokenizer
+from tiny import HEADS, outputs, same, tiny_bert, tiny_inputs, tiny_model
+from torch import nn
+
+pytest.importorskip("openvino.frontend", reason="openvino is not installed")  # "openvino" is this folder, too
+
+import openvino as ov
+
+from hf_fff import FFF, convert_ffn_to_fff
+from hf_fff import openvino as fff_openvino
+from hf_fff.models import known_types
+from hf_fff.openvino import graph as graphs
+from hf_fff.openvino import library, quantise
+from hf_fff.openvino.embedding import Embedding
+from hf_fff.ops import ACTIVATIONS, loader
+
+pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
+
+_FAST = ("bert", "roberta", "distilbert", "modernbert", "convbert")
+ONE = {"INFERENCE_NUM_THREADS": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def extension():
+    try:
+        return fff_openvino.extension()
+    except RuntimeError as error:
+        if "compiler" in str(error):
+            pytest.skip("needs a C++ compiler")
+        raise
+
+
+class OneLayer(nn.Module):
+    """An FFF over embeddings, which looks like a model of transformers."""
+
+    def __init__(self, fff, hidden, activation="gelu", vocab_size=500):
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=vocab_size, model_type="bert", type_vocab_size=1)
+        self.embedding = nn.Embedding(vocab_size, hidden)
+        self.fff = FFF(hidden, {**dict(zip(("n_trees", "depth"), fff, strict=True)), "activation": activation})
+
+    def set_attn_implementation(self, name):
+        pass
+
+    def forward(self, input_ids, attention_mask, return_dict=True):
+        return {"last_hidden_state": self.fff(self.embedding(input_ids))}
+
+
+def compiled(graph, threads=1, precision="f32"):
+    properties = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
+    call = ov.Core().compile_model(graph, "CPU", properties)
+    return lambda ids, mask: torch.from_numpy(call({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0])
+
+
+def ids_and_mask(rows, tokens, hidden_share=0.0):
+    ids = torch.randint(500, (rows, tokens))
+    return ids, (torch.rand(rows, tokens) >= hidden_share).long()
+
+
+def from_oracle(layer, ids, path=None):
+    x = layer.embedding(ids).flatten(0, 1)
+    f = layer.fff
+    y, _, _ = oracle.fff(x, f.weight_in, f.bias_in, f.weight_out, f.n_trees, f.config.activation, path)
+    return torch.from_numpy(y).unflatten(0, ids.shape)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_operation_is_the_definition(activation):
+    layer = OneLayer((2, 3), 40, activation)
+    ids, mask = ids_and_mask(3, 7)
+    y = compiled(graphs.to_graph(layer)[0])(ids, mask)
+    torch.testing.assert_close(y.double(), from_oracle(layer, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (2, 5), (5, 60)])
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_hidden_tokens_are_left_out(rows, tokens, precision):
+    """Zeros for them, and for the others the bits that they have alone, wherever hidden ones lie."""
+    layer = OneLayer((2, 4), 33)
+    graph, _ = graphs.to_graph(layer)
+    if precision == "bf16":
+        graphs.store_weights_in_bf16(graph)
+    call = compiled(graph, 2, precision)
+    for share in (0.0, 0.3, 0.9, 1.0):
+        ids, mask = ids_and_mask(rows, tokens, share)
+        y, whole = call(ids, mask), call(ids, torch.ones_like(mask))
+        assert torch.equal(y, whole * mask[..., None])
+
+
+def test_weights_in_bf16():
+    layer = OneLayer((1, 5), 64)
+    graph, _ = graphs.to_graph(layer)
+    graphs.store_weights_in_bf16(graph)
+    assert {graphs.operations(graph)[0].get_input_element_type(i).get_type_name() for i in (1, 2, 3)} == {"bf16"}
+    ids, mask = ids_and_mask(4, 30)
+    with torch.no_grad():
+        for p in layer.parameters():  # what is looked up stays as it was rounded
+            p.copy_(p.bfloat16())
+    y = compiled(graph)(ids, mask)
+    x = layer.embedding(ids)
+    f = layer.fff
+    _, path, _ = torch.ops.hf_fff.fff_train(x, f.weight_in, f.bias_in, f.weight_out, 1, "gelu")
+    want = from_oracle(layer, ids, path.flatten(0, 1))
+    close = (y.double() - want).abs().amax(-1) < 0.02 * want.abs().max()
+    assert close.float().mean() > 0.95  # the others: a logit near zero
+
+
+def test_threads_and_batches_change_no_bit():
+    layer = OneLayer((1, 8), 64)
+    graph, _ = graphs.to_graph(layer)
+    one, two = compiled(graph, 1), compiled(graph, 2)
+    ids, mask = ids_and_mask(8, 64)
+    assert torch.equal(one(ids, mask), two(ids, mask))
+    assert torch.equal(one(ids, mask)[3:4, :9], two(ids[3:4, :9], mask[3:4, :9]))
+
+
+def test_no_thread_pool_of_its_own(extension):
+    content = extension.read_bytes()
+    assert b"libtbb" in content
+    assert b"libgomp" not in content and b"libiomp" not in content
+
+
+def close_where_visible(found, want, mask, tolerance=2e-5):
+    assert list(found.keys()) == [k for k in want if torch.is_tensor(want[k])]
+    for name, value in found.items():
+        a, b = value, want[name]
+        if a.shape[: mask.ndim] == mask.shape:
+            a, b = a[mask.bool()], b[mask.bool()]
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *((family, "2x3") for family in ("bert", "roberta", "distilbert", "modernbert", "convbert")),
+        ("bert", "mlp:8"),
+        ("bert", "none"),
+        *(pytest.param(f, k, marks=pytest.mark.full) for f in ("modernbert", "squeezebert") for k in ("mlp:8", "none")),
+        *(pytest.param(f, "2x3", marks=pytest.mark.full) for f in known_types() if f not in _FAST),
+    ],
+)
+def test_families_and_kinds(family, kind):
+    model = convert_ffn_to_fff(tiny_model(family), kind)
+    made = fff_openvino.compile(model, "f32", ov_config=ONE)
+    assert (made.operations > 0) == (kind == "2x3")
+    for rows, tokens, padding in ((3, 9, 3), (1, 5, 1), (4, 24, 18)):
+        batch = {k: v for k, v in tiny_inputs(model, rows, tokens).items() if k in made._inputs}
+        batch["attention_mask"][-1, tokens - padding :] = 0
+        found = made(**batch)
+        assert all(v.isfinite().all() for v in found.values())  # of hidden tokens too
+        close_where_visible(found, outputs(model, batch), batch["attention_mask"])
+
+
+@pytest.mark.parametrize(
+    "head", ["ForSequenceClassification", "ForQuestionAnswering", "ForMaskedLM", "ForPreTraining", "ForMultipleChoice"]
+)
+def test_heads(head):
+    model = convert_ffn_to_fff(tiny_bert(HEADS[head]), "2x3")
+    batch = tiny_inputs(model)
+    found, want = fff_openvino.compile(model, "f32", ov_config=ONE)(**batch), outputs(model, batch)
+    assert list(found.keys()) == list(want)
+    close_where_visible(found, want, batch["attention_mask"])
+    name = next(iter(want))
+    assert getattr(found, name) is found[name]
+
+
+def test_a_dense_model_works_and_warns():
+    model = tiny_bert()
+    with pytest.warns(UserWarning, match="holds no FFF"):
+        made = fff_openvino.compile(model, "f32", ov_config=ONE)
+    close_where_visible(
+        made(**tiny_inputs(model)), outputs(model, tiny_inputs(model)), tiny_inputs(model)["attention_mask"]
+    )
+
+
+def test_the_torch_model_stays_as_it_was_and_is_not_looked_at_again():
+    model, batch = convert_ffn_to_fff(tiny_bert(), "2x3"), tiny_inputs(tiny_bert())
+    model.train()
+    before, state = outputs(model.eval(), batch), copy.deepcopy(model.state_dict())
+    model.train()
+    made = fff_openvino.compile(model, "f32", ov_config=ONE)
+    found = made(**batch)
+    assert model.training and model.config._attn_implementation == "sdpa"
+    assert same(model.state_dict(), state) and same(outputs(model.eval(), batch), before)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert same(dict(made(**batch)), dict(found))
+
+
+def test_half_precision_models_are_computed_in_float32():
+    model = convert_ffn_to_fff(tiny_bert(), "2x3").bfloat16()
+    batch = tiny_inputs(model)
+    found = fff_openvino.compile(model, "f32", ov_config=ONE)(**batch)
+    assert model.dtype == torch.bfloat16
+    close_where_visible(found, outputs(model.float(), batch), batch["attention_mask"])
+
+
+def int8(kind="2x3"):
+    pytest.importorskip("nncf", reason="nncf is not installed")
+    model = convert_ffn_to_fff(tiny_bert(initializer_range=0.1), kind)
+    texts = [" ".join(WORDS[(i + 7 * j) % 100] for j in range(4 + i % 9)) for i in range(40)]
+    return model, fff_openvino.compile(model, texts=texts, tokenizer=tiny_tokenizer(), ov_config=ONE)
+
+
+@pytest.fixture(scope="module")
+def quantised_model():
+    torch.manual_seed(0)
+    return int8()[1]
+
+
+def types_of(made):
+    return {
+        n.get_rt_info()["runtimePrecision"].astype(str) for n in made.compiled.get_runtime_model().get_ordered_ops()
+    }
+
+
+def test_int8_products_and_close_outputs():
+    model, made = int8("none")  # without decisions, that fall otherwise
+    batch = tiny_inputs(model, 6, 12)
+    assert any("8" in kind for kind in types_of(made))
+    found, want = made(**batch).last_hidden_state, outputs(model, batch)["last_hidden_state"]
+    visible = batch["attention_mask"].bool()
+    assert torch.nn.functional.cosine_similarity(found[visible], want[visible], dim=-1).mean() > 0.98
+    assert not torch.equal(found, want)
+
+
+def test_trees_stay_out_of_int8(quantised_model):
+    nodes = graphs.operations(quantised_model._graph)
+    assert len(nodes) == 3
+    assert {n.get_input_element_type(1).get_type_name() for n in nodes} == {"bf16"}
+
+
+@pytest.mark.parametrize("precision", ["f32", "int8"])
+def test_saved_and_loaded_gives_the_same_bits(precision, quantised_model, tmp_path):
+    made = quantised_model
+    if precision == "f32":
+        how = Embedding((("Pooling", {"pooling_mode": "cls"}), ("Normalize", {})), 20)
+        model = convert_ffn_to_fff(tiny_bert(), "2x3")
+        made = fff_openvino.compile(model, "f32", tokenizer=tiny_tokenizer(), embedding=how, ov_config=ONE)
+    made.save_pretrained(tmp_path / "a" / "out")
+    names = {p.name for p in (tmp_path / "a" / "out").iterdir()}
+    assert {"openvino_model.xml", "openvino_model.bin", "config.json", "tokenizer.json", "fff_openvino.json"} <= names
+    loaded = fff_openvino.load(tmp_path / "a" / "out", ov_config=ONE)
+    for rows, tokens in ((1, 3), (4, 17)):
+        batch = tiny_inputs(tiny_bert(), rows, tokens)
+        assert same(dict(made(**batch)), dict(loaded(**batch)))
+    assert (loaded.precision, loaded.operations, loaded.embedding) == (precision, 3, made.embedding)
+    texts = [WORDS[3], " ".join(WORDS[:9])]
+    assert np.array_equal(made.encode(texts), loaded.encode(texts))
+    loaded.save_pretrained(tmp_path / "b")  # and again
+    assert same(dict(fff_openvino.load(tmp_path / "b", ov_config=ONE)(**batch)), dict(made(**batch)))
+
+
+def test_an_output_folder_that_exists_stays_as_it_is(quantised_model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    before = listing(tmp_path)
+    with pytest.raises(FileExistsError, match="not empty"):
+        quantised_model.save_pretrained(tmp_path)
+    quantised_model.tokenizer, kept = SimpleNamespace(save_pretrained=lambda folder: 1 / 0), quantised_model.tokenizer
+    with pytest.raises(ZeroDivisionError):
+        quantised_model.save_pretrained(tmp_path, overwrite=True)
+    quantised_model.tokenizer = kept
+    assert listing(tmp_path) == before
+    quantised_model.save_pretrained(tmp_path, overwrite=True)
+    assert "file" not in listing(tmp_path)
+
+
+def test_threads_call_at_once(quantised_model):
+    batches = [tiny_inputs(tiny_bert(), rows, 12, seed=rows) for rows in range(1, 7)]
+    want, found = [dict(quantised_model(**b)) for b in batches], {}
+
+    def work(i):
+        for _ in range(10):
+            found[i] = dict(quantised_model(**batches[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(same(found[i], want[i]) for i in range(len(batches)))
+
+
+def test_encode_is_that_of_sentence_transformers(minilm_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(str(minilm_path), device="cpu")
+    texts = ["A plane is taking off.", "Cats.", "", "word " * 300, "An air plane takes off, and nobody knows where to."]
+    with pytest.warns(UserWarning, match="holds no FFF"):
+        made = fff_openvino.compile(model, "f32")
+    assert made.embedding == Embedding.of_folder(minilm_path, minilm_path) or made.embedding.max_length == 256
+    want = model.encode(texts, batch_size=2)
+    np.testing.assert_allclose(made.encode(texts, batch_size=2), want, atol=1e-5)
+    np.testing.assert_allclose(made.encode(texts[0]), want[0], atol=1e-5)
+    assert made.encode([]).shape == (0, 384)
+
+
+def test_pooling_from_a_folder(tmp_path):
+    types = ["Transformer", "Pooling", "Normalize"]
+    rows = [{"idx": i, "path": f"{i}_x" if i else "", "type": f"a.b.{t}"} for i, t in enumerate(types)]
+    (tmp_path / "modules.json").write_text(json.dumps(rows))
+    (tmp_path / "1_x").mkdir()
+    (tmp_path / "1_x" / "config.json").write_text('{"pooling_mode_cls_token": true, "pooling_mode_max_tokens": true}')
+    (tmp_path / "config_sentence_transformers.json").write_text('{"prompts": {"query": "q: "}}')
+    how = Embedding.of_folder(tmp_path, tmp_path)
+    tokens, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
+    want = torch.stack(
+        [torch.cat([tokens[0, 0], tokens[0, :2].amax(0)]), torch.cat([tokens[1, 1], tokens[1, 1:].amax(0)])]
+    )
+    torch.testing.assert_close(how.pooled(tokens, mask), want / want.norm(dim=-1, keepdim=True))
+    assert how.prompted("x", None, "query") == "q: x"
+    with pytest.raises(ValueError, match="prompt_name='other' is not known"):
+        how.prompted("x", None, "other")
+    with pytest.raises(ValueError, match="'Dense'"):
+        Embedding((("Dense", {}),)).pooled(tokens, mask)
+    with pytest.raises(ValueError, match="pooling_mode='lasttoken'"):
+        Embedding((("Pooling", {"pooling_mode": "lasttoken"}),)).pooled(tokens, mask)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": torch.tensor([[5, 120]])}, "input_ids has the value 120; the model knows 0 to 119"),
+        ({"input_ids": torch.tensor([[-1]])}, "input_ids has the value -1"),
+        ({"input_ids": torch.tensor([5, 6])}, r"it must be \[rows, tokens\] of integers"),
+        ({"input_ids": torch.zeros(1, 2)}, "of integers"),
+        ({"input_ids": torch.zeros(0, 2).long()}, "with something in it"),
+        ({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 3)}, r"attention_mask is \[1, 3\]"),
+        (
+            {"input_ids": torch.ones(1, 1).long(), "token_type_ids": torch.full((1, 1), 2)},
+            "token_type_ids has the value 2",
+        ),
+    ],
+)
+def test_wrong_inputs(batch, message, quantised_model):
+    with pytest.raises(ValueError, match=message):
+        quantised_model(**batch)
+
+
+def test_wrong_models_and_options(monkeypatch):
+    model = convert_ffn_to_fff(tiny_bert(), "2x3")
+    with pytest.raises(ValueError, match=r"precision='int4' is not known \(allowed: int8, bf16, f32\)"):
+        fff_openvino.compile(model, "int4")
+    with pytest.raises(ValueError, match="needs texts="):
+        fff_openvino.compile(model)
+    with pytest.raises(ValueError, match="needs tokenizer="):
+        fff_openvino.compile(model, texts=["word1"])
+    with pytest.raises(ValueError, match="dtype=torch.float64"):
+        fff_openvino.compile(copy.deepcopy(model).double(), "f32")
+    with pytest.raises(ValueError, match="this is a Linear"):
+        fff_openvino.compile(nn.Linear(2, 2), "f32")
+    monkeypatch.setitem(__import__("sys").modules, "nncf", None)
+    with pytest.raises(ImportError, match=r"hf-fff\[openvino\]"):
+        quantise.quantised(None, [], ())
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"hf-fff\[openvino\]"):
+        fff_openvino.compile(model, "f32")
+
+
+def test_folders_that_cannot_be_loaded(quantised_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no fff_openvino.json"):
+        fff_openvino.load(tmp_path)
+    quantised_model.save_pretrained(tmp_path / "m")
+    with pytest.raises(RuntimeError, match="FFF"):  # what an engine says that was not given the extension
+        ov.Core().read_model(tmp_path / "m" / "openvino_model.xml")
+    xml = tmp_path / "m" / "openvino_model.xml"
+    text = xml.read_text()
+    xml.write_text(text.replace('version="hf_fff.1"', 'version="hf_fff.7"'))
+    with pytest.raises(ValueError, match=r"version 'hf_fff\.7'.*export the model again"):
+        fff_openvino.load(tmp_path / "m")
+    xml.write_text(text)
+    facts = tmp_path / "m" / "fff_openvino.json"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "version": 2}))
+    with pytest.raises(ValueError, match="a version that this hf_fff does not read"):
+        fff_openvino.load(tmp_path / "m")
+
+
+@pytest.fixture
+def not_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(loader, "_statuses", {})
+    monkeypatch.setenv("HF_FFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_FFF_KERNEL_PATH", raising=False)
+
+
+def test_without_a_compiler_a_prebuilt_library_serves(not_loaded, extension, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_FFF_CXX", str(tmp_path / "none"))
+    with pytest.raises(RuntimeError, match="the openvino library cannot be loaded: no c.. compiler found"):
+        fff_openvino.extension()
+    loader._statuses.clear()
+    monkeypatch.setenv("HF_FFF_KERNEL_PATH", str(extension.parent))
+    assert fff_openvino.extension() == extension
+
+
+def test_a_library_for_another_version(not_loaded, extension, monkeypatch):
+    monkeypatch.setattr(library, "engine_version", lambda: "2031.0.0")
+    monkeypatch.setenv("HF_FFF_KERNEL_PATH", str(extension.parent))
+    with pytest.raises(RuntimeError, match="was compiled for OpenVINO .*, and 2031.0.0 is installed"):
+        fff_openvino.extension()
+
+
+def test_export_command(tmp_path):
+    model = convert_ffn_to_fff(tiny_bert(HEADS["ForSequenceClassification"], num_labels=3), "2x3")
+    for part in (model, tiny_tokenizer()):
+        part.save_pretrained(tmp_path / "m")
+    result = run("export", tmp_path / "m", tmp_path / "out", "--precision", "bf16", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["operations"] == 3
+    batch = tiny_inputs(model)
+    loaded = fff_openvino.load(tmp_path / "out")
+    assert loaded(**batch).logits.shape == (3, 3) and loaded.precision == "bf16"
+    for options, message in (
+        (["--precision", "int8"], "some hundreds of typical texts"),
+        (["--precision", "int8", "--text", tmp_path / "no"], "is not a file"),
+        (["--precision", "f32"], "not empty"),
+        (["--engine", "onnx"], "'openvino'"),
+    ):
+        result = run("export", tmp_path / "m", tmp_path / "out", *options)
+        assert result.exit_code == 2 and message in unwrapped(result.output)
