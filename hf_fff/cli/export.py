@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, Output, Overwrite, Source, app, bad_option, out, reports_errors
+from .common import Json, Output, Overwrite, Source, app, bad_option, check_out, out, read_text, reports_errors, working
 
 
 class Engine(str, Enum):
@@ -38,17 +38,10 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a model, converted or dense, for a CPU engine: hf_fff.openvino.load opens it."""
-    from ..files import check_output
-
     if precision is Precision.int8 and not text:
         raise bad_option("--text", ValueError("int8 looks at some hundreds of typical texts: name a file of them"))
-    for path in text or []:
-        if not path.is_file():
-            raise bad_option("--text", ValueError(f"{path} is not a file"))
-    try:
-        check_output(output, overwrite=overwrite)
-    except OSError as error:
-        raise bad_option("OUT", error) from error
+    check_out(source, output, overwrite)
+    texts = read_text(text) or None
 
     from transformers import AutoTokenizer
 
@@ -56,25 +49,24 @@ def export(
     from ..bench.model import load_model
     from ..openvino.embedding import Embedding
     from ..surgery.folder import ModelFolder, check_places
-    from ..surgery.text import read_texts
 
     start = time.perf_counter()
-    folder = ModelFolder.find(source)
-    check_places(folder, output)
-    texts = [line for path in text or [] for line in read_texts(path)] or None
-    try:
-        openvino.extension()  # what is missing is told before anything slow
-        made = openvino.compile(
-            load_model(source),
-            precision.value,
-            texts=texts,
-            tokenizer=AutoTokenizer.from_pretrained(folder.transformer),
-            embedding=Embedding.of_folder(folder.root, folder.transformer),
-            samples=samples,
-        )
-    except ImportError as error:
-        raise RuntimeError(str(error)) from error
-    made.save_pretrained(output, overwrite=overwrite)
+    with working():
+        folder = ModelFolder.find(source)
+        check_places(folder, output)
+        try:
+            openvino.extension()  # what is missing is told before anything slow
+            made = openvino.compile(
+                load_model(source),
+                precision.value,
+                texts=texts,
+                tokenizer=AutoTokenizer.from_pretrained(folder.transformer),
+                embedding=Embedding.of_folder(folder.root, folder.transformer),
+                samples=samples,
+            )
+        except ImportError as error:
+            raise RuntimeError(str(error)) from error
+        made.save_pretrained(output, overwrite=overwrite)
     result = {
         "output": str(output),
         "model_class": made.model_class,
