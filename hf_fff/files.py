@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders and files that appear whole or not at all."""
 
 import os
 import shutil
@@ -53,6 +53,17 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             for parent in parents:
                 with suppress(OSError):
                     parent.rmdir()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it takes the place of ``path`` when the block ends without an error."""
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield work / path.name
+        (work / path.name).replace(path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _readable(folder: Path) -> None:

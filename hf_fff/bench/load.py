@@ -1,0 +1,86 @@
+"""What else the machine did while something was measured: on a shared machine a figure is worth what its neighbours left."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_IDLE = (3, 4)  # fields of the first line of /proc/stat: idle, and idle while a disk works
+_WINDOW = 3.0  # seconds over which the neighbours are looked at before something is measured again
+SLACK = 0.15  # cores that others may take without being in the way
+
+
+def _clocks() -> tuple[float, float] | None:
+    """Seconds that all cores worked since the machine started, and those of this process; None where nothing tells."""
+    try:
+        words = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    ticks = sum(int(word) for i, word in enumerate(words) if i not in _IDLE)  # "steal" counts: another guest's work
+    return ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+
+@dataclass
+class Load:
+    """Load averages of a minute, ``before`` and ``after``, and how many cores other processes kept busy on average in between
+    (None where the system does not tell)."""
+
+    before: float | None = None
+    after: float | None = None
+    others: float | None = None
+
+    def busy(self, threads: int) -> bool:
+        """Whether the others took of the cores that ``threads`` need."""
+        return self.others is not None and self.others > max(0, (os.cpu_count() or 1) - threads) + SLACK
+
+
+def _average() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+@contextmanager
+def watched() -> Iterator[Load]:
+    """Fills in a ``Load`` while the block runs."""
+    load, first, start = Load(_average()), _clocks(), time.perf_counter()
+    yield load
+    last, wall = _clocks(), time.perf_counter() - start
+    load.after = _average()
+    if first and last and wall > 0:
+        load.others = round(max(0.0, (last[0] - first[0]) - (last[1] - first[1])) / wall, 2)
+
+
+@dataclass
+class Patience:
+    """Measures again what was measured while others used the cores, as long as there are ``seconds`` left to spend on that."""
+
+    seconds: float = 0.0
+    loads: list[Load] = field(default_factory=list)  # of what was kept
+
+    def measure(self, threads: int, run: Callable[[], T]) -> tuple[T, Load]:
+        """What ``run`` gave while the others did the least, and what they did."""
+        with watched() as load:
+            result = run()
+        start = time.monotonic()
+        while load.busy(threads) and time.monotonic() - start < self.seconds:
+            with watched() as now:
+                time.sleep(_WINDOW)
+            if now.busy(threads):
+                continue
+            with watched() as again:
+                other = run()
+            if (again.others or 0.0) < (load.others or 0.0):
+                result, load = other, again
+        self.seconds = max(0.0, self.seconds - (time.monotonic() - start))
+        self.loads.append(load)
+        return result, load
+
+
+def worst(loads: list[Load]) -> Load:
+    """The first and the last load average, and the most that others took in between."""
+    others = [load.others for load in loads if load.others is not None]
+    return Load(loads[0].before, loads[-1].after, max(others) if others else None) if loads else Load()
