@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ def trained_layer(source: str, texts: Sequence[str], *, max_length: int = 128, m
             if sum(map(len, states)) >= most:
                 break
     handle.remove()
-    return Layer(fff.requires_grad_(False), f"layer {index} of {folder}", torch.cat(states)[:most])
+    return Layer(fff.requires_grad_(False), f"layer {index} of {Path(folder).name}", torch.cat(states)[:most])
 
 
 def with_dtype(layer: Layer, dtype: torch.dtype) -> Layer:

@@ -11,7 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _IDLE = (3, 4)  # fields of the first line of /proc/stat: idle, and idle while a disk works
-_WINDOW = 3.0  # seconds over which the neighbours are looked at before something is measured again
+_WINDOW = 1.0  # seconds over which the neighbours are looked at before something is measured
 SLACK = 0.15  # cores that others may take without being in the way
 
 
@@ -56,28 +56,33 @@ def watched() -> Iterator[Load]:
 
 @dataclass
 class Patience:
-    """Measures again what was measured while others used the cores, as long as there are ``seconds`` left to spend on that."""
+    """Waits until others leave the cores alone, and measures again what they disturbed, as long as ``seconds`` are left for both."""
 
     seconds: float = 0.0
     loads: list[Load] = field(default_factory=list)  # of what was kept
 
     def measure(self, threads: int, run: Callable[[], T]) -> tuple[T, Load]:
         """What ``run`` gave while the others did the least, and what they did."""
-        with watched() as load:
-            result = run()
-        start = time.monotonic()
-        while load.busy(threads) and time.monotonic() - start < self.seconds:
-            with watched() as now:
+        kept: tuple[T, Load] | None = None
+        while True:
+            self._wait(threads)
+            start = time.monotonic()
+            with watched() as load:
+                result = run()
+            if kept is None or (load.others or 0.0) < (kept[1].others or 0.0):
+                kept = result, load
+            if not load.busy(threads) or self.seconds <= 0:
+                self.loads.append(kept[1])
+                return kept
+            self.seconds -= time.monotonic() - start
+
+    def _wait(self, threads: int) -> None:
+        while self.seconds > 0:
+            with watched() as load:
                 time.sleep(_WINDOW)
-            if now.busy(threads):
-                continue
-            with watched() as again:
-                other = run()
-            if (again.others or 0.0) < (load.others or 0.0):
-                result, load = other, again
-        self.seconds = max(0.0, self.seconds - (time.monotonic() - start))
-        self.loads.append(load)
-        return result, load
+            if not load.busy(threads):
+                return
+            self.seconds -= _WINDOW
 
 
 def worst(loads: list[Load]) -> Load:
