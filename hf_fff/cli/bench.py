@@ -258,6 +258,7 @@ def bench_model(
     texts = read_texts(text) if text else []
     ops.load()
     if size is not None:
+        torch.manual_seed(seed)
         kinds = ["dense", *(part.strip() for part in fff.split(","))]
         try:
             loaded = random_models(size, kinds, _dtypes(dtype))
