@@ -94,7 +94,7 @@ bench-layer: $(VENV)/.stamp ## of that, one layer with random weights
 
 bench-trained: $(VENV)/.stamp ## a calibrated layer of MiniLM on real hidden states
 	@for fff in 1x11 8x8; do test -d build/bench/minilm-$$fff || \
-		"$(VENV)/bin/python" examples/demo.py --fff $$fff --budget 60 --out build/bench/minilm-$$fff || exit 1; done
+		"$(VENV)/bin/python" examples/demo.py --fff $$fff --steps 200 --out build/bench/minilm-$$fff || exit 1; done
 	$(call measure,cpu-layer-trained-1x11,layer --weights build/bench/minilm-1x11 $(TRAINED))
 	$(call measure,cpu-layer-trained-8x8,layer --weights build/bench/minilm-8x8 $(TRAINED))
 

@@ -118,7 +118,7 @@ def trained_layer(source: str, texts: Sequence[str], *, max_length: int = 128, m
     folder, _, number = source.rpartition(":") if source.rpartition(":")[2].isdecimal() else (source, "", "")
     model = load_model(folder)
     # In the order of the layers, which is that of the modules; where layers share one, it is named once.
-    layers = list(getattr(model.config, "fff_layers", {}))
+    layers = [i for i, c in getattr(model.config, "fff_layers", {}).items() if c.kind == "tree"]
     found = [module for module in model.modules() if isinstance(module, FFF)]
     trees = dict(zip(layers, found, strict=False)) if len(layers) == len(found) else dict(enumerate(found))
     if not trees:
@@ -140,6 +140,7 @@ def trained_layer(source: str, texts: Sequence[str], *, max_length: int = 128, m
 
 
 def with_dtype(layer: Layer, dtype: torch.dtype) -> Layer:
+    """A copy of its weights in another dtype; inputs follow."""
     return replace(layer, fff=copy.deepcopy(layer.fff).to(dtype))
 
 

@@ -144,8 +144,7 @@ def _overhead(rows: Sequence[Told]) -> list[str]:
     if not single:
         return []
     return [
-        f"Around it, a call of `FFF(x)` from Python costs {min(single):.1f} to {max(single):.1f} µs more (at one token, on a cache that a "
-        "dense layer has just used).",
+        f"Around it, a call of `FFF(x)` from Python costs {min(single):.1f} to {max(single):.1f} µs more (at one token).",
         "",
     ]
 

@@ -396,11 +396,18 @@ def _write(
             csv.writer(file).writerows(draw.csv_lines([{**line, **{n: told[n] for n in same}} for line in lines]))
     if plot is not None:
         draw.plot(told, plot)
-    busy = told["load"]["others"]
-    if busy is not None and busy > 0.5:
+    load = told["load"]
+    if load["others"] is not None:
+        busy, how = (
+            load["others"] > 0.5,
+            f"other processes used up to {load['others']:g} of its {told['cores']} cores, ",
+        )
+    else:  # the load average knows no better than to count our own threads too
+        busy, how = load["after"] is not None and load["after"] > told["threads"] + 1, ""
+    if busy:
         err.print(
-            f"warning: the machine was busy: other processes used up to {busy:g} of its {told['cores']} cores, load average "
-            f"{told['load']['before']} before and {told['load']['after']} after. Measure again when it is quiet (--patience).",
+            f"warning: the machine was busy: {how}load average {load['before']} before and {load['after']} after. "
+            "Measure again when it is quiet (--patience).",
             style="yellow",
         )
 

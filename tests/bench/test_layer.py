@@ -115,7 +115,7 @@ def folder(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("trained") / "fast"
     with pytest.warns(UserWarning, match="not calibrated"):
-        fast = convert_ffn_to_fff(tiny_bert(), {0: "2x3", 2: "1x2"})
+        fast = convert_ffn_to_fff(tiny_bert(), {0: "2x3", 1: "mlp:4", 2: "1x2"})
     fast.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path, fast.eval()

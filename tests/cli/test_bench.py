@@ -145,6 +145,16 @@ def test_a_busy_machine_is_told(monkeypatch):
     assert run("bench", "layer", "--json").stderr == ""
 
 
+@pytest.mark.parametrize(("after", "busy"), [(9.0, True), (0.5, False), (None, False)])
+def test_a_busy_machine_that_tells_only_its_load_average(monkeypatch, after, busy):
+    def measure(*args, patience, **kwargs):
+        patience.loads.append(Load(1.0, after, None))
+        return []
+
+    monkeypatch.setattr(layer, "bench_layers", measure)
+    assert ("the machine was busy: load average 1.0" in unwrapped(run("bench", "layer", "--json").stderr)) is busy
+
+
 def test_patience_is_passed_on(monkeypatch):
     given = []
     monkeypatch.setattr(layer, "bench_layers", lambda *a, patience, **k: given.append(patience) or [])
