@@ -13,6 +13,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
+from .. import ops
+from ..layers import FFF
 from ..models import classes
 from ..surgery import convert_ffn_to_fff
 from ..surgery.folder import ModelFolder
@@ -182,6 +184,26 @@ def limits(models: Mapping[str, Any]) -> dict[str, str]:
         if {c.kind for c in getattr(model.config, "fff_layers", {}).values()} == {"none"}
     }
     return {name: empty[dtype(model)] for name, model in models.items() if dtype(model) in empty}
+
+
+@torch.no_grad()
+def visited(model: Any, workload: Workload) -> list[int]:
+    """How many of its neurons each FFF of a model uses for the first batch: the fewer, the kinder to caches."""
+    counts: list[int] = []
+
+    def count(fff: FFF, args: tuple[Tensor]) -> None:
+        c = fff.config
+        weights = (fff.weight_in, fff.bias_in, fff.weight_out)
+        _, path, _ = ops.fff_train(args[0].flatten(0, -2), *weights, fff.n_trees, c.activation)
+        rows = path.long() + torch.arange(fff.n_trees, device=path.device).unsqueeze(-1) * c.tree_nodes
+        counts.append(int(rows.unique().numel()))
+
+    handles = [m.register_forward_pre_hook(count) for m in model.modules() if isinstance(m, FFF)]
+    device = next(model.parameters()).device
+    model(**{name: value.to(device) for name, value in workload.batches[0].items()})
+    for handle in handles:
+        handle.remove()
+    return counts
 
 
 def load_model(source: str) -> Any:

@@ -288,6 +288,14 @@ def model_page(told: Told) -> list[str]:
             (_goal(name, goal, rows) for name in names for kind, goal in GOALS.items() if name.split()[0] == kind),
         ),
     ]
+    workload, neurons = told["visited"]["workload"], {k: v for k, v in told["visited"].items() if k != "workload"}
+    if neurons:
+        between = "; ".join(f"{name} {min(counts)} to {max(counts)}" for name, counts in neurons.items())
+        lines += [
+            f"Neurons that a batch of {workload} uses in a layer: {between}. Tokens of a model with random weights resemble each other more than "
+            "independent random inputs do, so the layers' pages are the harder test of the caches.",
+            "",
+        ]
     return lines
 
 

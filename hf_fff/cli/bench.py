@@ -245,7 +245,7 @@ def bench_model(
 
     from .. import ops
     from ..bench.load import Patience
-    from ..bench.model import Workload, limits, load_model, random_ids, random_models, real_rows, time_models
+    from ..bench.model import Workload, limits, load_model, random_ids, random_models, real_rows, time_models, visited
     from ..surgery.folder import ModelFolder
     from ..surgery.text import read_texts
     from ..tasks.data import Collator
@@ -282,8 +282,10 @@ def bench_model(
     rows = [
         {**asdict(t), "microseconds": t.microseconds, "ratios": t.ratios, "shares": t.shares(empty)} for t in timings
     ]
+    longest = max(workloads, key=lambda work: work.batches[0]["input_ids"].numel())
+    neurons = {name: found for name, model in loaded.items() if (found := visited(model, longest))}
     on = {"device": torch.cuda.get_device_name(place)} if place.type == "cuda" else {}
-    told = _told("model", waiting, {**on, "size": size, "rows": rows})
+    told = _told("model", waiting, {**on, "size": size, "visited": {"workload": longest.name, **neurons}, "rows": rows})
     lines = [
         {
             "workload": t.workload,

@@ -132,6 +132,15 @@ def test_random_models():
         bench.random_models("bert-huge", ["dense"], {})
 
 
+def test_neurons_that_are_visited():
+    model = convert_ffn_to_fff(tiny_bert(), "2x3").eval()
+    work = bench.random_ids(1, 1, 100)
+    assert bench.visited(model, work) == [8] * len(model.config.fff_layers)  # one token: a path in each tree
+    more = bench.visited(model, bench.random_ids(4, 8, 100))
+    assert all(8 < count <= 30 for count in more)
+    assert bench.visited(tiny_bert(), work) == []
+
+
 @pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForQuestionAnswering"])
 def test_models_are_loaded_with_their_heads(tmp_path, head):
     dense = tiny_bert(HEADS[head])
@@ -175,6 +184,7 @@ def test_the_command_with_a_size(tmp_path):
     assert result.exit_code == 0, result.output
     (row,) = json.loads(result.stdout)["rows"]
     assert list(row["seconds"]) == [f"{k} {d}" for d in ("float32", "bfloat16") for k in ("dense", "1x3", "none")]
+    assert set(json.loads(result.stdout)["visited"]) == {"workload", "1x3 float32", "1x3 bfloat16"}
     assert row["shares"]["none float32"] == row["shares"]["none bfloat16"] == 1
     lines = {line["model"]: line for line in csv.DictReader(files[0].open())}
     seconds = row["seconds"]["1x3 float32"]

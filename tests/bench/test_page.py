@@ -51,6 +51,7 @@ MODEL = {
     **MACHINE,
     "command": "model",
     "size": "bert-base",
+    "visited": {"workload": "1x16", "8x8 float32": [700, 900, 800]},
     "rows": [
         {
             "workload": "1x16", "tokens": 64, "others": 0.0, "seconds": {"dense float32": 0.4, "8x8 float32": 0.2, "none float32": 0.18},
@@ -79,6 +80,7 @@ def test_pages(tmp_path):
     assert "10 µs, 2.0x / 3.0x / 0.4x; 0.5x" in layer and "1.90x (1.50x)" in layer and "layer 3 of m" in layer
     assert "costs 5.0 to 5.0 µs more" in layer
     assert "| 8x8 float32 | 50 ms, 2.00x, 90 % |" in model and "| 8x8 float32 | 85 % | 90 % | everywhere |" in model
+    assert "a batch of 1x16 uses in a layer: 8x8 float32 700 to 900." in model
     assert "gpt-4 was skipped: needs much." in scaling and "| 1 | 26 |" in scaling
 
 
