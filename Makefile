@@ -21,6 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help demo test test-full test-compat test-arm sanitize lint clean venv \
 	bench bench-layer bench-trained bench-scaling bench-model bench-pages
 .DELETE_ON_ERROR:
+.NOTPARALLEL: # what is measured must not run side by side
 
 # $(call install,FOLDER,CONSTRAINTS): a virtual environment with hf_fff, editable. torch comes first and alone, so that
 # nothing else can bring in another build of it.

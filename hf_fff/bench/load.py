@@ -60,6 +60,13 @@ class Patience:
 
     seconds: float = 0.0
     loads: list[Load] = field(default_factory=list)  # of what was kept
+    spent: float = 0.0  # of the seconds
+    begun: float = field(default_factory=lambda: time.monotonic())
+
+    @property
+    def measuring(self) -> float:
+        """Seconds since it began, without those that patience took."""
+        return time.monotonic() - self.begun - self.spent
 
     def measure(self, threads: int, run: Callable[[], T]) -> tuple[T, Load]:
         """What ``run`` gave while the others did the least, and what they did."""
@@ -74,7 +81,7 @@ class Patience:
             if not load.busy(threads) or self.seconds <= 0:
                 self.loads.append(kept[1])
                 return kept
-            self.seconds -= time.monotonic() - start
+            self._spend(time.monotonic() - start)
 
     def _wait(self, threads: int) -> None:
         while self.seconds > 0:
@@ -82,7 +89,11 @@ class Patience:
                 time.sleep(_WINDOW)
             if not load.busy(threads):
                 return
-            self.seconds -= _WINDOW
+            self._spend(_WINDOW)
+
+    def _spend(self, seconds: float) -> None:
+        self.seconds -= seconds
+        self.spent += seconds
 
 
 def worst(loads: list[Load]) -> Load:

@@ -35,7 +35,7 @@ def machine_of(told: Told, command: str) -> list[str]:
         f"`{command}`. Machine: {told['cpu']}, {told['cores']} cores, {told['isa']}, caches {caches}; torch {told['torch']}, "
         f"transformers {told['transformers']}, Python {told['python']}, hf_fff {told['hf_fff']}; {told['date']}. "
         f"Load average {load['before']} before and {load['after']} after; the machine is shared, and other processes used up to "
-        f"{load['others']} cores while a figure was measured. A star marks figures during which they used more than {_BUSY}.",
+        f"{load['others']} cores while a figure was measured. A star marks figures during which they used more than {_BUSY}. It took {told['seconds']} s, waiting left out.",
         "",
     ]
 

@@ -375,7 +375,13 @@ def _told(command: str, waiting: Any, results: Mapping[str, Any]) -> dict[str, A
     from ..bench.load import worst
     from ..bench.machine import facts
 
-    return {"command": command, **facts(), "load": asdict(worst(waiting.loads)), **results}
+    return {
+        "command": command,
+        **facts(),
+        "load": asdict(worst(waiting.loads)),
+        "seconds": round(waiting.measuring),
+        **results,
+    }
 
 
 def _write(
@@ -425,7 +431,9 @@ def _caption(told: Mapping[str, Any], more: Sequence[str]) -> None:
             for name, value in {**facts, **({"device": told["device"]} if "device" in told else {})}.items()
         )
     )
-    out.print(f"load average {load['before']} before, {load['after']} after; others used up to {load['others']} cores")
+    out.print(
+        f"load average {load['before']} before, {load['after']} after; others used up to {load['others']} cores; {told['seconds']} s"
+    )
     for line in more:
         out.print(line)
 

@@ -63,7 +63,9 @@ def test_with_patience_it_waits_and_the_quietest_is_kept(machine):
     patience = Patience(60)
     result, found = patience.measure(4, run)
     assert result == "second" and found.others == 0.0
-    assert patience.seconds == 60 - 3 * load._WINDOW - 5  # waited, and measured in vain
+    in_vain = 3 * load._WINDOW + 5  # waited, and measured
+    assert patience.seconds == 60 - in_vain and patience.spent == in_vain
+    assert patience.measuring == 2 * load._WINDOW + 5  # a quiet look each time, and what was kept
 
 
 def test_patience_ends(machine):

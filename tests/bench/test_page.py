@@ -8,7 +8,7 @@ from hf_fff.bench import page, plot
 
 MACHINE = {
     "cpu": "Some CPU", "cores": 2, "threads": 2, "isa": "avx512", "caches": {"L1": "48K"}, "torch": "2.13", "transformers": "5",
-    "python": "3.11", "hf_fff": "0", "date": "a day", "load": {"before": 0.1, "after": 0.2, "others": 0.3},
+    "python": "3.11", "hf_fff": "0", "date": "a day", "load": {"before": 0.1, "after": 0.2, "others": 0.3}, "seconds": 77,
 }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_pages(tmp_path):
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".md", ".png"}
     layer, model, scaling = (p.read_text() for p in written)
     for text in (layer, model, scaling):
-        assert "Some CPU, 2 cores" in text and "a day" in text and "up to 0.3 cores" in text
+        assert "Some CPU, 2 cores" in text and "a day" in text and "up to 0.3 cores" in text and "77 s" in text
         lines = [line for line in text.splitlines() if line.startswith("|")]
         assert lines and "" in text.splitlines()
     assert "| 1x11 | float32 | 2 | 5 µs, 380x * |" in layer  # disturbed

@@ -9,7 +9,7 @@ from command import listing, run, unwrapped
 from tiny import tiny_bert
 
 from hf_fff import convert_ffn_to_fff, ops
-from hf_fff.bench import layer, load, scaling, shapes
+from hf_fff.bench import layer, scaling, shapes
 from hf_fff.bench.load import Load
 
 SMALL = ("--hidden-size", 16, "--tokens", "1,5", "--threads", 1, "--rounds", 3)
@@ -34,7 +34,7 @@ def test_layer(tmp_path):
     told = json.loads(ran.stdout)
     cells = [(row["fff"], row["dtype"], row["tokens"]) for row in told["rows"]]
     assert cells == [(f, d, t) for f in ("2x3", "1x2") for d in ("float32", "bfloat16") for t in (1, 5)]
-    assert {"cpu", "cores", "torch", "transformers", "date", "load", "caches"} <= set(told) and told[
+    assert {"cpu", "cores", "torch", "transformers", "date", "load", "seconds", "caches"} <= set(told) and told[
         "command"
     ] == "layer"
     assert all("mlp:7" in row["forward"] for row in told["rows"])
@@ -157,9 +157,9 @@ def test_a_busy_machine_that_tells_only_its_load_average(monkeypatch, after, bus
 
 def test_patience_is_passed_on(monkeypatch):
     given = []
-    monkeypatch.setattr(layer, "bench_layers", lambda *a, patience, **k: given.append(patience) or [])
+    monkeypatch.setattr(layer, "bench_layers", lambda *a, patience, **k: given.append(patience.seconds) or [])
     run("bench", "layer", "--patience", 90, "--json")
-    assert given == [load.Patience(90.0)]
+    assert given == [90.0]
 
 
 @pytest.mark.parametrize(
