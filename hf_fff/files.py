@@ -67,6 +67,13 @@ def atomic_files(folder: Path) -> Iterator[Path]:
             path.replace(folder / path.name)
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path to write one file to, which then takes the place of ``path``."""
+    with atomic_files(path.parent) as work:
+        yield work / path.name
+
+
 def _readable(folder: Path) -> None:
     """Gives files the rights of any new file: safetensors writes weights that nobody else can read."""
     mask = os.umask(0)

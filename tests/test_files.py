@@ -1,10 +1,10 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders and files that appear whole or not at all."""
 
 import os
 
 import pytest
 
-from hf_fff.files import atomic_folder, check_output
+from hf_fff.files import atomic_file, atomic_folder, check_output
 
 
 def write(folder, text="new"):
@@ -158,3 +158,16 @@ def test_others_may_read_what_is_written(tmp_path):
     (tmp_path / "any").touch()
     usual = (tmp_path / "any").stat().st_mode
     assert {(tmp_path / "out" / name).stat().st_mode for name in ("weights", "inner/more")} == {usual}
+
+
+def test_a_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(path) as work:
+        work.write_text("half")
+        raise RuntimeError
+    assert content(tmp_path) == {"a.txt": "old"}
+    with atomic_file(path) as work:
+        work.write_text("new")
+        assert work.suffix == ".txt" and path.read_text() == "old"
+    assert content(tmp_path) == {"a.txt": "new"}

@@ -1,6 +1,8 @@
 """What a measurement was made on."""
 
+import os
 import platform
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,3 +70,38 @@ def report() -> dict[str, Any]:
         "backend": {"cpu": ops.backend("cpu"), "isa": ops.isa()},
         "kernels": loader.describe(),
     }
+
+
+def facts() -> dict[str, Any]:
+    """What every output of a measurement begins with: ``summary``, and what else somebody needs to make it again."""
+    return {
+        **summary(),
+        "cores": os.cpu_count(),
+        "caches": caches(),
+        "python": platform.python_version(),
+        "transformers": _installed("transformers"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def caches() -> dict[str, str]:
+    """Sizes of the first core's data caches as the system tells them, such as ``{"L1": "48K", "L2": "2048K"}``."""
+    sizes = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        if kind != "Instruction":
+            sizes[f"L{level}"] = size
+    return sizes
+
+
+def free_memory() -> int | None:
+    """Bytes that a process can have without swapping; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None

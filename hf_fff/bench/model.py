@@ -1,8 +1,11 @@
 """Whole models against each other, interleaved in one process, on random ids or on real texts, outputs checked first."""
 
+import copy
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +13,13 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
+from .. import ops
+from ..layers import FFF
 from ..models import classes
+from ..surgery import convert_ffn_to_fff
 from ..surgery.folder import ModelFolder
+from .load import Patience
+from .shapes import bert
 from .timing import interleaved
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -62,6 +70,7 @@ class Timing:
     workload: str
     tokens: int
     seconds: dict[str, float]
+    others: float | None = None  # cores that other processes kept busy meanwhile
 
     @property
     def microseconds(self) -> dict[str, float]:
@@ -73,12 +82,25 @@ class Timing:
         first = next(iter(self.seconds.values()))
         return {name: s / first for name, s in self.seconds.items()}
 
+    def shares(self, limits: Mapping[str, str]) -> dict[str, float]:
+        """What part of the speed of a model without feedforward networks each model has; ``limits`` names the one for each."""
+        return {name: self.seconds[limits[name]] / s for name, s in self.seconds.items() if name in limits}
+
 
 @torch.no_grad()
 def time_models(
-    models: Mapping[str, Any], workloads: Sequence[Workload], *, rounds: int = 15, seed: int = 0
+    models: Mapping[str, Any],
+    workloads: Sequence[Workload],
+    *,
+    rounds: int = 15,
+    seed: int = 0,
+    limit: float = float("inf"),
+    patience: Patience | None = None,
 ) -> list[Timing]:
     """Times models on the devices where they are, and leaves them in evaluation mode. Each round they take their turns in another order, by ``seed``.
+
+    Args:
+        limit: seconds for the rounds of a workload, once three are made.
 
     Raises:
         ValueError: a workload has longer rows, or other ids, than a model takes.
@@ -90,7 +112,11 @@ def time_models(
     timings = []
     for workload in workloads:
         calls = {name: _call(name, model, workload) for name, model in models.items()}
-        timings.append(Timing(workload.name, workload.tokens, interleaved(calls, rounds=rounds, order=order)))
+        times, load = (patience or Patience()).measure(
+            torch.get_num_threads(),
+            partial(interleaved, calls, rounds=rounds, order=order, limit=limit),
+        )
+        timings.append(Timing(workload.name, workload.tokens, times, load.others))
     return timings
 
 
@@ -117,6 +143,67 @@ def _call(name: str, model: Any, workload: Workload) -> Callable[[], None]:
             torch.cuda.synchronize(device)
 
     return call
+
+
+def random_models(size: str, kinds: Sequence[str], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+    """BERTs with random weights, which take as long as trained ones where every path is as likely as any other.
+
+    Args:
+        size: a name of ``shapes.SIZES``.
+        kinds: ``"dense"``, or what takes the place of the feedforward networks: ``"8x8"``, ``"mlp:72"``, ``"none"``.
+        dtypes: names of dtypes, and these.
+
+    Returns:
+        By names such as ``"8x8 float32"``.
+
+    Raises:
+        ValueError: a size or a kind that is not known.
+    """
+    dense = bert(size)
+    made = {}
+    for kind in kinds:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the converted model is not calibrated")
+            made[kind] = dense if kind == "dense" else convert_ffn_to_fff(dense, kind, init="random").eval()
+    return {
+        f"{kind} {name}": copy.deepcopy(model).to(dtype)
+        for name, dtype in dtypes.items()
+        for kind, model in made.items()
+    }
+
+
+def limits(models: Mapping[str, Any]) -> dict[str, str]:
+    """For each model the one of its dtype that has no feedforward networks left, where there is one: no FFN can be faster."""
+
+    def dtype(model: Any) -> torch.dtype:
+        return next(model.parameters()).dtype
+
+    empty = {
+        dtype(model): name
+        for name, model in models.items()
+        if {c.kind for c in getattr(model.config, "fff_layers", {}).values()} == {"none"}
+    }
+    return {name: empty[dtype(model)] for name, model in models.items() if dtype(model) in empty}
+
+
+@torch.no_grad()
+def visited(model: Any, workload: Workload) -> list[int]:
+    """How many of its neurons each FFF of a model uses for the first batch: the fewer, the kinder to caches."""
+    counts: list[int] = []
+
+    def count(fff: FFF, args: tuple[Tensor]) -> None:
+        c = fff.config
+        weights = (fff.weight_in, fff.bias_in, fff.weight_out)
+        _, path, _ = ops.fff_train(args[0].flatten(0, -2), *weights, fff.n_trees, c.activation)
+        rows = path.long() + torch.arange(fff.n_trees, device=path.device).unsqueeze(-1) * c.tree_nodes
+        counts.append(int(rows.unique().numel()))
+
+    handles = [m.register_forward_pre_hook(count) for m in model.modules() if isinstance(m, FFF)]
+    device = next(model.parameters()).device
+    model(**{name: value.to(device) for name, value in workload.batches[0].items()})
+    for handle in handles:
+        handle.remove()
+    return counts
 
 
 def load_model(source: str) -> Any:

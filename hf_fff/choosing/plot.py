@@ -1,22 +1,12 @@
 """The frontier as a picture."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..bench.plot import check_plot
 from .results import Choice
 
-_FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_plot(path: Path) -> None:
-    """Raises ``ValueError`` where a picture cannot be drawn: better told before the search than after it."""
-    if path.suffix not in _FORMATS:
-        raise ValueError(f"{path} must end in one of {', '.join(_FORMATS)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent}")
-    if find_spec("matplotlib") is None:
-        raise ValueError("this needs matplotlib, which is not installed: pip install hf-fff[bench]")
+__all__ = ["check_plot", "plot"]
 
 
 def plot(choice: Choice, path: Path) -> None:

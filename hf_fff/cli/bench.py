@@ -1,90 +1,228 @@
 """``hf-fff bench``."""
 
+import csv
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 
-from .common import Json, Seed, app, bad_option, out, reports_errors, table_of
+from .common import Json, Seed, app, bad_option, err, out, read_text, reports_errors, table_of
 
 bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+
+Tokens = Annotated[str, typer.Option(help="Token counts, comma-separated.")]
+Threads = Annotated[
+    str | None, typer.Option(help="Numbers of threads, comma-separated, such as 1,2; as torch has it by default.")
+]
+Rounds = Annotated[int, typer.Option(min=3, help="Turns that the candidates take.")]
+Patience = Annotated[
+    float,
+    typer.Option(
+        min=0, help="Seconds to spend, in all, on measuring again what was measured while the machine was busy."
+    ),
+]
+Csv = Annotated[Path | None, typer.Option("--csv", help="File of values to write, one line a time.")]
+Plot = Annotated[Path | None, typer.Option(help="Picture to write, such as bench.png.")]
 
 
 @bench_app.command("layer")
 @reports_errors
 def bench_layer(
-    fff: Annotated[str, typer.Option(help="Trees x depth.")] = "1x11",
+    fff: Annotated[str, typer.Option(help="Trees x depth, comma-separated, such as 1x11,8x8.")] = "1x11",
     hidden_size: Annotated[int, typer.Option(min=1, help="Size of input and output.")] = 768,
-    tokens: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,8,128,512,4096",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or both, comma-separated.")] = "float32",
+    tokens: Tokens = "1,8,128,512,4096",
+    threads: Threads = None,
+    against: Annotated[
+        str, typer.Option(help="More dense layers to time, comma-separated: dense:3072 or, the same, mlp:72.")
+    ] = "",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER[:LAYER]", help="Also a trained layer of a converted model; its sizes are taken for all."
+        ),
+    ] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Texts, one a line, whose hidden states --weights gets.")] = None,
     backward: Annotated[bool, typer.Option(help="Time the backward passes too.")] = True,
-    rounds: Annotated[int, typer.Option(min=3, help="Turns that the candidates take.")] = 15,
+    rounds: Rounds = 15,
+    patience: Patience = 0,
+    csv_file: Csv = None,
+    plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """Time one FFF layer against torch's Linear-GELU-Linear of as many neurons."""
+    """Time FFF layers against torch's Linear-GELU-Linear of as many neurons, and against an FFF in plain PyTorch."""
     from ..config import FFFConfig
 
     try:
-        config = FFFConfig.from_shorthand(fff)
+        configs = [FFFConfig.from_shorthand(shape) for shape in fff.split(",")]
+        if other := [c.shorthand for c in configs if c.kind != "tree"]:
+            raise ValueError(f"{other[0]} is no tree (--against takes dense layers)")
     except ValueError as error:
         raise bad_option("--fff", error) from error
-    try:
-        counts = [int(t) for t in tokens.split(",")]
-        if min(counts) < 1:
-            raise ValueError
-    except ValueError as error:
-        raise bad_option("--tokens", ValueError(f"{tokens!r} is not a list of positive numbers")) from error
+    counts = _numbers("--tokens", tokens)
+    thread_counts = _numbers("--threads", threads) if threads is not None else None
+    widths = _widths(against)
+    if (weights is None) != (inputs is None):
+        raise bad_option("--inputs", ValueError("--weights and --inputs belong together"))
+    _check_files(csv_file, plot)
 
-    from ..bench.layer import as_records
-    from ..bench.layer import bench_layer as run
-    from ..bench.machine import summary
+    from ..bench import layer
+    from ..bench.load import Patience
 
-    rows = run(config, hidden_size, counts, backward=backward, rounds=rounds)
-    if as_json:
-        print(json.dumps({"fff": fff, "hidden_size": hidden_size, **summary(), "rows": as_records(rows)}, indent=2))
-        return
-    title = f"{fff} against dense {config.nodes}, hidden size {hidden_size}, float32: microseconds a call"
-    names = (
-        "tokens",
-        "dense",
-        "FFF(x)",
-        "x",
-        "dense, loop",
-        "fff, loop",
-        "x",
-        "backward: masked dense",
-        "fff",
-        "x",
-        "+ routing",
+    dtypes = _dtypes(dtype)
+    layers = []
+    if weights is not None and inputs is not None:
+        trained = layer.trained_layer(weights, read_text([inputs]))
+        configs, hidden_size = [trained.fff.config], trained.fff.hidden_size
+        layers = [layer.with_dtype(trained, of) for of in dtypes.values()]
+    layers += [layer.random_layer(config, hidden_size, of) for config in configs for of in dtypes.values()]
+    waiting = Patience(patience)
+    rows = layer.bench_layers(
+        layers, counts, threads=thread_counts, against=widths, backward=backward, rounds=rounds, patience=waiting
     )
-    caption = ", ".join(f"{k} {v}" for k, v in summary().items())
-    table = table_of(*names, title=title, caption=caption, box=SIMPLE_HEAD, padding=0)  # fits into 80 columns
+    told = _told("layer", waiting, {"rows": layer.as_records(rows), "threads_faster": layer.thread_scaling(rows)})
+    _write(told, layer.as_lines(rows), csv_file, plot)
+    if as_json:
+        print(json.dumps(told, indent=1))
+        return
+    title = "{fff}, {nodes} neurons, hidden size {hidden_size}, {dtype}, threads {threads}, weights {weights}"
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in told["rows"]:
+        groups.setdefault(title.format_map(row), []).append(row)
+    for name, group in groups.items():
+        out.print(_forward_table(name, group))
+        if any(row["backward"] for row in group):
+            out.print(_backward_table(group))
+    if told["threads_faster"]:
+        table = _table("layer", "tokens", "threads", "FFF", "dense", title="how many times as fast with more threads")
+        for row in told["threads_faster"]:
+            name = "{fff}, {dtype}, {weights}".format_map(row)
+            table.add_row(name, str(row["tokens"]), row["threads"], *(f"{row[n]:.2f}x" for n in ("faster", "dense")))
+        out.print(table)
+    _caption(
+        told, [f"A call from Python takes {overhead:.1f} µs more than the operation." for overhead in _overheads(told)]
+    )
+
+
+def _overheads(told: Mapping[str, Any]) -> list[float]:
+    """At the fewest tokens, where it is not drowned by what a call does."""
+    rows = [row for row in told["rows"] if row["overhead"] is not None]
+    return [min(rows, key=lambda row: row["tokens"])["overhead"]] if rows else []
+
+
+def _forward_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+    others = [name for name in rows[0]["forward"] if name not in ("fff", "dense", "torch")]
+    names = ("tokens", "dense", *others, "torch FFF", "FFF(x)", "x", "dense, loop", "fff, loop", "x")
+    table = _table(*names, title=f"{title}: microseconds a call")
+    for row in rows:
+        forward, loop = row["forward"], row["loop"]
+        table.add_row(
+            str(row["tokens"]),
+            *(_number(forward[name]) for name in ("dense", *others, "torch", "fff")),
+            _ratio(forward["dense"], forward["fff"]),
+            *_triple(loop.get("dense"), loop.get("fff")),
+        )
+    return table
+
+
+def _backward_table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    names = ("tokens", "dense", "masked dense", "torch FFF", "fff", "x dense", "x masked", "+ routing", "x dense")
+    table = _table(*names, title="backward, all gradients: microseconds a call")
+    for row in rows:
+        b = row["backward"]
+        cells = (_number(b[name]) for name in ("dense", "masked", "torch", "fff"))
+        ratios = (_ratio(b["dense"], b["fff"]), _ratio(b["masked"], b["fff"]))
+        table.add_row(str(row["tokens"]), *cells, *ratios, _number(b["routing"]), _ratio(b["dense"], b["routing"]))
+    return table
+
+
+@bench_app.command("scaling")
+@reports_errors
+def bench_scaling(
+    sizes: Annotated[
+        str | None, typer.Option(help="Sizes, comma-separated, such as bert-base,gpt-3; all of them by default.")
+    ] = None,
+    tokens: Tokens = "1,8,128",
+    threads: Threads = None,
+    rounds: Rounds = 9,
+    patience: Patience = 0,
+    csv_file: Csv = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Time one layer from BERT-tiny's size to GPT-3's: the dense FFN against the deepest tree with at most as many neurons."""
+    counts = _numbers("--tokens", tokens)
+    thread_counts = _numbers("--threads", threads) if threads is not None else None
+    _check_files(csv_file, plot)
+
+    from ..bench import scaling
+    from ..bench.load import Patience
+
+    names = [name.strip() for name in sizes.split(",")] if sizes is not None else list(scaling.NAMES)
+    try:
+        for name in names:
+            scaling.dimensions(name)
+    except ValueError as error:
+        raise bad_option("--sizes", error) from error
+    waiting = Patience(patience)
+    result = scaling.bench_scaling(names, counts, threads=thread_counts, rounds=rounds, patience=waiting)
+    rows = [row.record() for row in result.rows]
+    told = _told("scaling", waiting, {"rows": rows, "bandwidth": result.bandwidth, "skipped": result.skipped})
+    _write(told, rows, csv_file, plot)
+    if as_json:
+        print(json.dumps(told, indent=1))
+        return
+    table = _table("size", "dense", "tree", "threads", "tokens", "dense, µs", "FFF, µs", "x", "theory", "memory permits",
+                   title="one layer, float32: how many times as fast as the dense one")  # fmt: skip
     for row in rows:
         table.add_row(
-            str(row.tokens),
-            *_triple(row.dense, row.fff),
-            *_triple(row.dense_loop, row.fff_loop),
-            *_triple(row.backward_masked, row.backward_fff),
-            _number(row.backward_routing),
+            row["name"],
+            "{hidden_size}/{inner}".format_map(row),
+            row["fff"],
+            *(str(row[name]) for name in ("threads", "tokens")),
+            *_triple(row["dense"], row["measured"]),
+            *(f"{row[name]:.0f}x" for name in ("theory", "roofline")),
         )
     out.print(table)
+    table = _table("MB", "threads", "GB/s", title="what torch reads, again and again (torch.sum or torch.mv)")
+    for row in result.bandwidth:
+        table.add_row(str(row["mb"]), str(row["threads"]), f"{row['gb_per_second']:.1f}")
+    out.print(table)
+    _caption(told, [f"{name} was skipped: {why}." for name, why in result.skipped.items()])
 
 
 @bench_app.command("model")
 @reports_errors
 def bench_model(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders; ratios are to the first.")],
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Model folders; ratios are to the first.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of folders: a BERT of this size with random weights, such as bert-base, dense and with --fff."
+        ),
+    ] = None,
+    fff: Annotated[
+        str, typer.Option(help="With --size: what takes the place of the FFNs, comma-separated.")
+    ] = "1x11,8x8,none",
+    dtype: Annotated[str, typer.Option(help="With --size: float32, bfloat16 or both, comma-separated.")] = "float32",
     batch: Annotated[
         str, typer.Option(help="Rows x tokens, comma-separated; with --text, rows alone, such as 1,32.")
     ] = "1x16,1x128,8x128,32x128",
     text: Annotated[Path | None, typer.Option(help="Texts, one a line, whose real lengths are timed.")] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens at which a text is cut.")] = 128,
-    rounds: Annotated[int, typer.Option(min=3, help="Turns that the models take.")] = 15,
+    rounds: Rounds = 15,
     device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
     seed: Seed = 0,
+    patience: Patience = 0,
+    csv_file: Csv = None,
+    plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Time whole models against each other, interleaved, as they are saved, with their heads."""
@@ -92,6 +230,11 @@ def bench_model(
     if not all(re.fullmatch(r"[1-9]\d*" if text else r"[1-9]\d*x[1-9]\d*", shape) for shape in shapes):
         form = "numbers of rows such as 1,32, as is needed with --text" if text else "ROWSxTOKENS such as 1x16,8x128"
         raise bad_option("--batch", ValueError(f"{batch!r} is not a list of {form}"))
+    if bool(models) == (size is not None):
+        raise bad_option("MODEL", ValueError("give model folders, or --size, one of the two"))
+    if size is not None and text is not None:
+        raise bad_option("--text", ValueError("needs a model's tokenizer, and --size has none: give model folders"))
+    _check_files(csv_file, plot)
 
     from dataclasses import asdict
 
@@ -99,10 +242,9 @@ def bench_model(
     from transformers import AutoTokenizer
 
     from .. import ops
-    from ..bench.machine import summary
-    from ..bench.model import Workload, load_model, random_ids, real_rows, time_models
+    from ..bench.load import Patience
+    from ..bench.model import Workload, limits, load_model, random_ids, random_models, real_rows, time_models, visited
     from ..surgery.folder import ModelFolder
-    from ..surgery.text import read_texts
     from ..tasks.data import Collator
     from ..training import TokenisedTexts
 
@@ -110,42 +252,195 @@ def bench_model(
         place = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # the latter without CUDA
         raise bad_option("--device", ValueError(f"{device!r} is no device of this machine")) from error
-    texts = read_texts(text) if text else []
+    texts = read_text([text] if text else None)
     ops.load()
-    loaded: dict[str, Any] = {source: load_model(source).to(place) for source in models}
+    if size is not None:
+        torch.manual_seed(seed)
+        kinds = ["dense", *(part.strip() for part in fff.split(","))]
+        try:
+            loaded = random_models(size, kinds, _dtypes(dtype))
+        except ValueError as error:
+            raise bad_option("--size or --fff", error) from error
+    else:
+        loaded = {source: load_model(source) for source in models or []}
+    loaded = {name: model.to(place) for name, model in loaded.items()}
     workloads: list[Workload]
     if text:
-        tokenizer = AutoTokenizer.from_pretrained(ModelFolder.find(models[0]).transformer)
+        tokenizer = AutoTokenizer.from_pretrained(ModelFolder.find(next(iter(loaded))).transformer)
         data = TokenisedTexts(texts, tokenizer, max_length)
         workloads = [real_rows(data, Collator(tokenizer), int(rows), seed=seed) for rows in shapes]
     else:
         vocabulary = min(model.config.vocab_size for model in loaded.values())
         sizes = [[int(n) for n in shape.split("x")] for shape in shapes]
         workloads = [random_ids(rows, tokens, vocabulary, seed=seed) for rows, tokens in sizes]
-    timings = time_models(loaded, workloads, rounds=rounds, seed=seed)
-    facts = {**summary(), **({"device": torch.cuda.get_device_name(place)} if place.type == "cuda" else {})}
+    waiting = Patience(patience)
+    timings = time_models(loaded, workloads, rounds=rounds, seed=seed, patience=waiting, limit=_MODEL_LIMIT)
+    empty = limits(loaded)
+    rows = [
+        {**asdict(t), "microseconds": t.microseconds, "ratios": t.ratios, "shares": t.shares(empty)} for t in timings
+    ]
+    longest = max(workloads, key=lambda work: work.batches[0]["input_ids"].numel())
+    neurons = {name: found for name, model in loaded.items() if (found := visited(model, longest))}
+    on = {"device": torch.cuda.get_device_name(place)} if place.type == "cuda" else {}
+    told = _told("model", waiting, {**on, "size": size, "visited": {"workload": longest.name, **neurons}, "rows": rows})
+    lines = [
+        {
+            "workload": t.workload,
+            "model": name,
+            "milliseconds": 1e3 * seconds * _per_call(t.workload, t.tokens),
+            "microseconds_a_token": t.microseconds[name],
+            "times_as_fast": 1 / t.ratios[name],
+            "share_of_the_limit": t.shares(empty).get(name),
+        }
+        for t in timings
+        for name, seconds in t.seconds.items()
+    ]
+    _write(told, lines, csv_file, plot)
     if as_json:
-        rows = [{**asdict(t), "microseconds": t.microseconds, "ratios": t.ratios} for t in timings]
-        print(json.dumps({**facts, "rows": rows}, indent=2))
+        print(json.dumps(told, indent=1))
         return
-    told = table_of(
+    share = ", and the share of the speed without FFNs" if empty else ""
+    table = _table(
         "model",
         *(t.workload for t in timings),
-        title="microseconds a token, and how many times as fast as the first",
-        caption=", ".join(f"{k} {v}" for k, v in facts.items()),
-        box=SIMPLE_HEAD,
+        title=f"microseconds a token, how many times as fast as the first{share}",
+        padding=(0, 1),
     )
     for name in loaded:
-        told.add_row(name, *(f"{_number(t.microseconds[name])}  {1 / t.ratios[name]:.2f}x" for t in timings))
-    out.print(told)
+        cells = []
+        for t in timings:
+            part = t.shares(empty).get(name)
+            kept = f"  {100 * part:.0f} %" if part is not None else ""
+            cells.append(f"{_number(t.microseconds[name])}  {1 / t.ratios[name]:.2f}x{kept}")
+        table.add_row(name, *cells)
+    out.print(table)
+    _caption(told, [])
+
+
+_MODEL_LIMIT = 60.0  # seconds for the rounds of a workload, if three are done by then
+
+
+def _per_call(workload: str, tokens: int) -> float:
+    """What part of a workload, which has several batches, one batch of ``ROWSxTOKENS`` is; of real rows, all."""
+    rows, _, length = workload.partition("x")
+    return int(rows) * int(length) / tokens if length else 1.0
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+        if min(numbers) < 1:
+            raise ValueError
+    except ValueError as error:
+        raise bad_option(option, ValueError(f"{text!r} is not a list of positive numbers")) from error
+    return numbers
+
+
+def _widths(text: str) -> dict[str, int]:
+    names = [part.strip() for part in text.split(",")] if text else []
+    if wrong := [name for name in names if not re.fullmatch(r"(dense|mlp):[1-9]\d{0,7}", name)]:
+        raise bad_option("--against", ValueError(f"{wrong[0]!r} is not of the form dense:3072 or mlp:72"))
+    return {name: int(name.partition(":")[2]) for name in names}
+
+
+def _dtypes(text: str) -> dict[str, Any]:
+    from ..bench.layer import DTYPES
+
+    names = [part.strip() for part in text.split(",")]
+    if wrong := [name for name in names if name not in DTYPES]:
+        raise bad_option("--dtype", ValueError(f"{wrong[0]!r} is not known (allowed: {', '.join(DTYPES)})"))
+    return {name: DTYPES[name] for name in names}
+
+
+def _check_files(csv_file: Path | None, plot: Path | None) -> None:
+    """What cannot be written is better told before the measurement than after it."""
+    from ..bench.plot import check_plot
+
+    if csv_file is not None and not csv_file.parent.is_dir():
+        raise bad_option("--csv", ValueError(f"there is no folder {csv_file.parent}"))
+    try:
+        if plot is not None:
+            check_plot(plot)
+    except ValueError as error:
+        raise bad_option("--plot", error) from error
+
+
+def _told(command: str, waiting: Any, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``--json`` prints: the machine, what else it did, and the results."""
+    from dataclasses import asdict
+
+    from ..bench.load import worst
+    from ..bench.machine import facts
+
+    return {
+        "command": command,
+        **facts(),
+        "load": asdict(worst(waiting.loads)),
+        "seconds": round(waiting.measuring),
+        **results,
+    }
+
+
+def _write(
+    told: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], csv_file: Path | None, plot: Path | None
+) -> None:
+    from ..bench import plot as draw
+    from ..files import atomic_file
+
+    if csv_file is not None:
+        # Beside every value: lines are cut out and pasted.
+        same = ("cpu", "cores", "isa", "backend", "torch", "hf_fff", "date")
+        with atomic_file(csv_file) as path, path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(draw.csv_lines([{**line, **{n: told[n] for n in same}} for line in lines]))
+    if plot is not None:
+        draw.plot(told, plot)
+    load = told["load"]
+    if load["others"] is not None:
+        busy, how = (
+            load["others"] > 0.5,
+            f"other processes used up to {load['others']:g} of its {told['cores']} cores, ",
+        )
+    else:  # the load average knows no better than to count our own threads too
+        busy, how = load["after"] is not None and load["after"] > told["threads"] + 1, ""
+    if busy:
+        err.print(
+            f"warning: the machine was busy: {how}load average {load['before']} before and {load['after']} after. "
+            "Measure again when it is quiet (--patience).",
+            style="yellow",
+        )
+
+
+def _caption(told: Mapping[str, Any], more: Sequence[str]) -> None:
+    load = told["load"]
+    facts = {
+        n: told[n] for n in ("cpu", "cores", "threads", "isa", "backend", "torch", "transformers", "hf_fff", "date")
+    }
+    out.print(
+        ", ".join(
+            f"{name} {value}"
+            for name, value in {**facts, **({"device": told["device"]} if "device" in told else {})}.items()
+        )
+    )
+    out.print(
+        f"load average {load['before']} before, {load['after']} after; others used up to {load['others']} cores; {told['seconds']} s"
+    )
+    for line in more:
+        out.print(line)
+
+
+def _table(*names: str, **options: Any) -> Any:
+    return table_of(*names, **{"box": SIMPLE_HEAD, "padding": 0, **options})  # fits into 80 columns
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
+def _ratio(slow: float | None, fast: float | None) -> str:
+    if slow is None or fast is None:
+        return "-"
+    return f"{slow / fast:.0f}x" if slow > 10 * fast else f"{slow / fast:.1f}x"
+
+
 def _triple(slow: float | None, fast: float | None) -> tuple[str, str, str]:
-    ratio = (
-        "-" if slow is None or fast is None else f"{slow / fast:.0f}x" if slow > 10 * fast else f"{slow / fast:.1f}x"
-    )
-    return _number(slow), _number(fast), ratio
+    return _number(slow), _number(fast), _ratio(slow, fast)

@@ -71,3 +71,17 @@ def test_name_of_the_cpu(monkeypatch, cpuinfo, processor, name):
     monkeypatch.setattr(machine.platform, "processor", lambda: processor)
     monkeypatch.setattr(machine.platform, "machine", lambda: "a machine")
     assert machine.cpu_name() == name
+
+
+def test_what_every_measurement_tells():
+    facts = json.loads(json.dumps(machine.facts()))
+    assert machine.summary().items() <= facts.items()
+    assert facts["cores"] >= 1 and facts["transformers"] == version("transformers") and facts["date"].endswith("UTC")
+    assert all(name.startswith("L") for name in facts["caches"])
+
+
+def test_free_memory(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: "MemTotal: 9 kB\nMemAvailable:   3 kB\n")
+    assert machine.free_memory() == 3072
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: (_ for _ in ()).throw(FileNotFoundError()))
+    assert machine.free_memory() is None

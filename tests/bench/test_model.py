@@ -109,6 +109,38 @@ def test_what_a_model_does_not_take():
             bench.time_models({"m": tiny_bert()}, [work])
 
 
+def test_the_limit_of_each_dtype():
+    dense = tiny_bert()
+    models = {"d": dense, "t": convert_ffn_to_fff(dense, "1x2"), "n": convert_ffn_to_fff(dense, "none")}
+    assert bench.limits(models) == dict.fromkeys("dtn", "n")
+    mixed = convert_ffn_to_fff(dense, {0: "none", 1: "1x2"})
+    assert bench.limits({"d": dense, "m": mixed}) == {}
+    other = tiny_bert().to(torch.bfloat16)
+    assert bench.limits({**models, "b": other}) == dict.fromkeys("dtn", "n")
+    timing = bench.Timing("w", 1, {"d": 4.0, "t": 2.0, "n": 1.0})
+    assert timing.shares(bench.limits(models)) == {"d": 0.25, "t": 0.5, "n": 1.0} and timing.shares({}) == {}
+
+
+def test_random_models():
+    models = bench.random_models(
+        "bert-tiny", ["dense", "1x3", "none"], {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    )
+    assert list(models) == [f"{k} {d}" for d in ("float32", "bfloat16") for k in ("dense", "1x3", "none")]
+    for name, model in models.items():
+        assert all(p.dtype == getattr(torch, name.split()[1]) for p in model.parameters()) and not model.training
+    with pytest.raises(ValueError, match="size 'bert-huge' is not known"):
+        bench.random_models("bert-huge", ["dense"], {})
+
+
+def test_neurons_that_are_visited():
+    model = convert_ffn_to_fff(tiny_bert(), "2x3").eval()
+    work = bench.random_ids(1, 1, 100)
+    assert bench.visited(model, work) == [8] * len(model.config.fff_layers)  # one token: a path in each tree
+    more = bench.visited(model, bench.random_ids(4, 8, 100))
+    assert all(8 < count <= 30 for count in more)
+    assert bench.visited(tiny_bert(), work) == []
+
+
 @pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForQuestionAnswering"])
 def test_models_are_loaded_with_their_heads(tmp_path, head):
     dense = tiny_bert(HEADS[head])
@@ -143,14 +175,40 @@ def test_the_command(folders, tmp_path):
     assert result.exit_code == 0 and "1.00x" in result.stdout and "microseconds a token" in result.stdout
 
 
+def test_the_command_with_a_size(tmp_path):
+    import csv
+
+    files = tmp_path / "a.csv", tmp_path / "a.png"
+    options = ("--fff", "1x3,none", "--dtype", "float32,bfloat16", "--batch", "1x3", "--rounds", 3)
+    result = run("bench", "model", "--size", "bert-tiny", *options, "--csv", files[0], "--plot", files[1], "--json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["rows"]
+    assert list(row["seconds"]) == [f"{k} {d}" for d in ("float32", "bfloat16") for k in ("dense", "1x3", "none")]
+    assert set(json.loads(result.stdout)["visited"]) == {"workload", "1x3 float32", "1x3 bfloat16"}
+    assert row["shares"]["none float32"] == row["shares"]["none bfloat16"] == 1
+    lines = {line["model"]: line for line in csv.DictReader(files[0].open())}
+    seconds = row["seconds"]["1x3 float32"]
+    assert float(lines["1x3 float32"]["milliseconds"]) == pytest.approx(1e3 * seconds / 4)  # four batches a call
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
 WRONG = {
     "shape": (["--batch", "1x0"], 2, "'1x0' is not a list of ROWSxTOKENS"),
     "rows alone": (["--batch", "32"], 2, "'32' is not a list of ROWSxTOKENS"),
     "shape of text": (["--batch", "1x4", "--text", "{0}/text.txt"], 2, "is not a list of numbers of rows"),
-    "text": (["--batch", "1", "--text", "{0}/nowhere.txt"], 1, "nowhere.txt"),
+    "text": (["--batch", "1", "--text", "{0}/nowhere.txt"], 2, "nowhere.txt"),
     "device": (["--device", "abacus"], 2, "'abacus' is no device"),
-    "length": (["--batch", "1x65"], 1, "takes at most 64"),
-    "model": (["{0}"], 1, "is no model"),
+    "length": (["--batch", "1x65"], 2, "takes at most 64"),
+    "model": (["{0}"], 2, "is no model"),
+    "folders and a size": (["--size", "bert-tiny"], 2, "one of the two"),
+    "plot": (["--plot", "a.doc"], 2, "must end in one of"),
+}
+ALONE = {
+    "neither": ([], "give model folders, or --size"),
+    "size": (["--size", "bert-huge"], "size 'bert-huge' is not known (allowed: bert-tiny"),
+    "kind": (["--size", "bert-tiny", "--fff", "8y8"], "KxD"),
+    "dtype": (["--size", "bert-tiny", "--dtype", "int4"], "'int4' is not known (allowed: float32, bfloat16)"),
+    "text": (["--size", "bert-tiny", "--text", "a.txt", "--batch", "1"], "needs a model's tokenizer"),
 }
 
 
@@ -159,3 +217,10 @@ def test_the_command_used_wrongly(folders, tmp_path, name):
     options, exit_code, message = WRONG[name]
     result = run("bench", "model", *folders, *(option.format(tmp_path) for option in options))
     assert result.exit_code == exit_code and message in unwrapped(result.stderr), result.output
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_command_without_folders_used_wrongly(name):
+    options, message = ALONE[name]
+    result = run("bench", "model", *options)
+    assert result.exit_code == 2 and message in unwrapped(result.stderr), result.output

@@ -17,10 +17,34 @@ def test_candidates_take_turns():
     assert turns == ["a", "b"] * 5
 
 
-def test_the_median_is_returned(monkeypatch):
-    clock = iter([0.0, 1.0, *[t for i, d in enumerate((5.0, 1.0, 9.0)) for t in (10.0 * i, 10.0 * i + d)]])
+def test_the_median_is_returned():
+    taken = iter([50.0, 1.0, 5.0, 1.0, 9.0])  # the first two are no turns
+    assert timing.turns({"a": lambda calls: next(taken)}, rounds=3, seconds=1.0) == {"a": 5.0}
+
+
+def test_a_call_is_timed_from_outside(monkeypatch):
+    clock = iter([0.0, 4.0, 10.0, 11.0, 0.0, *(t for _ in range(3) for t in (20.0, 26.0))])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    assert timing.interleaved({"a": lambda: None}, rounds=3, seconds=1.0) == {"a": 5.0}
+    assert timing.interleaved({"a": lambda: None}, rounds=3, seconds=2.0) == {"a": 3.0}  # two calls a turn
+
+
+def test_what_comes_before_a_turn_is_off_the_clock():
+    told = []
+    timing.turns(
+        {k: lambda calls, k=k: told.append(k) or 1.0 for k in "ab"}, rounds=4, before=lambda k: told.append(k.upper())
+    )
+    assert "".join(told) == "AaaBbb" + 4 * "AaBb"
+
+
+def test_the_limit_ends_the_rounds_but_not_before_three(monkeypatch):
+    seconds = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(seconds))  # a second passes at each look
+    calls = []
+    timing.turns({"a": lambda n: calls.append(n) or 1.0}, rounds=20, limit=0.0)
+    assert len(calls) == 2 + timing.FEWEST
+    calls.clear()
+    timing.turns({"a": lambda n: calls.append(n) or 1.0}, rounds=20, limit=3.5)
+    assert len(calls) == 2 + timing.FEWEST + 3  # looked at before the fourth and each after it: 1, 2, 3, 4 s
 
 
 def test_summary_and_report():

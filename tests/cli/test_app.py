@@ -14,7 +14,7 @@ from tiny import outputs, same, tiny_inputs
 from transformers import AutoModel, AutoModelForSequenceClassification, FNetConfig
 
 from hf_fff import __version__, convert_ffn_to_fff, ops
-from hf_fff.bench import layer, machine
+from hf_fff.bench import machine
 from hf_fff.cli import env as env_command
 from hf_fff.ops import loader
 
@@ -417,44 +417,6 @@ def test_build_says_what_the_compiler_said(tmp_path, monkeypatch):
     told = json.loads(run("build", "--json").stdout)
     assert not told["loaded"] and told["path"] is None and message in told["reason"]
     assert not list(tmp_path.rglob("*.so"))
-
-
-def test_bench_layer():
-    options = ("--fff", "2x3", "--hidden-size", 16, "--tokens", "1,5", "--rounds", 3)
-    result = json.loads(run("bench", "layer", *options, "--json").stdout)
-    assert [row["tokens"] for row in result["rows"]] == [1, 5] and result["fff"] == "2x3" and result["cpu"]
-    table = run("bench", "layer", *options, "--no-backward")
-    assert table.exit_code == 0 and "microseconds" in table.stdout
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("--tokens", v) for v in ("1,x", "0", "", "1,,2", "-3")]
-    + [("--fff", "2y3"), ("--hidden-size", "0"), ("--rounds", "2")],
-)
-def test_bench_layer_used_wrongly(monkeypatch, option, value):
-    monkeypatch.setattr(layer, "bench_layer", lambda *a, **k: pytest.fail("timed"))
-    result = run("bench", "layer", option, value)
-    assert result.exit_code == 2 and option in unwrapped(result.stderr) and result.stdout == ""
-
-
-def test_bench_layer_that_is_wrong(monkeypatch):
-    honest = ops.fff_train
-    monkeypatch.setattr(ops, "fff_train", lambda *a: (honest(*a)[0] + 1, *honest(*a)[1:]))
-    result = run("bench", "layer", "--fff", "2x3", "--hidden-size", 16, "--tokens", 4, "--json")
-    assert result.exit_code == 1 and "output is wrong" in result.stderr and result.stdout == ""
-
-
-def test_the_table_of_the_benchmark(monkeypatch):
-    """Numbers fit into 80 columns, and what was not measured is no number."""
-    rows = [
-        layer.Row(4096, 111111.4, 22222.2, 33333.0, 4444.0, 555555.0, 66.66, 7.777),
-        layer.Row(1, 20.0, 10.0, None, None, None, None, None),
-    ]
-    monkeypatch.setattr(layer, "bench_layer", lambda *a, **k: rows)
-    lines = [line.split() for line in run("bench", "layer").stdout.splitlines()]
-    assert "4096 111111 22222 5.0x 33333 4444 7.5x 555555 66.7 8334x 7.78".split() in lines
-    assert "1 20 10 2.0x - - - - - - -".split() in lines
 
 
 def test_convert_says_what_a_calibration_lacks(model, text, tmp_path):

@@ -258,7 +258,7 @@ def test_choose_without_data(dense, tmp_path):
 
 
 def test_a_plot_without_matplotlib(dense, data, tmp_path, monkeypatch):
-    from hf_fff.choosing import plot
+    from hf_fff.bench import plot
 
     monkeypatch.setattr(plot, "find_spec", lambda name: None)
     result = choose(dense, tmp_path / "fast", data, "--plot", tmp_path / "a.png")

@@ -100,6 +100,7 @@ BAD_CALLS = {
     "env": [(("--frobnicate",), "--frobnicate")],
     "build": [(("--output",), "--output")],
     "bench layer": [(("--fff", "2y3"), "--fff"), (("--tokens", "0"), "--tokens")],
+    "bench scaling": [(("--threads", "0"), "--threads"), (("--sizes", "nowhere"), "--sizes")],
     "bench model": [
         (("{tmp}/nowhere",), "there is no folder"),
         (("{model}", "--text", "{tmp}/empty.txt", "--batch", "1"), "has no text in it"),

@@ -1,0 +1,344 @@
+"""The pages of docs/results that tell how fast this is on a CPU, from the JSON that the commands wrote.
+
+python -m hf_fff.bench.page docs/results
+
+For each of cpu-layer.json, cpu-scaling.json and cpu-model.json in the folder it writes a page and a picture; what is measured with trained
+weights is in files of its own, cpu-layer-*.json.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import atomic_file
+from .plot import plot
+
+PAPER_CLAIM = 4095 / 12  # arXiv 2311.10770: 1x11 against a dense layer of as many neurons
+GOALS = {"1x11": 0.95, "8x8": 0.85}  # of the speed of a model without feedforward networks
+_BUSY = 0.25  # cores that others used: the figure is marked
+
+Told = Mapping[str, Any]
+
+
+def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of Markdown, with an empty one behind."""
+    return [f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *rows)] + [""]
+
+
+def machine_of(told: Told, command: str) -> list[str]:
+    """What stands beside the figures: command, machine, versions, date, load."""
+    caches = ", ".join(f"{name} {size}" for name, size in told["caches"].items())
+    load = told["load"]
+    return [
+        f"`{command}`. Machine: {told['cpu']}, {told['cores']} cores, {told['isa']}, caches {caches}; torch {told['torch']}, "
+        f"transformers {told['transformers']}, Python {told['python']}, hf_fff {told['hf_fff']}; {told['date']}. "
+        f"Load average {load['before']} before and {load['after']} after; the machine is shared, and other processes used up to "
+        f"{load['others']} cores while a figure was measured. A star marks figures during which they used more than {_BUSY}. It took {told['seconds']} s, waiting left out.",
+        "",
+    ]
+
+
+def star(row: Told) -> str:
+    return " *" if (row["others"] or 0) > _BUSY else ""
+
+
+def micro(value: float) -> str:
+    if value < 1000:
+        return f"{value:.3g} µs"
+    return f"{value / 1000:.3g} ms" if value < 1e6 else f"{value / 1e6:.3g} s"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+
+
+def grid(rows: Sequence[Told], first: Sequence[str], cell: Callable[[Told], str]) -> list[str]:
+    """A table with a column for each number of tokens; ``first`` names the fields that tell its lines apart."""
+    tokens = sorted({row["tokens"] for row in rows})
+    lines: dict[tuple[Any, ...], dict[int, str]] = {}
+    for row in rows:
+        lines.setdefault(tuple(row[name] for name in first), {})[row["tokens"]] = cell(row) + star(row)
+    names = [*(name.replace("_", " ") for name in first), *(f"{t} token{'s' * (t > 1)}" for t in tokens)]
+    return table(names, ([*map(str, key), *(of.get(t, "-") for t in tokens)] for key, of in lines.items()))
+
+
+def layer_page(told: Told, trained: Sequence[Told]) -> list[str]:
+    rows = told["rows"]
+    best = [{**row, "best": row["loop"] or row["forward"]} for row in rows]
+    looped = [row for row in best if row["loop"]]
+    size = ("fff", "dtype", "threads")
+    hidden = ", ".join(str(h) for h in sorted({row["hidden_size"] for row in rows}))
+    others = [n for n in rows[0]["forward"] if n not in ("fff", "dense", "torch")]
+    lines = [
+        "# How fast a layer is on a CPU",
+        "",
+        *machine_of(told, "hf-fff bench layer"),
+        f"Hidden size {hidden}. *dense* is torch's Linear-GELU-Linear of as many neurons as the FFF has in all; *torch* is the same FFF "
+        "gathered row by row in PyTorch. Random weights and inputs, the worst case for caches: every path is as likely as any other. "
+        "All candidates and numbers of threads of a cell took turns in one process, medians, outputs and gradients checked first.",
+        "",
+        "![times as fast as the dense layer, over tokens](cpu-layer.png)",
+        "",
+        "## The operation",
+        "",
+        "In a loop inside the library, without Python around the call (the dense layer too): time a call, and how many times as fast "
+        "as dense.",
+        "",
+        *grid(looped, size, lambda r: f"{micro(r['loop']['fff'])}, {times(r['loop']['dense'] / r['loop']['fff'])}"),
+        *_overhead(looped),
+        "## A call from Python",
+        "",
+        f"`FFF(x)`: time, and how many times as fast as *dense* / *torch*{''.join(f' / *{n}*' for n in others)}.",
+        "",
+        *grid(
+            rows,
+            size,
+            lambda r: (
+                f"{micro(r['forward']['fff'])}, "
+                + " / ".join(times(r["forward"][n] / r["forward"]["fff"]) for n in ("dense", "torch", *others))
+            ),
+        ),
+    ]
+    if backward := [row for row in rows if row["backward"]]:
+        lines += [
+            "## Backward",
+            "",
+            "All gradients: time, and how many times as fast as the backward pass of *dense* / of a dense layer with a mask, which is how "
+            "the reference code trains / of *torch*; after the semicolon with the routing gradient, against *dense*.",
+            "",
+            *grid(backward, size, _backward_cell),
+        ]
+    if told["threads_faster"]:
+        lines += [
+            "## More threads",
+            "",
+            "How many times as fast as with the fewest threads: the FFF, and in brackets the dense layer.",
+            "",
+            *grid(
+                [{**row, "others": 0} for row in told["threads_faster"]],
+                ("fff", "dtype", "threads"),
+                lambda r: f"{r['faster']:.2f}x ({r['dense']:.2f}x)",
+            ),
+        ]
+    if trained:
+        lines += [
+            "## Trained weights",
+            "",
+            "A layer of a calibrated MiniLM on the hidden states that it meets in everyday sentences it was not calibrated on, beside the same "
+            "shape with random weights and inputs; the operation in a loop: time a call, times as fast as dense, and the neurons that "
+            "the tokens of a call visit together.",
+            "",
+            *grid(
+                [{**row, "best": row["loop"] or row["forward"]} for of in trained for row in of["rows"]],
+                ("fff", "hidden_size", "weights", "dtype", "threads"),
+                lambda r: f"{micro(r['best']['fff'])}, {times(r['best']['dense'] / r['best']['fff'])}, {r['visited']}",
+            ),
+        ]
+    return lines
+
+
+def _overhead(rows: Sequence[Told]) -> list[str]:
+    single = [row["overhead"] for row in rows if row["tokens"] == 1]
+    if not single:
+        return []
+    return [
+        f"Around it, a call of `FFF(x)` from Python costs {min(single):.1f} to {max(single):.1f} µs more (at one token).",
+        "",
+    ]
+
+
+def _backward_cell(row: Told) -> str:
+    b = row["backward"]
+    ratios = " / ".join(times(b[name] / b["fff"]) for name in ("dense", "masked", "torch"))
+    return f"{micro(b['fff'])}, {ratios}; {times(b['dense'] / b['routing'])}"
+
+
+def scaling_page(told: Told) -> list[str]:
+    rows = told["rows"]
+    threads = sorted({row["threads"] for row in rows})
+    lines = [
+        "# How the speedup grows with the layer",
+        "",
+        *machine_of(told, "hf-fff bench scaling"),
+        "One layer, float32, the dense feedforward network of a model's size against the deepest single tree with at most as many neurons, "
+        "random weights and inputs, in loops inside the library, by turns, medians. *paper* is what the paper compares: 1x11 at "
+        "BERT-base's hidden size against a dense layer of as many neurons, 4095.",
+        "",
+        "*Theory* is the neurons of the dense layer over those that a token uses. *Memory permits* is the speedup that the FFF would have if "
+        "it did nothing but read the rows that the tokens of a call visit, their inputs, and write the outputs, as fast as "
+        "torch reads the whole tree's weights one after the other (`torch.sum` or `torch.mv`, the faster of them, measured in the same run); it can be "
+        "exceeded where the rows of few tokens stay in a nearer cache than the whole tree does.",
+        "",
+        "![speedup over hidden size](cpu-scaling.png)",
+        "",
+        "## Does the paper's 341x hold?",
+        "",
+        *claim(rows),
+    ]
+    for n in threads:
+        lines += [
+            f"## {n} thread{'s' * (n > 1)}",
+            "",
+            *table(
+                [
+                    "size",
+                    "dense",
+                    "tree",
+                    "tokens",
+                    "dense layer",
+                    "FFF",
+                    "measured",
+                    "theory",
+                    "memory permits",
+                    "GB/s",
+                ],
+                (
+                    [
+                        r["name"],
+                        f"{r['hidden_size']}/{r['inner']}",
+                        r["fff"],
+                        str(r["tokens"]),
+                        micro(r["dense"]),
+                        micro(r["measured"]),
+                        times(r["speedup"]) + star(r),
+                        times(r["theory"]),
+                        times(r["roofline"]),
+                        f"{r['bandwidth']:.0f}",
+                    ]
+                    for r in rows
+                    if r["threads"] == n
+                ),
+            ),
+        ]
+    lines += [f"{name} was skipped: {why}.\n" for name, why in told["skipped"].items()]
+    sizes = sorted({b["mb"] for b in told["bandwidth"]})
+    found = {(b["mb"], b["threads"]): b for b in told["bandwidth"]}
+    lines += [
+        "## The machine's memory",
+        "",
+        "GB/s at which torch reads a buffer of that size from one end to the other, again and again; small ones include the start of "
+        "the threads.",
+        "",
+        *table(
+            ["threads", *(f"{mb} MB" for mb in sizes)],
+            ([str(n), *(f"{found[mb, n]['gb_per_second']:.0f}{star(found[mb, n])}" for mb in sizes)] for n in threads),
+        ),
+    ]
+    return lines
+
+
+def claim(rows: Sequence[Told]) -> list[str]:
+    """Says whether the paper's factor is reached at BERT-base's size, and where."""
+    of = [row for row in rows if row["name"] == "paper"]
+    if not of:
+        return ["Its size was not measured in this run.", ""]
+
+    def at(row: Told) -> str:
+        return (
+            f"{row['tokens']} token{'s' * (row['tokens'] > 1)} on {row['threads']} thread{'s' * (row['threads'] > 1)}"
+        )
+
+    def told(some: Sequence[Told]) -> str:
+        return ", ".join(f"{times(row['speedup'])} at {at(row)}{star(row)}" for row in some)
+
+    reached = [row for row in of if row["speedup"] >= PAPER_CLAIM]
+    missed = [row for row in of if row["speedup"] < PAPER_CLAIM]
+    lines = [
+        f"{PAPER_CLAIM:.0f}x is the ratio of neurons, 4095 / 12. Measured at BERT-base's size (768, 1x11 against 4095 neurons):"
+    ]
+    if not reached:
+        lines += [f"**it is reached nowhere**: {told(missed)}."]
+    elif not missed:
+        lines += [f"**it is reached everywhere**: {told(reached)}."]
+    else:
+        lines += [f"**it is reached** with {told(reached)}; **it is not** with {told(missed)}."]
+    beyond = [row for row in rows if row["name"] != "paper" and row["speedup"] >= PAPER_CLAIM]
+    if beyond:
+        where = ", ".join(
+            f"{row['name']} ({row['fff']}) {times(row['speedup'])} at {at(row)}{star(row)}" for row in beyond
+        )
+        lines += [f"Of the other sizes, these exceed {PAPER_CLAIM:.0f}x: {where}."]
+    lines += [
+        "The more tokens a call has, the better a dense layer uses each weight that it reads, and the further the speedup falls below the ratio."
+    ]
+    return [*lines, ""]
+
+
+def model_page(told: Told) -> list[str]:
+    rows, names = told["rows"], list(told["rows"][0]["seconds"])
+    lines = [
+        f"# How fast a model is on a CPU: {told['size']} in PyTorch",
+        "",
+        *machine_of(told, "hf-fff bench model"),
+        f"{told['threads']} threads, random weights and ids, models by turns, medians. *none* has no feedforward networks, which is the limit: nothing in "
+        "their place can be faster. A cell: milliseconds a batch, times as fast as the first line, share of the speed of *none* in the same dtype.",
+        "",
+        "![times as fast as the dense model](cpu-model.png)",
+        "",
+        *table(
+            ["model", *(row["workload"] + star(row) for row in rows)],
+            ([name, *(_model_cell(row, name) for row in rows)] for name in names),
+        ),
+        "## Share of the limit's speed",
+        "",
+        *table(
+            ["model", "goal", *(row["workload"] for row in rows), "reached"],
+            (_goal(name, goal, rows) for name in names for kind, goal in GOALS.items() if name.split()[0] == kind),
+        ),
+    ]
+    workload, neurons = told["visited"]["workload"], {k: v for k, v in told["visited"].items() if k != "workload"}
+    if neurons:
+        between = "; ".join(f"{name} {min(counts)} to {max(counts)}" for name, counts in neurons.items())
+        lines += [
+            f"Neurons that a batch of {workload} uses in a layer: {between}. Tokens of a model with random weights resemble each other more than "
+            "independent random inputs do, so the layers' pages are the harder test of the caches.",
+            "",
+        ]
+    return lines
+
+
+def _model_cell(row: Told, name: str) -> str:
+    rows, _, length = row["workload"].partition("x")
+    milliseconds = 1e3 * row["seconds"][name] * int(rows) * int(length) / row["tokens"]
+    share = f", {100 * row['shares'][name]:.0f} %" if name in row["shares"] else ""
+    return f"{milliseconds:.3g} ms, {1 / row['ratios'][name]:.2f}x{share}"
+
+
+def _goal(name: str, goal: float, rows: Sequence[Told]) -> list[str]:
+    shares = [row["shares"].get(name, float("nan")) for row in rows]
+    reached = [row["workload"] for row, share in zip(rows, shares, strict=True) if share >= goal]
+    where = "everywhere" if len(reached) == len(rows) else "at " + ", ".join(reached) if reached else "nowhere"
+    return [name, f"{100 * goal:.0f} %", *(f"{100 * share:.0f} %" for share in shares), where]
+
+
+def write_pages(folder: Path) -> list[Path]:
+    """Writes the pages and pictures of all measurements in ``folder``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cpu-*.json"))}
+    pages: dict[str, Callable[[Told], list[str]]] = {
+        "cpu-layer": lambda told: layer_page(told, [read[name] for name in read if name.startswith("cpu-layer-")]),
+        "cpu-scaling": scaling_page,
+        "cpu-model": model_page,
+    }
+    written = []
+    for name in read.keys() & pages.keys():
+        page = folder / f"{name}.md"
+        plot(read[name], page.with_suffix(".png"))
+        source = f"Made by `python -m hf_fff.bench.page` from `{name}.json`, which `make bench` writes."
+        lines = pages[name](read[name])
+        with atomic_file(page) as path:
+            path.write_text("\n".join([*lines[:2], source, "", *lines[2:]]).rstrip() + "\n", encoding="utf-8")
+        written.append(page)
+    if not written:
+        raise FileNotFoundError(f"{folder} has no cpu-layer.json, cpu-scaling.json or cpu-model.json")
+    return sorted(written)
+
+
+if __name__ == "__main__":
+    for page in write_pages(Path(sys.argv[1])):
+        print(page)

@@ -1,0 +1,121 @@
+"""Pages and pictures from the JSON of measurements, and what they say of the paper's claim."""
+
+import json
+
+import pytest
+
+from hf_fff.bench import page, plot
+
+MACHINE = {
+    "cpu": "Some CPU", "cores": 2, "threads": 2, "isa": "avx512", "caches": {"L1": "48K"}, "torch": "2.13", "transformers": "5",
+    "python": "3.11", "hf_fff": "0", "date": "a day", "load": {"before": 0.1, "after": 0.2, "others": 0.3}, "seconds": 77,
+}  # fmt: skip
+
+
+def layer_row(threads, tokens, loop=True, others=0.0, weights="random"):
+    times = {"fff": 10.0, "dense": 2000.0, "torch": 300.0, "dense:3072": 1500.0}
+    return {
+        "fff": "1x11", "hidden_size": 768, "dtype": "float32", "weights": weights, "threads": threads, "tokens": tokens, "visited": 12,
+        "nodes": 4095, "forward": times, "loop": {"fff": 5.0, "dense": 1900.0} if loop else {}, "overhead": 5.0 if loop else None,
+        "backward": {"fff": 10.0, "dense": 20.0, "masked": 30.0, "torch": 4.0, "routing": 40.0}, "others": others,
+    }  # fmt: skip
+
+
+def scaling_row(name, threads, tokens, speedup, others=0.0):
+    return {
+        "name": name, "hidden_size": 768, "inner": 4095, "fff": "1x11", "threads": threads, "tokens": tokens, "dense": 1e6,
+        "measured": 1e6 / speedup, "visited": 12, "bandwidth": 25.0, "others": others, "speedup": speedup, "theory": 341.25, "roofline": 500.0,
+    }  # fmt: skip
+
+
+LAYER = {
+    **MACHINE,
+    "command": "layer",
+    "rows": [layer_row(1, 1), layer_row(2, 1, others=1.2), layer_row(1, 8, loop=False)],
+    "threads_faster": [
+        {"fff": "1x11", "hidden_size": 768, "dtype": "float32", "weights": "random", "tokens": 1, "threads": "1 -> 2", "faster": 1.9, "dense": 1.5}
+    ],
+}  # fmt: skip
+SCALING = {
+    **MACHINE,
+    "command": "scaling",
+    "rows": [
+        scaling_row("paper", 1, 1, 534.0),
+        scaling_row("paper", 1, 8, 178.0, 1.0),
+        scaling_row("gpt-3", 1, 1, 900.0),
+    ],
+    "bandwidth": [{"mb": 4, "threads": 1, "gb_per_second": 26.0, "others": 0.0}],
+    "skipped": {"gpt-4": "needs much"},
+}
+MODEL = {
+    **MACHINE,
+    "command": "model",
+    "size": "bert-base",
+    "visited": {"workload": "1x16", "8x8 float32": [700, 900, 800]},
+    "rows": [
+        {
+            "workload": "1x16", "tokens": 64, "others": 0.0, "seconds": {"dense float32": 0.4, "8x8 float32": 0.2, "none float32": 0.18},
+            "ratios": {"dense float32": 1.0, "8x8 float32": 0.5, "none float32": 0.45},
+            "shares": {"dense float32": 0.45, "8x8 float32": 0.9, "none float32": 1.0},
+        }
+    ],
+}  # fmt: skip
+
+
+def test_pages(tmp_path):
+    for name, told in (("layer", LAYER), ("scaling", SCALING), ("model", MODEL)):
+        (tmp_path / f"cpu-{name}.json").write_text(json.dumps(told))
+    trained = {**LAYER, "rows": [layer_row(1, 1, weights="layer 3 of m")]}
+    (tmp_path / "cpu-layer-m.json").write_text(json.dumps(trained))
+    written = page.write_pages(tmp_path)
+    assert [p.name for p in written] == ["cpu-layer.md", "cpu-model.md", "cpu-scaling.md"]
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".md", ".png"}
+    layer, model, scaling = (p.read_text() for p in written)
+    for text in (layer, model, scaling):
+        assert "Some CPU, 2 cores" in text and "a day" in text and "up to 0.3 cores" in text and "77 s" in text
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        assert lines and "" in text.splitlines()
+    assert "| 1x11 | float32 | 2 | 5 µs, 380x * |" in layer  # disturbed
+    assert "| 1x11 | float32 | 1 | 10 µs, 200x / 30x / 150x | 10 µs, 200x / 30x / 150x |" in layer
+    assert "10 µs, 2.0x / 3.0x / 0.4x; 0.5x" in layer and "1.90x (1.50x)" in layer and "layer 3 of m" in layer
+    assert "costs 5.0 to 5.0 µs more" in layer
+    assert "| 8x8 float32 | 50 ms, 2.00x, 90 % |" in model and "| 8x8 float32 | 85 % | 90 % | everywhere |" in model
+    assert "a batch of 1x16 uses in a layer: 8x8 float32 700 to 900." in model
+    assert "gpt-4 was skipped: needs much." in scaling and "| 1 | 26 |" in scaling
+
+
+def test_remaking_a_page_changes_nothing(tmp_path):
+    (tmp_path / "cpu-model.json").write_text(json.dumps(MODEL))
+    (first,) = page.write_pages(tmp_path)
+    before = first.read_bytes()
+    page.write_pages(tmp_path)
+    assert first.read_bytes() == before
+
+
+def test_nothing_to_make_a_page_of(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no cpu-layer.json"):
+        page.write_pages(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("speedups", "said"),
+    [
+        ({1: 534.0, 8: 178.0}, "**it is reached** with 534x at 1 token on 1 thread; **it is not** with 178x at 8 tokens on 1 thread."),
+        ({1: 222.0}, "**it is reached nowhere**: 222x at 1 token on 1 thread."),
+        ({1: 341.25, 8: 400.0}, "**it is reached everywhere**: 341x at 1 token on 1 thread, 400x at 8 tokens on 1 thread."),
+    ],
+)  # fmt: skip
+def test_the_claim(speedups, said):
+    text = "\n".join(page.claim([scaling_row("paper", 1, tokens, x) for tokens, x in speedups.items()]))
+    assert said in text and "4095 / 12" in text
+
+
+def test_the_claim_elsewhere_and_unmeasured():
+    rows = [scaling_row("paper", 2, 1, 200.0), scaling_row("gpt-3", 2, 1, 900.0), scaling_row("bert-tiny", 2, 1, 50.0)]
+    text = "\n".join(page.claim(rows))
+    assert "these exceed 341x: gpt-3 (1x11) 900x at 1 token on 2 threads." in text and "bert-tiny" not in text
+    assert "not measured" in page.claim(rows[1:])[0]
+
+
+def test_csv_lines():
+    assert plot.csv_lines([{"a": 1, "b": None}, {"a": 2, "c": "x"}]) == [["a", "b", "c"], ["1", "", ""], ["2", "", "x"]]
