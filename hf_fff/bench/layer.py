@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..config import FFFConfig
-from ..layers import FFF
+from ..layers import FFF, PackedFFF
 from ..ops import loader, torch_backend
 from .load import Patience
 from .model import load_model
@@ -68,7 +68,7 @@ class Layer:
 @dataclass(frozen=True)
 class Row:
     """Microseconds a call of each candidate. ``fff`` is what is measured, ``dense`` has as many neurons, ``torch`` is the same FFF
-    gathered row by row in PyTorch; in ``backward`` (all gradients) ``masked`` is how the reference code trains, the dense
+    gathered row by row in PyTorch, ``int8 rows`` and ``bf16 rows`` (of a float32 layer) are packed ones; in ``backward`` (all gradients) ``masked`` is how the reference code trains, the dense
     layer with a mask, and ``routing`` is the FFF with the routing gradient.
 
     ``forward`` and ``backward`` are called from Python, ``loop`` runs inside a library (empty where it cannot).
@@ -187,8 +187,21 @@ def dense_layer(fff: FFF, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(h, width, dtype=dtype), nn.GELU(), nn.Linear(width, h, dtype=dtype))
 
 
+def packed_layers(fff: FFF) -> dict[str, PackedFFF]:
+    """A float32 layer with rows of fewer bytes, where the kernels are there."""
+    if fff.weight_in.dtype != torch.float32 or ops.backend() != "native":
+        return {}
+    return {f"{rows} rows": PackedFFF.of(fff, rows) for rows in ops.ROWS}
+
+
 def time_loops(
-    fff: FFF, dense: Mapping[str, nn.Sequential], inputs: Tensor, threads: Sequence[int], rounds: int, limit: float
+    fff: FFF,
+    dense: Mapping[str, nn.Sequential],
+    inputs: Tensor,
+    threads: Sequence[int],
+    rounds: int,
+    limit: float,
+    packed: Mapping[str, PackedFFF] | None = None,
 ) -> dict[Key, float]:
     """Median seconds of the bare operations, in a loop inside a library, without Python around the call; empty where that library
     cannot be had or does not know the dtype or the activation."""
@@ -200,6 +213,8 @@ def time_loops(
     loops: dict[str, Callable[[int], float]] = {
         "fff": lambda repeats: bench.fff_loop(inputs, *weights, fff.n_trees, c.depth, max(repeats, 3))
     }
+    for name, copy_ in (packed or {}).items():
+        loops[name] = partial(bench.fff_packed_loop, inputs, copy_.packed)
     for name, layer in dense.items():
         parts = (layer[0].weight, layer[0].bias, layer[2].weight, layer[2].bias)
         loops[name] = partial(bench.dense_loop, inputs, *parts)
@@ -223,9 +238,11 @@ class _Cell:
         backward: bool,
         rounds: int,
     ) -> None:
-        self.layer, self.dense, self.tokens, self.threads, self.rounds = layer, dense, tokens, threads, rounds
+        self.layer, self.dense, self.tokens, self.threads, self.rounds = layer, dict(dense), tokens, threads, rounds
         self.inputs = layer.inputs(tokens)
         self.visited = check_outputs(layer.fff, self.inputs[0])
+        self.packed = packed_layers(layer.fff)
+        check_packed(layer.fff, self.packed, self.inputs[0])
         self.backwards = _backwards(layer.fff, dense[DENSE], self.inputs[0]) if backward else {}
 
     def measure(self) -> dict[str, dict[Key, float]]:
@@ -237,17 +254,16 @@ class _Cell:
             turn[0] = (turn[0] + 1) % len(self.inputs)
             return self.inputs[turn[0]]
 
-        # Packed copies of the rows (int8, bfloat16), where a layer can have them, would stand here as candidates of their own.
         calls: dict[str, Callable[[], object]] = {
             "fff": partial(_on_next, fff, x),
             "torch": lambda: torch_backend.fff(x(), *weights, fff.n_trees, fff.config.activation),
-            **{name: partial(_on_next, layer, x) for name, layer in self.dense.items()},
+            **{name: partial(_on_next, layer, x) for name, layer in (self.packed | self.dense).items()},
         }
         # Whoever follows a dense layer finds a cold cache: in random order, everybody does as often.
         options: dict[str, Any] = {"limit": _LIMIT, "before": set_threads, "order": random.Random(0)}
         return {
             "forward": interleaved(self._by_threads(calls), rounds=self.rounds, **options),
-            "loop": time_loops(fff, self.dense, self.inputs, self.threads, self.rounds, _LIMIT),
+            "loop": time_loops(fff, self.dense, self.inputs, self.threads, self.rounds, _LIMIT, self.packed),
             "backward": interleaved(self._by_threads(self.backwards), rounds=max(3, self.rounds // 3), **options),
         }
 
@@ -298,6 +314,21 @@ def check_outputs(fff: FFF, x: Tensor) -> int:
     if wrong_turns.any() or not near(y[some]).all() or not near(plain)[same].all() or not torch.equal(y, fff(x)):
         raise RuntimeError("the layer's output is wrong: nothing was timed")
     return int(rows.flatten().unique().numel())
+
+
+def check_packed(fff: FFF, packed: Mapping[str, PackedFFF], x: Tensor) -> None:
+    """Most tokens have nearly the same output as in the float32 layer; near ties some go another way.
+
+    Raises:
+        RuntimeError: that is not so.
+    """
+    y = fff(x)
+    for name, layer in packed.items():
+        error = ((layer(x) - y).norm(dim=-1) / y.norm(dim=-1).clamp_min(1e-30)).median()
+        if not error < 0.1:
+            raise RuntimeError(
+                f"the outputs of {name} are wrong (median relative error {error:.3f}): nothing was timed"
+            )
 
 
 def _backwards(fff: FFF, dense: nn.Sequential, x: Tensor) -> dict[str, Callable[[], object]]:

@@ -64,13 +64,32 @@ def grid(rows: Sequence[Told], first: Sequence[str], cell: Callable[[Told], str]
     return table(names, ([*map(str, key), *(of.get(t, "-") for t in tokens)] for key, of in lines.items()))
 
 
+def _packed(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Times of packed copies of the float32 layers, a line each."""
+    shown = [{**row, "rows": name} for name in names for row in rows if name in row["loop"]]
+    if not shown:
+        return []
+    return [
+        "## Packed rows",
+        "",
+        "The same, of layers packed by `hf_fff.optimize`, whose rows are int8 or bf16; inputs and outputs are float32.",
+        "",
+        *grid(
+            shown,
+            ("fff", "rows", "threads"),
+            lambda r: f"{micro(r['loop'][r['rows']])}, {times(r['loop']['dense'] / r['loop'][r['rows']])}",
+        ),
+    ]
+
+
 def layer_page(told: Told, trained: Sequence[Told]) -> list[str]:
     rows = told["rows"]
     best = [{**row, "best": row["loop"] or row["forward"]} for row in rows]
     looped = [row for row in best if row["loop"]]
     size = ("fff", "dtype", "threads")
     hidden = ", ".join(str(h) for h in sorted({row["hidden_size"] for row in rows}))
-    others = [n for n in rows[0]["forward"] if n not in ("fff", "dense", "torch")]
+    packed = [n for n in rows[0]["loop"] if n.endswith(" rows")]
+    others = [n for n in rows[0]["forward"] if n not in ("fff", "dense", "torch", *packed)]
     lines = [
         "# How fast a layer is on a CPU",
         "",
@@ -88,6 +107,7 @@ def layer_page(told: Told, trained: Sequence[Told]) -> list[str]:
         "",
         *grid(looped, size, lambda r: f"{micro(r['loop']['fff'])}, {times(r['loop']['dense'] / r['loop']['fff'])}"),
         *_overhead(looped),
+        *_packed(looped, packed),
         "## A call from Python",
         "",
         f"`FFF(x)`: time, and how many times as fast as *dense* / *torch*{''.join(f' / *{n}*' for n in others)}.",

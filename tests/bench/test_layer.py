@@ -26,14 +26,25 @@ def test_rows(dtype):
     assert {(row.fff, row.hidden_size, row.dtype, row.weights, row.nodes) for row in rows} == {
         ("2x3", 16, dtype, "random", 30)
     }
+    looped = ops.backend() == "native" and dtype == "float32"
+    passes = PASSES | {"forward": PASSES["forward"] | ({"int8 rows", "bf16 rows"} if looped else set())}
     for row in rows:
-        assert {name: set(getattr(row, name)) for name in PASSES} == PASSES
-        assert all(t > 0 for name in PASSES for t in getattr(row, name).values())
-        looped = ops.backend() == "native" and dtype == "float32"
-        assert set(row.loop) == (PASSES["forward"] - {"torch"} if looped else set())
+        assert {name: set(getattr(row, name)) for name in passes} == passes
+        assert all(t > 0 for name in passes for t in getattr(row, name).values())
+        assert set(row.loop) == (passes["forward"] - {"torch"} if looped else set())
         assert row.overhead == (pytest.approx(row.forward["fff"] - row.loop["fff"]) if looped else None)
         assert row.best == (row.loop or row.forward)
     assert json.loads(json.dumps(layer.as_records(rows)))[1]["tokens"] == 6
+
+
+@pytest.mark.skipif(ops.backend() != "native", reason="the native CPU kernel is not available")
+def test_wrong_packed_rows_are_not_timed():
+    measured, other = (layer.random_layer(FFFConfig(2, 3), 16).fff for _ in range(2))
+    x = torch.randn(50, 16)
+    with torch.no_grad():
+        layer.check_packed(measured, layer.packed_layers(measured), x)
+        with pytest.raises(RuntimeError, match="the outputs of int8 rows are wrong"):
+            layer.check_packed(measured, layer.packed_layers(other), x)
 
 
 def test_threads_take_turns(monkeypatch):

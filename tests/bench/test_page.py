@@ -16,7 +16,7 @@ def layer_row(threads, tokens, loop=True, others=0.0, weights="random"):
     times = {"fff": 10.0, "dense": 2000.0, "torch": 300.0, "dense:3072": 1500.0}
     return {
         "fff": "1x11", "hidden_size": 768, "dtype": "float32", "weights": weights, "threads": threads, "tokens": tokens, "visited": 12,
-        "nodes": 4095, "forward": times, "loop": {"fff": 5.0, "dense": 1900.0} if loop else {}, "overhead": 5.0 if loop else None,
+        "nodes": 4095, "forward": times, "loop": {"fff": 5.0, "dense": 1900.0, "int8 rows": 3.8} if loop else {}, "overhead": 5.0 if loop else None,
         "backward": {"fff": 10.0, "dense": 20.0, "masked": 30.0, "torch": 4.0, "routing": 40.0}, "others": others,
     }  # fmt: skip
 
@@ -76,6 +76,7 @@ def test_pages(tmp_path):
         lines = [line for line in text.splitlines() if line.startswith("|")]
         assert lines and "" in text.splitlines()
     assert "| 1x11 | float32 | 2 | 5 µs, 380x * |" in layer  # disturbed
+    assert "| 1x11 | int8 rows | 2 | 3.8 µs, 500x * |" in layer
     assert "| 1x11 | float32 | 1 | 10 µs, 200x / 30x / 150x | 10 µs, 200x / 30x / 150x |" in layer
     assert "10 µs, 2.0x / 3.0x / 0.4x; 0.5x" in layer and "1.90x (1.50x)" in layer and "layer 3 of m" in layer
     assert "costs 5.0 to 5.0 µs more" in layer
