@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import FORMAT_VERSION, FFFConfig, LayersLike, resolve_layers
 from ..files import atomic_files
-from ..layers import FeedforwardBlock, OutputBias, feedforward
+from ..layers import FeedforwardBlock, OutputBias, PackedFFF, feedforward
 from ..modes import evaluating
 from ..ops.torch_backend import activation_functions
 from .calibration import Calibration, calibrate_alone
@@ -68,9 +68,13 @@ def save_fff(module: nn.Module, folder: str | Path) -> None:
     """Saves a module that ``convert_ffn_to_fff(..., ffn=pattern)`` has made: its weights, and in ``fff.json`` what stands where.
 
     Raises:
-        ValueError: nothing in it is converted.
+        ValueError: nothing in it is converted, or it is packed.
     """
     blocks = {name: m for name, m in module.named_modules() if isinstance(m, FeedforwardBlock)}
+    if packed := [name for name, block in blocks.items() if isinstance(block.ffn, PackedFFF)]:
+        raise ValueError(
+            f"{packed[0]} is packed: save the module that was optimized, and optimize it again after loading"
+        )
     if not blocks:
         raise ValueError(
             f"no feedforward network of this {type(module).__name__} is converted: there is nothing to save"

@@ -11,7 +11,7 @@ import torch
 from tiny import HEADS, same, tiny_bert, tiny_model
 from torch import nn
 
-from hf_fff import Calibration, load_fff, save_fff
+from hf_fff import Calibration, load_fff, optimize, save_fff
 from hf_fff import convert_ffn_to_fff as convert_and_warn
 from hf_fff.layers import FFF, FeedforwardBlock
 
@@ -149,6 +149,13 @@ def test_what_cannot_be_saved_or_loaded(tmp_path):
         load_fff(
             nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"mlp": m.mlp}) for m in Model().layers)}), tmp_path
         )
+
+
+def test_packed_modules_are_not_saved(tmp_path):
+    fast = optimize(convert(Model(), ffn="layers.*.mlp"))
+    with pytest.raises(ValueError, match="is packed: save the module that was optimized"):
+        save_fff(fast, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
