@@ -143,7 +143,10 @@ def test_no_command_is_left_out():
 
 GOOD_CALLS = {
     "convert": ("{model}", "{tmp}/out", "--fff", "2x3", "--text", "{text}", "--steps", "1"),
-    "distill": ("{model}", "{tmp}/out", "--fff", "2x3", "--text", "{text}", "--steps", "1", "--batch-size", "16"),
+    "distill": (
+        *("{model}", "{tmp}/out", "--fff", "2x3", "--text", "{text}", "--steps", "1", "--batch-size", "16"),
+        *("--calibration-steps", "1"),
+    ),
     "choose": (
         *("{model}", "{tmp}/out", "--keep", "0.01", "--task", "embeddings", "--text", "{text}"),
         *("--steps", "1", "--candidates", "none", "--batch-size", "16", "--batch-sizes", "1"),
