@@ -251,9 +251,10 @@ def scaling_page(told: Told) -> list[str]:
 
 def claim(rows: Sequence[Told]) -> list[str]:
     """Says whether the paper's factor is reached at BERT-base's size, and where."""
+    rows = [row for row in rows if not star(row)]  # what was disturbed proves nothing
     of = [row for row in rows if row["name"] == "paper"]
     if not of:
-        return ["Its size was not measured in this run.", ""]
+        return ["Not judged: its size was not measured, or only while others used the machine.", ""]
 
     def at(row: Told) -> str:
         return (
@@ -328,8 +329,11 @@ def _model_cell(row: Told, name: str) -> str:
 
 def _goal(name: str, goal: float, rows: Sequence[Told]) -> list[str]:
     shares = [row["shares"].get(name, float("nan")) for row in rows]
-    reached = [row["workload"] for row, share in zip(rows, shares, strict=True) if share >= goal]
+    judged = [(row["workload"], share) for row, share in zip(rows, shares, strict=True) if not star(row)]
+    reached = [workload for workload, share in judged if share >= goal]
     where = "everywhere" if len(reached) == len(rows) else "at " + ", ".join(reached) if reached else "nowhere"
+    if len(judged) < len(rows):
+        where = f"{where} of those undisturbed" if judged else "not judged: others used the machine"
     return [name, f"{100 * goal:.0f} %", *(f"{100 * share:.0f} %" for share in shares), where]
 
 

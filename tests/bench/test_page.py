@@ -115,7 +115,18 @@ def test_the_claim_elsewhere_and_unmeasured():
     rows = [scaling_row("paper", 2, 1, 200.0), scaling_row("gpt-3", 2, 1, 900.0), scaling_row("bert-tiny", 2, 1, 50.0)]
     text = "\n".join(page.claim(rows))
     assert "these exceed 341x: gpt-3 (1x11) 900x at 1 token on 2 threads." in text and "bert-tiny" not in text
-    assert "not measured" in page.claim(rows[1:])[0]
+    assert "Not judged" in page.claim(rows[1:])[0]
+
+
+def test_what_was_disturbed_is_not_judged():
+    text = "\n".join(page.claim([scaling_row("paper", 1, 1, 534.0, others=1.0), scaling_row("paper", 1, 8, 178.0)]))
+    assert "reached nowhere" in text and "534" not in text
+    assert "Not judged" in page.claim([scaling_row("paper", 1, 1, 534.0, others=1.0)])[0]
+    (row,) = MODEL["rows"]
+    quiet, busy = {**row, "workload": "8x128"}, {**row, "others": 1.5}
+    assert page._goal("8x8 float32", 0.85, [busy])[-1] == "not judged: others used the machine"
+    assert page._goal("8x8 float32", 0.85, [busy, quiet])[-1] == "at 8x128 of those undisturbed"
+    assert page._goal("8x8 float32", 0.95, [quiet])[-1] == "nowhere"
 
 
 def test_csv_lines():
