@@ -37,6 +37,21 @@ _HOME = {
     "DistillationTrainer": "training",
 }
 
+# The architecture of UltraFastBERT, which transformers does not have
+_CRAMMED = {
+    "FastCrammedBertConfig": "configuration_fastcrammedbert",
+    **dict.fromkeys(
+        (
+            "FastCrammedBertModel",
+            "FastCrammedBertPreTrainedModel",
+            "FastCrammedBertForMaskedLM",
+            "FastCrammedBertForSequenceClassification",
+        ),
+        "modeling_fastcrammedbert",
+    ),
+}
+_HOME |= {name: f"models.fastcrammedbert.{file}" for name, file in _CRAMMED.items()}
+
 # Fast<Family>Config, Fast<Family>Model and the heads of all families
 _CLASSES = [name for model_type in known_types() for name in class_names(model_type)]
 

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # 
 
 from .families import FAMILIES, FFNInterface
 from .fast import FastConfigMixin, FastModelMixin
+from .fastcrammedbert import configuration_fastcrammedbert
 
 _DECODERS = ("AutoModelForCausalLM", "AutoModelWithLMHead")
 _AUTO_CLASSES: list[Any] = [
@@ -172,6 +173,7 @@ def register() -> None:
     for model_type in known_types():
         config = config_class(model_type)
         AutoConfig.register(config.model_type, config, exist_ok=True)
+    configuration_fastcrammedbert.register()
 
 
 def register_models(model_type: str) -> None:
