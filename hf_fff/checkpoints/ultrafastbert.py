@@ -56,10 +56,12 @@ def import_ultrafastbert(source: ModelFolder, output: Path, *, overwrite: bool =
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
     """
     check_places(source, output)
-    given = _read_json(source.root / "config.json")
+    path = source.root / "config.json"
+    given = _read_json(path)
+    fields = _arch(path, given)
     tensors = read_tensors(source.root)
     kind = _kind(source.root, tensors)
-    config = _config(source.root / "config.json", given, kind)
+    config = _config(path, given, fields, kind)
     plan = _plan(config, kind)
     _check(source.root, config, tensors, plan)
     if kind == "ForMaskedLM":
@@ -170,7 +172,8 @@ def _kind(root: Path, tensors: dict[str, Tensor]) -> str:
     return found[0]
 
 
-def _config(path: Path, given: dict[str, Any], kind: str) -> FastCrammedBertConfig:
+def _arch(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of "arch", those of objects in it as "object.field"."""
     if "fff" in given:
         raise ValueError(f"{path} is of a model that is already converted (model_type={given.get('model_type')!r})")
     if given.get("model_type") != "crammedBERT" or not isinstance(given.get("arch"), dict):
@@ -178,7 +181,10 @@ def _config(path: Path, given: dict[str, Any], kind: str) -> FastCrammedBertConf
             f'{path} is not of UltraFastBERT: it must have model_type="crammedBERT" (found {given.get("model_type")!r}) '
             'and an object "arch"'
         )
-    fields = _flat(given["arch"])
+    return _flat(given["arch"])
+
+
+def _config(path: Path, given: dict[str, Any], fields: dict[str, Any], kind: str) -> FastCrammedBertConfig:
     required = _REQUIRED | (_CLASSIFIER if kind == "ForSequenceClassification" else {})
     for name, wanted in {**required, **_IF_PRESENT}.items():
         if name not in fields and name in _IF_PRESENT:

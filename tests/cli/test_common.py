@@ -88,6 +88,12 @@ BAD_CALLS = {
         (("{model}", *TASK, "--data", "{tmp}/few.tsv"), "name them with --text-columns"),
         (("{model}", "--task", "mlm", "--data", "{text}"), "has no head for mlm"),
     ],
+    "import ultrafastbert": [
+        (("{tmp}/nowhere", "{tmp}/out"), "there is no folder"),
+        (("{model}", "{tmp}/out"), "is not of UltraFastBERT"),
+        (("{model}", "{tmp}/full"), "is not empty"),
+        (("{broken}", "{tmp}/out"), "is not a valid JSON file"),
+    ],
     "env": [(("--frobnicate",), "--frobnicate")],
     "build": [(("--output",), "--output")],
     "bench layer": [(("--fff", "2y3"), "--fff"), (("--tokens", "0"), "--tokens")],

@@ -218,10 +218,11 @@ class FastCrammedBertForSequenceClassification(FastCrammedBertPreTrainedModel):
 
     def __init__(self, config: FastCrammedBertConfig) -> None:
         super().__init__(config)
-        self.num_labels: int = config.num_labels
+        labels: Any = config.num_labels
+        self.num_labels = labels
         self.encoder = FastCrammedBertModel(config)
         self.pooler = FastCrammedBertPooler(config)
-        self.classifier = nn.Linear(config.classifier_hidden_size, self.num_labels)
+        self.classifier = nn.Linear(config.classifier_hidden_size, labels)
         self.post_init()
 
     @can_return_tuple
