@@ -11,6 +11,7 @@ from ._version import __version__
 from .models import class_names, known_types, register
 
 if TYPE_CHECKING:
+    from .adapters import fff_target_parameters as fff_target_parameters
     from .config import FFFConfig as FFFConfig
     from .layers import FFF as FFF
     from .models import FFNInterface as FFNInterface
@@ -29,6 +30,7 @@ _HOME = {
     "FFNInterface": "models",
     "Calibration": "surgery",
     "convert_ffn_to_fff": "surgery",
+    "fff_target_parameters": "adapters",
     "fff_usage": "models.usage",
     "load_fff": "surgery",
     "register_family": "models",
