@@ -52,6 +52,20 @@ class ModelFolder:
             raise ValueError(f"{source} is no model: there is no config.json in {transformer}")
         return cls(root, transformer)
 
+    def name_of_transformer(self, source: str) -> str:
+        """What a program loads the transformer by: its folder, or the repository where ``source`` is one.
+
+        Raises:
+            ValueError: it lies in a subfolder of a repository, which has no name.
+        """
+        if Path(source).is_dir():
+            return str(self.transformer.resolve())
+        if self.transformer != self.root:
+            raise ValueError(
+                f"the transformer of {source} lies in {self.transformer.name} there: download it, and give its folder"
+            )
+        return source
+
     def load_dense(self) -> Any:
         """The model, with the head that its config names.
 
@@ -140,11 +154,13 @@ def convert_folder(
     calibration: Calibration | None = None,
     seed: int = 0,
     dtype: Any = None,
+    delta: str | None = None,
     overwrite: bool = False,
 ) -> Any:
     """Converts a model folder into another one; returns the converted model. The output appears whole or not at all.
 
-    A sentence-transformers folder stays one: ``SentenceTransformer(output)`` opens it after ``import hf_fff``.
+    A sentence-transformers folder stays one: ``SentenceTransformer(output)`` opens it after ``import hf_fff``. With ``delta``, the
+    name of the dense model, only what is not that model's is written (``FastModelMixin.save_pretrained``).
 
     Raises:
         ValueError: as ``convert_ffn_to_fff``, or the output lies in the source or holds it.
@@ -160,7 +176,7 @@ def convert_folder(
             )
         return fast if dtype is None else fast.to(dtype)
 
-    return write_folder(source, output, make, overwrite=overwrite)
+    return write_folder(source, output, make, overwrite=overwrite, **({"delta": delta} if delta else {}))
 
 
 def check_places(source: ModelFolder, output: Path) -> None:
@@ -171,8 +187,11 @@ def check_places(source: ModelFolder, output: Path) -> None:
         raise ValueError(f"the output {output} holds the source {source.root}: it would be lost")
 
 
-def write_folder(source: ModelFolder, output: Path, make: Callable[[], Any], *, overwrite: bool = False) -> Any:
-    """Writes the model that ``make`` gives, with all else that lies in the source; returns the model.
+def write_folder(
+    source: ModelFolder, output: Path, make: Callable[[], Any], *, overwrite: bool = False, **options: Any
+) -> Any:
+    """Writes the model that ``make`` gives, with all else that lies in the source; returns the model. ``options`` are of its
+    ``save_pretrained``.
 
     Raises:
         ValueError: the output lies in the source or holds it.
@@ -181,5 +200,5 @@ def write_folder(source: ModelFolder, output: Path, make: Callable[[], Any], *, 
     check_places(source, output)
     with atomic_folder(output, overwrite=overwrite) as target:
         model = make()
-        model.save_pretrained(source.copy_rest(target))
+        model.save_pretrained(source.copy_rest(target), **options)
     return model

@@ -68,9 +68,9 @@ class FastCrammedBertConfig(FastConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.hidden_size % (2 * self.num_attention_heads):
+        if self.hidden_size % 2 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of 2 * num_attention_heads={self.num_attention_heads}"
+                f"hidden_size={self.hidden_size} must be even, and a multiple of num_attention_heads={self.num_attention_heads}"
             )
         if self.classifier_pooling not in POOLINGS:
             raise ValueError(
