@@ -72,6 +72,9 @@ def convert(
     seed: Seed = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to save in; the source's by default.")] = None,
     delta: Annotated[bool, typer.Option(help="Save only what is not the source's, with a reference to it.")] = False,
+    remote_code: Annotated[
+        bool, typer.Option(help="Add a file with which trust_remote_code=True opens the model without hf_fff.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -80,6 +83,9 @@ def convert(
     check_use(fff, source, output, overwrite)
     if steps is not None and not text:
         raise bad_option("--steps", ValueError("are of the calibration, which needs --text"))
+
+    if delta and remote_code:
+        raise bad_option("--delta", ValueError("needs hf_fff to be opened, which --remote-code is to do without"))
 
     import warnings
 
@@ -104,6 +110,7 @@ def convert(
             seed=seed,
             dtype=getattr(torch, dtype.value) if dtype else None,
             delta=folder.name_of_transformer(source) if delta else None,
+            remote_code=remote_code,
             overwrite=overwrite,
         )
     if not texts:

@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
+from .delta import DeltaMixin
 from .families import FAMILIES, FFNInterface
 from .fast import FastConfigMixin, FastModelMixin
 from .fastcrammedbert import configuration_fastcrammedbert
@@ -114,7 +115,7 @@ def _make_models(model_type: str) -> dict[Any, Any]:
     base = next(iter(dense.values()))
     common = next(c for c in base.__mro__[1:] if c.__name__.endswith("PreTrainedModel"))
     prefix = common.__name__.removesuffix("PreTrainedModel")
-    pretrained = type("PreTrained", (FastModelMixin, common), {"config_class": config})
+    pretrained = type("PreTrained", (DeltaMixin, FastModelMixin, common), {"config_class": config})
     _named(pretrained, f"Fast{common.__name__}", f"Base of all Fast{prefix} classes.")
     made = {}
     for name, dense_class in dense.items():

@@ -20,16 +20,72 @@ WEIGHTS = "fff_delta.safetensors"  # under another name than whole weights, whic
 _HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
+class DeltaMixin:
+    """Goes before ``FastModelMixin`` in the bases of a Fast class: saves and loads delta checkpoints."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, delta: bool | str = False, **kwargs: Any) -> None:
+        """As in transformers; with ``delta``, only what is not the dense base's, with a reference to it.
+
+        Args:
+            delta: True, where the base is what the model came from, or the base: a folder or a repository of the Hub.
+
+        Raises:
+            ValueError: no base, none of the model's architecture, or one that is converted itself; the folder holds whole weights;
+                other options beside ``delta``.
+        """
+        if not delta:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            Path(save_directory, WEIGHTS).unlink(missing_ok=True)
+            return
+        if args or kwargs:
+            given = ", ".join([*map(repr, args), *kwargs])
+            raise ValueError(f"a delta takes a folder and its base alone (also given: {given})")
+        save_delta(self, Path(save_directory), delta if isinstance(delta, str) else None)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, delta_base: str | None = None, **kwargs: Any) -> Any:
+        """As ``FastModelMixin.from_pretrained``; a delta checkpoint is put together with its base.
+
+        Args:
+            delta_base: where the base of a delta lies, if not where the delta says.
+
+        Raises:
+            ValueError: a delta that is damaged or of a newer format, or whose base is not there or differs.
+        """
+        load: Any = super().from_pretrained  # type: ignore[misc]
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        config = None if "state_dict" in kwargs else cls._delta_config(source, kwargs)
+        if config is None:
+            if delta_base is not None:
+                raise ValueError(f"delta_base={delta_base!r} means nothing to {source}, which is no delta checkpoint")
+            return load(*args, **kwargs)
+        base = delta_base or _about(config, source).get("base")
+        kwargs |= {"config": config, "state_dict": load_delta(cls, config, source, base, kwargs)}
+        kwargs.pop("pretrained_model_name_or_path", None)
+        del config.fff_delta
+        loaded = load(None, *args[1:], **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path, model.delta_base = str(source), base
+        return loaded
+
+    @classmethod
+    def _delta_config(cls, source: Any, kwargs: dict[str, Any]) -> Any:
+        """The config of a delta checkpoint, a copy, whose fields are taken out of ``kwargs``; None for any other checkpoint."""
+        given: Any = kwargs.get("config")
+        config_class: Any = cls.config_class  # type: ignore[attr-defined]
+        if given is None and source is not None:
+            found, _ = config_class.get_config_dict(source, **kwargs)
+            if "fff_delta" in found:
+                config, rest = config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+                kwargs.clear()
+                kwargs.update(rest)
+                return config
+        return copy.deepcopy(given) if hasattr(given, "fff_delta") else None
+
+
 def save_delta(model: Any, folder: Path, base: str | None) -> None:
     """Saves the tensors of a converted model that are not those of its dense base, bit for bit, and in ``config.json`` which base
-    that is and what its weights hash to.
-
-    Args:
-        base: a folder or a repository of the Hub; None takes where the model came from.
-
-    Raises:
-        ValueError: no base, none of the model's architecture, or one that is converted itself; the folder holds whole weights.
-    """
+    that is and what its weights hash to: see ``DeltaMixin.save_pretrained``."""
     base = base or getattr(model, "delta_base", None) or model.name_or_path
     if not base:
         raise ValueError(
@@ -73,23 +129,16 @@ def load_delta(
 
     Args:
         source: the delta's folder or repository.
-        base: in place of the base that it names.
+        base: where its base is looked for.
         options: of ``from_pretrained``, of which those about the Hub are used.
 
     Raises:
         ValueError: a newer format, a damaged delta, no base or one that differs from that which it was made from.
     """
-    about = config.fff_delta
-    version = about.get("version") if isinstance(about, dict) else None
-    if version != DELTA_VERSION:
-        raise ValueError(
-            f"fff_delta.version={version!r} of {source} is not one that this hf_fff reads ({DELTA_VERSION}); "
-            "a newer hf_fff may"
-        )
+    about = _about(config, source)
     own, borrowed = _read(source, options)
     if _digest(own) != about.get("sha256"):
         raise ValueError(f"{WEIGHTS} of {source} is damaged: its hash is not the one in config.json")
-    base = base or about.get("base")
     dense = _dense_tensors(model_class, config, base, **{k: options[k] for k in _HUB_OPTIONS if k in options})
     missing = [name for name in borrowed if name not in dense]
     if missing or _digest({name: dense[name] for name in borrowed}) != about.get("base_sha256"):
@@ -102,6 +151,15 @@ def load_delta(
     return own | {
         name: dense[name].to(dtype) if dtype and dense[name].is_floating_point() else dense[name] for name in borrowed
     }
+
+
+def _about(config: Any, source: Any) -> dict[str, Any]:
+    about = config.fff_delta if isinstance(config.fff_delta, dict) else {}
+    if (version := about.get("version")) != DELTA_VERSION:
+        raise ValueError(
+            f"fff_delta.version={version!r} of {source} is not one that this hf_fff reads ({DELTA_VERSION}); a newer hf_fff may"
+        )
+    return about
 
 
 def _dtype_of(config: Any) -> Any:

@@ -1,7 +1,5 @@
 """What every Fast<Family> class adds to the transformers class that it inherits from."""
 
-import copy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -9,8 +7,6 @@ from transformers import initialization as init
 
 from ..config import FFFConfig, layers_from_json, layers_to_json, resolve_layers
 from ..layers import Feedforward, OutputBias
-from .delta import WEIGHTS as DELTA_WEIGHTS
-from .delta import load_delta, save_delta
 from .families import FAMILIES, FFNInterface
 
 
@@ -105,61 +101,21 @@ class FastModelMixin:
                 part._is_hf_initialized = False  # type: ignore[assignment]
                 super()._initialize_weights(part, is_custom_code)  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory: Any, *args: Any, delta: bool | str = False, **kwargs: Any) -> None:
-        """As in transformers; with ``delta``, only what is not the dense base's, with a reference to it (``hf_fff.models.delta``).
-
-        Args:
-            delta: True, where the base is what the model came from, or the base: a folder or a repository of the Hub.
-
-        Raises:
-            ValueError: as ``save_delta``.
-        """
-        if not delta:
-            self.config.__dict__.pop("fff_delta", None)
-            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-            Path(save_directory, DELTA_WEIGHTS).unlink(missing_ok=True)
-            return
-        if args or kwargs:
-            given = ", ".join([*map(repr, args), *kwargs])
-            raise ValueError(f"a delta takes a folder and its base alone (also given: {given})")
-        save_delta(self, Path(save_directory), delta if isinstance(delta, str) else None)
-
     @classmethod
     def from_pretrained(
-        cls,
-        *args: Any,
-        output_loading_info: bool = False,
-        ignore_mismatched_sizes: bool = False,
-        delta_base: str | None = None,
-        **kwargs: Any,
+        cls, *args: Any, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs: Any
     ) -> Any:
-        """As in transformers, with two differences: FFN weights that are missing, superfluous or of another shape are an
-        error, never a reinitialisation; and a delta checkpoint is put together with its base.
-
-        Args:
-            delta_base: where the base of a delta lies, if not where the delta says.
+        """As in transformers, with one difference: FFN weights that are missing, superfluous or of another shape are an
+        error, never a reinitialisation.
 
         Raises:
-            ValueError: the checkpoint's FFN weights are not those that the config describes; a delta that is damaged, or whose
-                base is not there or differs.
+            ValueError: the checkpoint's FFN weights are not those that the config describes.
             RuntimeError: other weights are of another shape, and ``ignore_mismatched_sizes`` is not set.
         """
-        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        base = None
-        if "state_dict" not in kwargs and (config := cls._delta_config(source, kwargs)) is not None:
-            base = delta_base or config.fff_delta.get("base")
-            kwargs["state_dict"] = load_delta(cls, config, source, delta_base, kwargs)
-            del config.fff_delta
-            kwargs["config"] = config
-            kwargs.pop("pretrained_model_name_or_path", None)
-            args = (None, *args[1:])
-        elif delta_base is not None:
-            raise ValueError(f"delta_base={delta_base!r} means nothing to {source}, which is no delta checkpoint")
         model, info = super().from_pretrained(  # type: ignore[misc]
             *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        if base is not None:
-            model.name_or_path, model.delta_base = str(source), base
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if kwargs.get("state_dict") != {}:  # which is how transformers asks for first values of everything
             _check_ffn_weights(model, info, source)
         if info["mismatched_keys"] and not ignore_mismatched_sizes:
@@ -169,20 +125,6 @@ class FastModelMixin:
             )
         _align(model)
         return (model, info) if output_loading_info else model
-
-    @classmethod
-    def _delta_config(cls, source: Any, kwargs: dict[str, Any]) -> Any:
-        """The config of a delta checkpoint, a copy, from which fields of it are taken out of ``kwargs``; None for any other."""
-        given: Any = kwargs.get("config")
-        config_class: Any = cls.config_class  # type: ignore[attr-defined]
-        if given is None and source is not None:
-            found, _ = config_class.get_config_dict(source, **kwargs)
-            if "fff_delta" in found:
-                config, rest = config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
-                kwargs.clear()
-                kwargs.update(rest)
-                return config
-        return copy.deepcopy(given) if hasattr(given, "fff_delta") else None
 
 
 def _align(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...layers import feedforward
+from ..delta import DeltaMixin
 from ..fast import FastModelMixin
 from .configuration_fastcrammedbert import FastCrammedBertConfig
 
@@ -100,7 +101,7 @@ class FastCrammedBertLayer(GradientCheckpointingLayer):
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
-class FastCrammedBertPreTrainedModel(FastModelMixin, PreTrainedModel):
+class FastCrammedBertPreTrainedModel(DeltaMixin, FastModelMixin, PreTrainedModel):
     """Base of all FastCrammedBert classes."""
 
     config_class = FastCrammedBertConfig
