@@ -313,6 +313,42 @@ def test_in_a_fresh_program_by_a_relative_path(tmp_path, monkeypatch):
     assert told.stdout.strip() == "FastBertModel", told.stderr
 
 
+_FROM_THE_HUB = """
+import json, sys, warnings
+from pathlib import Path
+import torch
+from transformers import AutoModel
+import hf_fff
+from hf_fff.cli.app import app
+from typer.testing import CliRunner
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+out = Path(sys.argv[1])
+fast = hf_fff.convert_ffn_to_fff(AutoModel.from_pretrained("owner/name"), "2x3").eval()
+fast.save_pretrained(out / "delta", delta=True)
+result = CliRunner().invoke(app, ["convert", "owner/name", str(out / "command"), "--fff", "2x3", "--delta"])
+assert result.exit_code == 0, result.output
+ids = torch.arange(5, 15).unsqueeze(0)
+for name in ("delta", "command"):
+    about = json.loads((out / name / "config.json").read_text())["fff_delta"]
+    print(about["base"], torch.equal(AutoModel.from_pretrained(out / name)(ids)[0], fast(ids)[0]))
+"""
+
+
+def test_base_of_the_hub(tmp_path):
+    """By its name, from what the cache has."""
+    place = tmp_path / "cache" / "models--owner--name"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    tiny_bert().save_pretrained(place / "snapshots" / ("0" * 40))
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(hf_fff.__file__).parent.parent)
+    command = [sys.executable, "-c", _FROM_THE_HUB, str(tmp_path)]
+    told = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert told.stdout.splitlines() == ["owner/name True"] * 2, told.stderr[-3000:]
+
+
 def test_sentence_transformer(tmp_path, minilm_path):
     """A real embedder at 1x11: its delta is the FFFs alone."""
     from sentence_transformers import SentenceTransformer
