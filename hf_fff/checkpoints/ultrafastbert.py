@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import FFFConfig
 from ..files import atomic_folder
 from ..models.fastcrammedbert.configuration_fastcrammedbert import FastCrammedBertConfig
+from ..remote import save_remote_code
 from ..surgery.folder import ModelFolder, check_places
 from .tensors import DTYPES, Entry, listed, read_tensors, write_safetensors
 
@@ -43,9 +44,14 @@ _TOKENS = {"pad_token": "<pad>", "cls_token": "<cls>", "sep_token": "<sep>", "ma
 _OPTIONAL_TOKENS = {"unk_token": "<unk>"}
 
 
-def import_ultrafastbert(source: ModelFolder, output: Path, *, overwrite: bool = False) -> Any:
+def import_ultrafastbert(
+    source: ModelFolder, output: Path, *, remote_code: bool = False, overwrite: bool = False
+) -> Any:
     """Converts a checkpoint in the format of UltraFastBERT, of any number of trees, depth and layers, with the head for masked words
     or a classifier. The output appears whole or not at all, with one tensor in memory at a time.
+
+    Args:
+        remote_code: also write what opens the output where hf_fff is not installed (``hf_fff.remote``).
 
     Returns:
         The model without its weights (on the meta device): what its config and parameters are.
@@ -83,6 +89,8 @@ def import_ultrafastbert(source: ModelFolder, output: Path, *, overwrite: bool =
         write_safetensors(folder / "model.safetensors", entries())
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if remote_code:
+            save_remote_code(model, folder)
     return model
 
 

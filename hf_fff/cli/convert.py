@@ -13,6 +13,7 @@ from .common import (
     Kind,
     Output,
     Overwrite,
+    RemoteCode,
     Seed,
     Source,
     app,
@@ -72,9 +73,7 @@ def convert(
     seed: Seed = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to save in; the source's by default.")] = None,
     delta: Annotated[bool, typer.Option(help="Save only what is not the source's, with a reference to it.")] = False,
-    remote_code: Annotated[
-        bool, typer.Option(help="Add a file with which trust_remote_code=True opens the model without hf_fff.")
-    ] = False,
+    remote_code: RemoteCode = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

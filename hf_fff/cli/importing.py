@@ -5,7 +5,20 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, Output, Overwrite, app, check_out, err, facts_of, how_to_open, out, reports_errors, working
+from .common import (
+    Json,
+    Output,
+    Overwrite,
+    RemoteCode,
+    app,
+    check_out,
+    err,
+    facts_of,
+    how_to_open,
+    out,
+    reports_errors,
+    working,
+)
 
 import_app = typer.Typer(help="Make models of ours from checkpoints of other make.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
@@ -18,6 +31,7 @@ def import_ultrafastbert(
         str, typer.Argument(metavar="SRC", help="Folder of such a checkpoint, or a repository of the Hub.")
     ],
     output: Output,
+    remote_code: RemoteCode = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -28,7 +42,9 @@ def import_ultrafastbert(
     from ..surgery.folder import ModelFolder
 
     with working():
-        model = ultrafastbert.import_ultrafastbert(ModelFolder.find(source), output, overwrite=overwrite)
+        model = ultrafastbert.import_ultrafastbert(
+            ModelFolder.find(source), output, remote_code=remote_code, overwrite=overwrite
+        )
     tokenizer = (output / "tokenizer.json").is_file()
     if not tokenizer:
         err.print("there is no tokenizer.json in the source, and so none in the output", style="yellow")

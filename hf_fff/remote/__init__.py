@@ -19,6 +19,7 @@ from ..layers import controls, wrappers
 from ..layers import fff as trees
 from ..models import FAMILIES, families, fast
 from ..models.classes import heads, model_classes
+from ..models.fastcrammedbert import configuration_fastcrammedbert as crammed
 from ..ops import _schema, torch_backend
 from . import operator
 
@@ -36,7 +37,7 @@ _PARTS: list[tuple[ModuleType, tuple[str, ...]]] = [
     (fast, ()),
 ]
 
-_HEAD = '''"""transformers' {dense} with fast feedforward networks (arXiv 2311.10770).
+_HEAD = '''"""{dense} with fast feedforward networks (arXiv 2311.10770).
 
 Put together by hf_fff {version} from its own sources, for programs that do not have it: torch, and transformers 5.17 or newer, are
 enough. Where hf_fff is installed, its kernels are used. Apache-2.0.
@@ -53,6 +54,20 @@ except ImportError:
         fff = staticmethod(fff_in_torch)
 """
 
+# What the classes of FastCrammedBert refer to, and need not do there.
+_CRAMMED = """
+
+FAMILIES: dict[str, FFNInterface] = {}
+
+
+def register_models() -> None:
+    \"\"\"config.json tells the Auto classes.\"\"\"
+
+
+class DeltaMixin:
+    pass
+"""
+
 
 def save_remote_code(model: Any, folder: Path) -> Path:
     """Puts the file beside a model that was saved in ``folder``, and says so in its ``config.json``; returns the file's place.
@@ -63,8 +78,7 @@ def save_remote_code(model: Any, folder: Path) -> Path:
     code = remote_code(model)
     place = folder / f"modeling_{model.config.model_type.replace('-', '_')}.py"
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    autos = {auto.__name__: f"Fast{name}" for name, found in reversed(_heads(model)) for auto in found}
-    names = {"AutoConfig": type(model.config).__name__, **autos}
+    names = {"AutoConfig": type(model.config).__name__, **_autos(model.config.dense_model_type)}
     settings["auto_map"] = {auto: f"{place.stem}.{name}" for auto, name in names.items()}
     with atomic_files(folder) as work:
         (work / place.name).write_text(code, encoding="utf-8")
@@ -79,24 +93,34 @@ def remote_code(model: Any) -> str:
         ValueError: the model is of no family of the table, or its dense classes are not transformers' own.
     """
     kind = getattr(model.config, "dense_model_type", None)
-    if kind not in FAMILIES or not hasattr(model.config, "fff"):
+    if (kind not in FAMILIES and kind != crammed.FastCrammedBertConfig.dense_model_type) or not hasattr(
+        model.config, "fff"
+    ):
         raise ValueError(
             f"there is no remote code for {type(model).__name__}: it is no converted model of transformers"
         )
-    if strange := [c.__name__ for c in model_classes(kind) if not c.__module__.startswith("transformers.")]:
-        raise ValueError(f"there is no remote code for {kind!r}: {', '.join(strange)} are not transformers' own")
     source = _Source()
     for module, names in _PARTS:
         source.take(module, names)
     source.text.append(_OPERATOR)
-    classes = _classes(kind, type(model.config), source)
+    if kind in FAMILIES:
+        source.text += _classes(kind, type(model.config), source)
+    else:
+        from ..models.fastcrammedbert import modeling_fastcrammedbert as modeling
+
+        source.text.append(_CRAMMED)
+        source.take(crammed, ("POOLINGS", "FastCrammedBertConfig"))
+        source.take(modeling, ())
     dense = type(model.config).__name__.removeprefix("Fast").removesuffix("Config")
     head = _HEAD.format(dense=dense, version=__version__)
-    return "\n".join([head, *sorted(source.imports), *source.text, *classes])
+    return "\n".join([head, *sorted(source.imports), *source.text]).rstrip() + "\n"
 
 
-def _heads(model: Any) -> list[tuple[str, list[Any]]]:
-    return list(heads(model.config.dense_model_type).items())
+def _autos(kind: str) -> dict[str, str]:
+    """The Auto classes, and the class that each of them is to give."""
+    if kind not in FAMILIES:
+        return crammed.MODELS
+    return {auto.__name__: f"Fast{name}" for name, found in reversed(heads(kind).items()) for auto in found}
 
 
 class _Source:
@@ -145,6 +169,8 @@ def _defined(node: ast.stmt) -> list[str]:
 def _classes(kind: str, config_class: Any, source: _Source) -> list[str]:
     """What ``hf_fff.models.classes`` makes when it runs, written out."""
     made = model_classes(kind)
+    if strange := [c.__name__ for c in made if not c.__module__.startswith("transformers.")]:
+        raise ValueError(f"there is no remote code for {kind!r}: {', '.join(strange)} are not transformers' own")
     dense_config = next(c for c in config_class.__mro__ if c.__module__.startswith("transformers."))
     common = next(c for c in next(iter(made)).__mro__[1:] if c.__name__.endswith("PreTrainedModel"))
     source.imports |= {f"from {c.__module__} import {c.__name__}" for c in (dense_config, common, *made)}
@@ -164,4 +190,4 @@ def _classes(kind: str, config_class: Any, source: _Source) -> list[str]:
     ]
     for dense, fast_class in made.items():
         text += ["\n", f"class {fast_class.__name__}(Fast{common.__name__}, {dense.__name__}):", "    pass"]
-    return [*text, ""]
+    return text

@@ -394,6 +394,30 @@ def test_command(tmp_path):
     assert "AutoModelForMaskedLM" in opened and type(eval(opened.strip())) is hf_fff.FastCrammedBertForMaskedLM
 
 
+def test_other_commands_take_it(tmp_path):
+    arch = crammed.arch(labels=3)
+    source = crammed.write(tmp_path / "source", arch, crammed.state_dict(arch))
+    result = run("import", "ultrafastbert", source, tmp_path / "out", "--remote-code")
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert settings["auto_map"]["AutoModel"] == "modeling_fastcrammedbert.FastCrammedBertModel"
+    assert (tmp_path / "out" / "modeling_fastcrammedbert.py").is_file()
+    rows = [f"word{i} word{i + 1} word{2 * i}\t{i % 3}" for i in range(24)]
+    (tmp_path / "rows.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
+    told = run("eval", tmp_path / "out", "--task", "classification", "--data", tmp_path / "rows.tsv", "--json")
+    assert told.exit_code == 0, told.output
+
+
+def test_export(tmp_path):
+    arch = crammed.arch()
+    output = imported(crammed.write(tmp_path / "source", arch, crammed.state_dict(arch)), tmp_path / "out")
+    model = AutoModelForMaskedLM.from_pretrained(output).eval()
+    ids, mask = inputs()
+    with torch.no_grad():
+        exported = torch.export.export(model, (ids, mask)).module()
+        torch.testing.assert_close(exported(ids, mask).logits, model(ids, mask).logits)
+
+
 _MEASURED = """
 import sys, threading, time
 from pathlib import Path

@@ -92,6 +92,12 @@ def autos(head):
     return "AutoModel" if head == "Model" else f"AutoModel{head}"
 
 
+def crammed(head):
+    sizes = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = hf_fff.FastCrammedBertConfig(**sizes, fff="2x3", initializer_range=0.2, classifier_hidden_size=24)
+    return getattr(hf_fff, f"FastCrammedBert{head}")(config)
+
+
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     """All families, all heads of BERT, controls and layers of several kinds: what was saved, and what it gives elsewhere."""
@@ -104,10 +110,13 @@ def opened(tmp_path_factory):
     others = {"mixed": {0: "4x3", 2: hf_fff.FFFConfig(2, 5, "relu")}, "controls": {0: "mlp:8", 1: "none", 2: "1x6"}}
     for name, config in others.items():
         saved[name] = put(folder / name, convert(tiny_bert(), config))
+    for head in ("Model", "ForMaskedLM", "ForSequenceClassification"):
+        saved[f"crammed{head}"] = put(folder / f"crammed{head}", crammed(head), autos(head))
     return saved, open_all(folder, block=True)
 
 
 NAMES = [*known_types(), *(head for head in HEADS if head != "Model"), "mixed", "controls"]
+NAMES += [f"crammed{head}" for head in ("Model", "ForMaskedLM", "ForSequenceClassification")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -157,10 +166,10 @@ def test_with_hf_fff_imported_nothing_changes(tmp_path):
     assert type(loaded) is hf_fff.FastBertForSequenceClassification
 
 
-@pytest.mark.parametrize("kind", known_types())
+@pytest.mark.parametrize("kind", [*known_types(), "crammed"])
 def test_the_file_stands_alone(kind):
     """It imports nothing but Python's own, torch and transformers, and hf_fff where that can fail."""
-    tree = ast.parse(remote_code(convert(tiny_model(kind))))
+    tree = ast.parse(remote_code(crammed("Model") if kind == "crammed" else convert(tiny_model(kind))))
     tried = {node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -241,9 +250,6 @@ def test_commands_and_what_follows(tmp_path):
 def test_what_there_is_no_code_for(tmp_path):
     with pytest.raises(ValueError, match="no remote code for BertModel"):
         remote_code(tiny_bert())
-    crammed = hf_fff.FastCrammedBertConfig(hidden_size=24, num_hidden_layers=1, vocab_size=9)
-    with pytest.raises(ValueError, match="no remote code for FastCrammedBertModel"):
-        remote_code(hf_fff.FastCrammedBertModel(crammed))
     tiny_bert().save_pretrained(tmp_path / "dense")
     both = run("convert", tmp_path / "dense", tmp_path / "out", "--fff", "2x3", "--remote-code", "--delta")
     assert both.exit_code == 2 and "needs hf_fff to be opened" in unwrapped(both.stderr)

@@ -2,12 +2,18 @@
 
 from typing import Any, ClassVar
 
+import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..families import FFNInterface
 from ..fast import FastConfigMixin
 
 POOLINGS = ("avg", "avg_masked", "zero_index")
+MODELS = {
+    "AutoModel": "FastCrammedBertModel",
+    "AutoModelForMaskedLM": "FastCrammedBertForMaskedLM",
+    "AutoModelForSequenceClassification": "FastCrammedBertForSequenceClassification",
+}
 
 
 class FastCrammedBertConfig(FastConfigMixin, PreTrainedConfig):
@@ -93,12 +99,7 @@ def register_models() -> None:
     if _registered:
         return
     _registered.append(True)
-    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
-
     from . import modeling_fastcrammedbert as modeling
 
-    AutoModel.register(FastCrammedBertConfig, modeling.FastCrammedBertModel, exist_ok=True)
-    AutoModelForMaskedLM.register(FastCrammedBertConfig, modeling.FastCrammedBertForMaskedLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(
-        FastCrammedBertConfig, modeling.FastCrammedBertForSequenceClassification, exist_ok=True
-    )
+    for auto, name in MODELS.items():
+        getattr(transformers, auto).register(FastCrammedBertConfig, getattr(modeling, name), exist_ok=True)
