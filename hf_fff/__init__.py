@@ -11,6 +11,7 @@ from ._version import __version__
 from .models import class_names, known_types, register
 
 if TYPE_CHECKING:
+    from .adapters import fff_target_parameters as fff_target_parameters
     from .config import FFFConfig as FFFConfig
     from .layers import FFF as FFF
     from .models import FFNInterface as FFNInterface
@@ -30,6 +31,7 @@ _HOME = {
     "FFNInterface": "models",
     "Calibration": "surgery",
     "convert_ffn_to_fff": "surgery",
+    "fff_target_parameters": "adapters",
     "fff_usage": "models.usage",
     "load_fff": "surgery",
     "optimize": "packing",
@@ -38,6 +40,21 @@ _HOME = {
     "DistillationArguments": "training",
     "DistillationTrainer": "training",
 }
+
+# The architecture of UltraFastBERT, which transformers does not have
+_CRAMMED = {
+    "FastCrammedBertConfig": "configuration_fastcrammedbert",
+    **dict.fromkeys(
+        (
+            "FastCrammedBertModel",
+            "FastCrammedBertPreTrainedModel",
+            "FastCrammedBertForMaskedLM",
+            "FastCrammedBertForSequenceClassification",
+        ),
+        "modeling_fastcrammedbert",
+    ),
+}
+_HOME |= {name: f"models.fastcrammedbert.{file}" for name, file in _CRAMMED.items()}
 
 # Fast<Family>Config, Fast<Family>Model and the heads of all families
 _CLASSES = [name for model_type in known_types() for name in class_names(model_type)]

@@ -48,6 +48,9 @@ Kind = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an output folder that is not empty.")]
+RemoteCode = Annotated[
+    bool, typer.Option(help="Add a file with which trust_remote_code=True opens the model without hf_fff.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

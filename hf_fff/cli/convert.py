@@ -13,6 +13,7 @@ from .common import (
     Kind,
     Output,
     Overwrite,
+    RemoteCode,
     Seed,
     Source,
     app,
@@ -71,6 +72,8 @@ def convert(
     init: Annotated[Init, typer.Option(help="First values: from the dense neurons, or random.")] = Init.dense,
     seed: Seed = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to save in; the source's by default.")] = None,
+    delta: Annotated[bool, typer.Option(help="Save only what is not the source's, with a reference to it.")] = False,
+    remote_code: RemoteCode = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -79,6 +82,9 @@ def convert(
     check_use(fff, source, output, overwrite)
     if steps is not None and not text:
         raise bad_option("--steps", ValueError("are of the calibration, which needs --text"))
+
+    if delta and remote_code:
+        raise bad_option("--delta", ValueError("needs hf_fff to be opened, which --remote-code is to do without"))
 
     import warnings
 
@@ -102,6 +108,8 @@ def convert(
             calibration=plan if texts else None,
             seed=seed,
             dtype=getattr(torch, dtype.value) if dtype else None,
+            delta=folder.name_of_transformer(source) if delta else None,
+            remote_code=remote_code,
             overwrite=overwrite,
         )
     if not texts:
@@ -115,6 +123,12 @@ def convert(
         **facts_of(model, output),
         "calibration": vars(report) if report else None,
     }
+    if delta:
+        whole = sum(p.numel() * p.element_size() for p in model.parameters())
+        result["bytes"] = {
+            "delta": sum(p.stat().st_size for p in output.rglob("fff_delta.safetensors")),
+            "whole": whole,
+        }
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -134,4 +148,7 @@ def convert(
                 f"layers {', '.join(poor)} fit no better than a constant would: more --text, and more --steps or --budget, are needed",
                 style="yellow",
             )
+    if delta:
+        sizes = [f"{result['bytes'][name] / 1e6:.1f} MB" for name in ("delta", "whole")]
+        out.print(f"The delta has {sizes[0]}, the whole weights would have {sizes[1]}.", soft_wrap=True)
     out.print(how_to_open(output), soft_wrap=True)

@@ -12,8 +12,10 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
+from .delta import DeltaMixin
 from .families import FAMILIES, FFNInterface
 from .fast import FastConfigMixin, FastModelMixin
+from .fastcrammedbert import configuration_fastcrammedbert
 
 _DECODERS = ("AutoModelForCausalLM", "AutoModelWithLMHead")
 _AUTO_CLASSES: list[Any] = [
@@ -113,7 +115,7 @@ def _make_models(model_type: str) -> dict[Any, Any]:
     base = next(iter(dense.values()))
     common = next(c for c in base.__mro__[1:] if c.__name__.endswith("PreTrainedModel"))
     prefix = common.__name__.removesuffix("PreTrainedModel")
-    pretrained = type("PreTrained", (FastModelMixin, common), {"config_class": config})
+    pretrained = type("PreTrained", (DeltaMixin, FastModelMixin, common), {"config_class": config})
     _named(pretrained, f"Fast{common.__name__}", f"Base of all Fast{prefix} classes.")
     made = {}
     for name, dense_class in dense.items():
@@ -172,6 +174,7 @@ def register() -> None:
     for model_type in known_types():
         config = config_class(model_type)
         AutoConfig.register(config.model_type, config, exist_ok=True)
+    configuration_fastcrammedbert.register()
 
 
 def register_models(model_type: str) -> None:

@@ -31,7 +31,7 @@ class FastConfigMixin:
         if isinstance(value, dict) and "version" in value:
             layers = layers_from_json(value, self.num_hidden_layers)
         else:
-            activation = FAMILIES[self.dense_model_type].activation_of(self)
+            activation = self.family.activation_of(self)
             defaults = {} if isinstance(value, FFFConfig) else {"activation": activation}
             layers = resolve_layers(value, self.num_hidden_layers, **defaults)
         self.fff = layers_to_json(layers, self.num_hidden_layers)
@@ -41,6 +41,11 @@ class FastConfigMixin:
         if "fff" in kwargs:  # transformers would set it last, as it is
             config_dict = {**config_dict, "fff": kwargs.pop("fff")}
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    @property
+    def family(self) -> FFNInterface:
+        """Where the family keeps its feedforward networks."""
+        return FAMILIES[self.dense_model_type]
 
     @property
     def fff_layers(self) -> dict[int, FFFConfig]:
@@ -66,7 +71,7 @@ class FastModelMixin:
 
     @property
     def family(self) -> FFNInterface:
-        return FAMILIES[self.config.dense_model_type]
+        return self.config.family
 
     def post_init(self) -> None:
         # The surgery belongs to construction: from_pretrained then finds the modules that the checkpoint is for.

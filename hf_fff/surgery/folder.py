@@ -14,6 +14,7 @@ from ..files import atomic_folder
 from ..memory import memory_explained
 from ..models import known_types
 from ..models.classes import model_classes
+from ..remote import save_remote_code
 from .calibration import Calibration
 from .convert import convert_ffn_to_fff
 
@@ -51,6 +52,20 @@ class ModelFolder:
         if not (transformer / "config.json").is_file():
             raise ValueError(f"{source} is no model: there is no config.json in {transformer}")
         return cls(root, transformer)
+
+    def name_of_transformer(self, source: str) -> str:
+        """What a program loads the transformer by: its folder, or the repository where ``source`` is one.
+
+        Raises:
+            ValueError: it lies in a subfolder of a repository, which has no name.
+        """
+        if Path(source).is_dir():
+            return str(self.transformer.resolve())
+        if self.transformer != self.root:
+            raise ValueError(
+                f"the transformer of {source} lies in {self.transformer.name} there: download it, and give its folder"
+            )
+        return source
 
     def load_dense(self) -> Any:
         """The model, with the head that its config names.
@@ -140,11 +155,15 @@ def convert_folder(
     calibration: Calibration | None = None,
     seed: int = 0,
     dtype: Any = None,
+    delta: str | None = None,
+    remote_code: bool = False,
     overwrite: bool = False,
 ) -> Any:
     """Converts a model folder into another one; returns the converted model. The output appears whole or not at all.
 
-    A sentence-transformers folder stays one: ``SentenceTransformer(output)`` opens it after ``import hf_fff``.
+    A sentence-transformers folder stays one: ``SentenceTransformer(output)`` opens it after ``import hf_fff``. With ``delta``, the
+    name of the dense model, only what is not that model's is written (``DeltaMixin.save_pretrained``); with ``remote_code``, also what opens the output where hf_fff
+    is not installed (``hf_fff.remote``).
 
     Raises:
         ValueError: as ``convert_ffn_to_fff``, or the output lies in the source or holds it.
@@ -160,7 +179,12 @@ def convert_folder(
             )
         return fast if dtype is None else fast.to(dtype)
 
-    return write_folder(source, output, make, overwrite=overwrite)
+    def save(model: Any, folder: Path) -> None:
+        model.save_pretrained(folder, **({"delta": delta} if delta else {}))
+        if remote_code:
+            save_remote_code(model, folder)
+
+    return write_folder(source, output, make, save, overwrite=overwrite)
 
 
 def check_places(source: ModelFolder, output: Path) -> None:
@@ -171,8 +195,19 @@ def check_places(source: ModelFolder, output: Path) -> None:
         raise ValueError(f"the output {output} holds the source {source.root}: it would be lost")
 
 
-def write_folder(source: ModelFolder, output: Path, make: Callable[[], Any], *, overwrite: bool = False) -> Any:
-    """Writes the model that ``make`` gives, with all else that lies in the source; returns the model.
+def _save(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
+def write_folder(
+    source: ModelFolder,
+    output: Path,
+    make: Callable[[], Any],
+    save: Callable[[Any, Path], None] = _save,
+    *,
+    overwrite: bool = False,
+) -> Any:
+    """Writes the model that ``make`` gives, by ``save``, with all else that lies in the source; returns the model.
 
     Raises:
         ValueError: the output lies in the source or holds it.
@@ -181,5 +216,5 @@ def write_folder(source: ModelFolder, output: Path, make: Callable[[], Any], *, 
     check_places(source, output)
     with atomic_folder(output, overwrite=overwrite) as target:
         model = make()
-        model.save_pretrained(source.copy_rest(target))
+        save(model, source.copy_rest(target))
     return model

@@ -97,6 +97,12 @@ BAD_CALLS = {
         (("{model}", "{tmp}/full", "--precision", "f32"), "is not empty"),
         (("{model}", "{model}", "--precision", "f32", "--overwrite"), "is the source"),
     ],
+    "import ultrafastbert": [
+        (("{tmp}/nowhere", "{tmp}/out"), "there is no folder"),
+        (("{model}", "{tmp}/out"), "is not of UltraFastBERT"),
+        (("{model}", "{tmp}/full"), "is not empty"),
+        (("{broken}", "{tmp}/out"), "is not a valid JSON file"),
+    ],
     "env": [(("--frobnicate",), "--frobnicate")],
     "build": [(("--output",), "--output")],
     "bench layer": [(("--fff", "2y3"), "--fff"), (("--tokens", "0"), "--tokens")],

@@ -1,0 +1,1 @@
+"""Checkpoints of other make: read safely, and written as ours."""
