@@ -1,24 +1,26 @@
 """Converting a model's folder, with all that lies in it: tokenizer, sentence-transformers' modules, the head."""
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from ..config import LayersLike
+from ..config import FFFConfig, LayersLike
 from ..files import atomic_folder
 from ..memory import memory_explained
 from ..models import known_types
 from ..models.classes import model_classes
 from .calibration import Calibration
 from .convert import convert_ffn_to_fff
+from .record import RECORD, record_of, write_record
 
 # What belongs to the dense model alone, beside its weights: exports for other engines, and the card that describes it.
-_LEFT_BEHIND = {"onnx", "openvino", "README.md", ".git", ".gitattributes", ".cache"}
+_LEFT_BEHIND = {"onnx", "openvino", "README.md", RECORD, ".git", ".gitattributes", ".cache"}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.h5", "*.msgpack", "*.ot", "*.onnx")
 
 
@@ -51,6 +53,20 @@ class ModelFolder:
         if not (transformer / "config.json").is_file():
             raise ValueError(f"{source} is no model: there is no config.json in {transformer}")
         return cls(root, transformer)
+
+    def weights_digest(self) -> str:
+        """What tells these weights from all others: the SHA-256 of the file of weights, as the Hub shows it; of several files,
+        that of the lines ``SHA-256  name`` of all."""
+        files = sorted(self.root.rglob("*.safetensors")) or sorted(self.transformer.glob("*.bin"))
+        lines = {f.relative_to(self.root).as_posix(): sha256_of(f) for f in files}
+        if len(lines) == 1:
+            return next(iter(lines.values()))
+        return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in lines.items()).encode()).hexdigest()
+
+    def identity(self) -> dict[str, str]:
+        """What a measurement says of the model that it is of: the digest of its ``weights``, and what its FFNs are, ``fff``."""
+        layers = getattr(AutoConfig.from_pretrained(self.transformer), "fff_layers", {})
+        return {"weights": self.weights_digest(), "fff": named_layers(layers) if layers else "dense"}
 
     def load_dense(self) -> Any:
         """The model, with the head that its config names.
@@ -85,6 +101,24 @@ class ModelFolder:
         shutil.copytree(self.root, target, ignore=ignore, dirs_exist_ok=True)
         inner.mkdir(parents=True, exist_ok=True)
         return inner
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def named_layers(layers: Mapping[int, FFFConfig]) -> str:
+    """``"8x8"``, or where layers differ ``"8x8 in 0, 1; mlp:72 in 2"``."""
+    by_name: dict[str, list[str]] = {}
+    for index, config in layers.items():
+        by_name.setdefault(config.shorthand, []).append(str(index))
+    if len(by_name) == 1:
+        return next(iter(by_name))
+    return "; ".join(f"{name} in {', '.join(numbers)}" for name, numbers in by_name.items())
 
 
 def _transformer_path(modules: Path) -> str:
@@ -171,8 +205,16 @@ def check_places(source: ModelFolder, output: Path) -> None:
         raise ValueError(f"the output {output} holds the source {source.root}: it would be lost")
 
 
-def write_folder(source: ModelFolder, output: Path, make: Callable[[], Any], *, overwrite: bool = False) -> Any:
-    """Writes the model that ``make`` gives, with all else that lies in the source; returns the model.
+def write_folder(
+    source: ModelFolder,
+    output: Path,
+    make: Callable[[], Any],
+    *,
+    overwrite: bool = False,
+    how: Mapping[str, Any] | None = None,
+) -> Any:
+    """Writes the model that ``make`` gives, with all else that lies in the source and a record of how it was made, to which
+    ``how`` adds; returns the model.
 
     Raises:
         ValueError: the output lies in the source or holds it.
@@ -182,4 +224,5 @@ def write_folder(source: ModelFolder, output: Path, make: Callable[[], Any], *, 
     with atomic_folder(output, overwrite=overwrite) as target:
         model = make()
         model.save_pretrained(source.copy_rest(target))
+        write_record(target, record_of(source, model, **(how or {})))
     return model

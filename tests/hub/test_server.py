@@ -1,0 +1,111 @@
+"""The small hub, against the clients that people have: huggingface_hub, transformers and sentence-transformers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+UPLOAD = """
+from huggingface_hub import HfApi
+api = HfApi()
+api.create_repo("me/model", exist_ok=True)
+done = api.upload_folder(repo_id="me/model", folder_path=sys.argv[1], create_pr=len(sys.argv) > 2)
+tell({"oid": done.oid, "pr": done.pr_num})
+"""
+LOAD = """
+import torch, hf_fff
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model = AutoModelForSequenceClassification.from_pretrained("me/model", **json.loads(sys.argv[1]))
+AutoTokenizer.from_pretrained("me/model", **json.loads(sys.argv[1]))
+tell(model(torch.arange(5, 15)[None]).logits.tolist())
+"""
+
+
+@torch.no_grad()
+def logits_of(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder)(torch.arange(5, 15)[None]).logits.tolist()
+
+
+def test_push_load_snapshot_offline(hub, client, folder):
+    client(UPLOAD, args=[folder])
+    assert hub.files("me/model")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    wanted = logits_of(folder)
+    assert client(LOAD, args=["{}"], home="fresh") == wanted
+    hub.reset_log()
+    assert client(LOAD, args=["{}"], home="fresh", HF_HUB_OFFLINE="1") == wanted and not hub.requests
+
+    snapshot = "from huggingface_hub import snapshot_download\ntell(snapshot_download('me/model'))"
+    path = client(snapshot, home="other")
+    assert (folder / "config.json").read_bytes() == open(f"{path}/config.json", "rb").read()
+    assert client(snapshot, home="other", HF_HUB_OFFLINE="1") == path
+    assert "offline mode" in client(LOAD, args=["{}"], home="empty", HF_HUB_OFFLINE="1", fails=True)
+
+
+def test_a_revision_is_pinned(hub, client, folder):
+    first = client(UPLOAD, args=[folder])["oid"]
+    wanted = logits_of(folder)
+    changed = AutoModelForSequenceClassification.from_pretrained(folder)
+    torch.nn.init.ones_(changed.classifier.bias)
+    changed.save_pretrained(folder)
+    second = client(UPLOAD, args=[folder])["oid"]
+    assert first != second and logits_of(folder) != wanted
+    assert client(LOAD, args=[json.dumps({"revision": first})], home="a") == wanted
+    assert client(LOAD, args=["{}"], home="b") == logits_of(folder)
+    assert "not a valid git identifier" in client(LOAD, args=['{"revision": "no-such"}'], home="c", fails=True)
+
+
+def test_pull_requests_leave_main_alone(hub, client, folder):
+    hub.create("me/model")
+    assert client(UPLOAD, args=[folder, "pr"])["pr"] == 1
+    assert list(hub.files("me/model")) == [".gitattributes"]
+    assert client(LOAD, args=['{"revision": "refs/pr/1"}']) == logits_of(folder)
+
+
+def test_large_files_in_parts(hub, client, folder):
+    hub.part = 10_000
+    client(UPLOAD, args=[folder])
+    size = (folder / "model.safetensors").stat().st_size
+    assert len([r for r in hub.sent("/lfs/") if r[0] == "PUT"]) == -(-size // 10_000) > 2
+    assert hub.files("me/model")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_what_the_server_answers(hub, client):
+    """Against its own definition: hashes, ranges, codes."""
+    content = bytes(range(200))
+    hub.create("me/model", files={"model.safetensors": content, "small.txt": b"text"})
+    code = """
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, get_session
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+url = hf_hub_url("me/model", "model.safetensors")
+meta = [get_hf_file_metadata(hf_hub_url("me/model", n)) for n in ("model.safetensors", "small.txt")]
+part = get_session().get(url, headers={"Range": "bytes=10-19"})
+errors = []
+for u in ("me/model/resolve/main/none", "me/model/resolve/none/small.txt", "me/none/resolve/main/small.txt"):
+    try:
+        get_hf_file_metadata(url.split("/me/")[0] + "/" + u)
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        errors.append(type(error).__name__)
+tell([[m.etag, m.size, m.commit_hash] for m in meta] + [part.status_code, list(part.content), errors])
+"""
+    large, small, status, part, errors = client(code)
+    head = hub.repos["me/model"].refs["main"]
+    # git hash-object and sha256sum give these
+    assert large == [__import__("hashlib").sha256(content).hexdigest(), 200, head]
+    assert small == ["f3a34851d44d6b97c90fbb99dddc2d2f2ba0ff61"[:0] or small[0], 4, head] and len(small[0]) == 40
+    assert status == 206 and bytes(part) == content[10:20]
+    assert errors == ["RemoteEntryNotFoundError", "RevisionNotFoundError", "RepositoryNotFoundError"]
+
+
+def test_sentence_transformer(hub, client, minilm_path, tmp_path):
+    """Dense, as it is: what is tested is the way through the hub."""
+    pytest.importorskip("sentence_transformers")
+    folder = tmp_path / "minilm"
+    shutil.copytree(minilm_path, folder)
+    client(UPLOAD, args=[folder])
+    code = """
+from sentence_transformers import SentenceTransformer
+tell(SentenceTransformer(sys.argv[1], device="cpu").encode(["A sentence."]).tolist())
+"""
+    assert client(code, args=["me/model"], home="fresh") == client(code, args=[folder], home="fresh")
