@@ -395,7 +395,11 @@ class _Handler(BaseHTTPRequestHandler):
             named = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": o} for n, o in repo.refs.items()]
             return {"branches": [b for b in named if "refs/pr" not in b["ref"]], "converts": [], "tags": []}
         if what == "discussions":
-            return {"count": len(repo.pulls), "start": 0, "discussions": repo.pulls if self.query.get("p") == "0" else []}
+            return {
+                "count": len(repo.pulls),
+                "start": 0,
+                "discussions": repo.pulls if self.query.get("p") == "0" else [],
+            }
         raise Refused(404, f"this small hub knows no {self.command} {self.path}")
 
     @staticmethod
