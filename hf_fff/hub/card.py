@@ -112,14 +112,16 @@ def write_card(root: Path, files: Iterable[Path] = (), **options: Any) -> Card:
 
 
 def kind_of(contents: Contents) -> Kind:
-    if (contents.folder.root / "modules.json").is_file():
-        return EMBEDDER
     name = str((contents.config.get("architectures") or [""])[0])
     head = re.search(r"(For[A-Z]\w*|Model)$", name)
+    modules = (contents.folder.root / "modules.json").is_file()
+    if modules and head and head[0] == "Model":
+        return EMBEDDER
     if head is None or head[0] not in KINDS:
         known = ", ".join(f"...{suffix}" for suffix in KINDS)
         raise ValueError(f"there is no card for the architecture {name!r} (there are cards for {known})")
-    if head[0] == "ForSequenceClassification" and "sentence_transformers" in contents.config:
+    scores = head[0] == "ForSequenceClassification" and len(contents.config.get("id2label") or ()) == 1
+    if scores and (modules or "sentence_transformers" in contents.config):  # as CrossEncoder saves it
         return RERANKER
     return KINDS[head[0]]
 
@@ -213,7 +215,7 @@ def _metadata(
     repo_id: str,
 ) -> dict[str, Any]:
     tags = front.get("tags") or []
-    own = ["hf_fff", "fast-feedforward-network", *(["sentence-transformers"] if kind is EMBEDDER else [])]
+    own = ["hf_fff", "fast-feedforward-network", *({kind.library} - {"transformers"})]
     made: dict[str, Any] = {
         **licences,
         "library_name": kind.library,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -144,7 +145,9 @@ def _fetch(source: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(source, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]))
+        fetched = Path(snapshot_download(source, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]))
+        _check_hashes(fetched, source)
+        return fetched
     except HFValidationError as error:
         raise ValueError(
             f"there is no folder {source}, and a model of the Hub has a name such as NAME or OWNER/NAME"
@@ -162,6 +165,19 @@ def _fetch(source: str) -> Path:
         raise ValueError(
             f"there is no folder {source}, and no model of that name could be had from the Hub: {why}"
         ) from error
+
+
+def _check_hashes(fetched: Path, source: str) -> None:
+    """Downloads are checked by their size alone, yet the cache names a large file by the SHA-256 that the server told."""
+    for path in sorted(fetched.rglob("*")):
+        blob = path.resolve()
+        if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob.name) and sha256_of(blob) != blob.name:
+            blob.unlink()
+            path.unlink()
+            raise ValueError(
+                f"{path.name} of {source} did not arrive as it is on the Hub (its SHA-256 is another), and was removed from the "
+                "cache: the same command fetches it again"
+            )
 
 
 def convert_folder(

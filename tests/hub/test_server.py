@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hub_client import LOAD, logits_of
 from transformers import AutoModelForSequenceClassification
 
 UPLOAD = """
@@ -16,58 +16,46 @@ api.create_repo("me/model", exist_ok=True)
 done = api.upload_folder(repo_id="me/model", folder_path=sys.argv[1], create_pr=len(sys.argv) > 2)
 tell({"oid": done.oid, "pr": done.pr_num})
 """
-LOAD = """
-import torch, hf_fff
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-model = AutoModelForSequenceClassification.from_pretrained("me/model", **json.loads(sys.argv[1]))
-AutoTokenizer.from_pretrained("me/model", **json.loads(sys.argv[1]))
-tell(model(torch.arange(5, 15)[None]).logits.tolist())
-"""
+SNAPSHOT = "from huggingface_hub import snapshot_download\ntell(snapshot_download('me/model'))"
 
 
-@torch.no_grad()
-def logits_of(folder):
-    return AutoModelForSequenceClassification.from_pretrained(folder)(torch.arange(5, 15)[None]).logits.tolist()
-
-
-def test_push_load_snapshot_offline(hub, client, folder):
-    client(UPLOAD, args=[folder])
+def test_push_load_snapshot_offline(hub, client, new_client, folder):
+    client(UPLOAD, folder)
     assert hub.files("me/model")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     wanted = logits_of(folder)
-    assert client(LOAD, args=["{}"], home="fresh") == wanted
-    hub.reset_log()
-    assert client(LOAD, args=["{}"], home="fresh", HF_HUB_OFFLINE="1") == wanted and not hub.requests
-
-    snapshot = "from huggingface_hub import snapshot_download\ntell(snapshot_download('me/model'))"
-    path = client(snapshot, home="other")
+    fresh = new_client("fresh")
+    assert fresh(LOAD, "{}") == wanted
+    path = fresh(SNAPSHOT)
     assert (folder / "config.json").read_bytes() == Path(path, "config.json").read_bytes()
-    assert client(snapshot, home="other", HF_HUB_OFFLINE="1") == path
-    assert "offline mode" in client(LOAD, args=["{}"], home="empty", HF_HUB_OFFLINE="1", fails=True)
+    hub.requests.clear()
+    offline = new_client("fresh", HF_HUB_OFFLINE="1")
+    assert offline(LOAD, "{}") == wanted and offline(SNAPSHOT) == path and not hub.requests
+    assert "offline mode" in offline(LOAD, json.dumps({"cache_dir": f"{path}/none"}), fails=True)
 
 
-def test_a_revision_is_pinned(hub, client, folder):
-    first = client(UPLOAD, args=[folder])["oid"]
+def test_a_revision_is_pinned(hub, client, folder, tmp_path):
+    first = client(UPLOAD, folder)["oid"]
     wanted = logits_of(folder)
     changed = AutoModelForSequenceClassification.from_pretrained(folder)
     torch.nn.init.ones_(changed.classifier.bias)
     changed.save_pretrained(folder)
-    second = client(UPLOAD, args=[folder])["oid"]
+    second = client(UPLOAD, folder)["oid"]
     assert first != second and logits_of(folder) != wanted
-    assert client(LOAD, args=[json.dumps({"revision": first})], home="a") == wanted
-    assert client(LOAD, args=["{}"], home="b") == logits_of(folder)
-    assert "not a valid git identifier" in client(LOAD, args=['{"revision": "no-such"}'], home="c", fails=True)
+    assert client(LOAD, json.dumps({"revision": first})) == wanted
+    assert client(LOAD, "{}") == logits_of(folder)
+    assert "not a valid git identifier" in client(LOAD, '{"revision": "no-such"}', fails=True)
 
 
 def test_pull_requests_leave_main_alone(hub, client, folder):
     hub.create("me/model")
-    assert client(UPLOAD, args=[folder, "pr"])["pr"] == 1
+    assert client(UPLOAD, folder, "pr")["pr"] == 1
     assert list(hub.files("me/model")) == [".gitattributes"]
-    assert client(LOAD, args=['{"revision": "refs/pr/1"}']) == logits_of(folder)
+    assert client(LOAD, '{"revision": "refs/pr/1"}') == logits_of(folder)
 
 
 def test_large_files_in_parts(hub, client, folder):
     hub.part = 10_000
-    client(UPLOAD, args=[folder])
+    client(UPLOAD, folder)
     size = (folder / "model.safetensors").stat().st_size
     assert len([r for r in hub.sent("/lfs/") if r[0] == "PUT"]) == -(-size // 10_000) > 2
     assert hub.files("me/model")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
@@ -99,14 +87,13 @@ tell([[m.etag, m.size, m.commit_hash] for m in meta] + [part.status_code, list(p
     assert errors == ["RemoteEntryNotFoundError", "RevisionNotFoundError", "RepositoryNotFoundError"]
 
 
-def test_sentence_transformer(hub, client, minilm_path, tmp_path):
+def test_sentence_transformer(hub, client, minilm_path):
     """Dense, as it is: what is tested is the way through the hub."""
     pytest.importorskip("sentence_transformers")
-    folder = tmp_path / "minilm"
-    shutil.copytree(minilm_path, folder)
-    client(UPLOAD, args=[folder])
+    client(UPLOAD, minilm_path)
     code = """
 from sentence_transformers import SentenceTransformer
-tell(SentenceTransformer(sys.argv[1], device="cpu").encode(["A sentence."]).tolist())
+tell([SentenceTransformer(name, device="cpu").encode(["A sentence."]).tolist() for name in ("me/model", sys.argv[1])])
 """
-    assert client(code, args=["me/model"], home="fresh") == client(code, args=[folder], home="fresh")
+    loaded, wanted = client(code, minilm_path)
+    assert loaded == wanted

@@ -1,6 +1,6 @@
 """A small Hub for tests, and for trying things without a network: the part of the protocol that huggingface_hub uses for models.
 
-    python tests/hub/server.py [--port 8080]        # prints what to set before a client is started
+    python tests/hub/hub_server.py [--port 8080]        # prints what to set before a client is started
 
 Repositories live in memory. Any file of ``LFS_FROM`` bytes or more, and any ``.safetensors``, goes the way of large files: asked
 for in a batch, sent by PUT (in parts above ``PART``), committed by its hash. There is no xet: a client chooses that by itself,
@@ -77,7 +77,8 @@ class Repo:
     pulls: list[dict] = field(default_factory=list)
 
     def add(self, title, files, parent):
-        oid = hashlib.sha1(f"{self.name}{len(self.commits)}{title}".encode()).hexdigest()
+        content = sorted((path, file.etag) for path, file in files.items())
+        oid = hashlib.sha1(repr((self.name, len(self.commits), title, content)).encode()).hexdigest()
         self.commits[oid] = Commit(oid, title, files, parent)
         return oid
 
@@ -122,14 +123,8 @@ class Refused(Exception):
 class LocalHub:
     """``with LocalHub() as hub``: serves on a free port of this machine. ``tokens`` maps a token to whom it is, and what he may."""
 
-    def __init__(self, port=0, part=PART):
-        self.tokens = {
-            "hf_owner": {"name": "me", "may": {"me", "group"}},
-            "hf_guest": {"name": "guest", "may": {"guest"}},
-        }
-        self.repos, self.objects, self.parts, self.faults = {}, {}, {}, []
-        self.requests = []  # (method, path, bytes of the body that arrived)
-        self.part = part
+    def __init__(self, port=0):
+        self.reset()
         self.lock = threading.RLock()
         self._stopped = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -155,8 +150,15 @@ class LocalHub:
     def fault(self, method, pattern, action, **options):
         self.faults.append(Fault(method, pattern, action, **options))
 
-    def reset_log(self):
-        self.requests.clear()
+    def reset(self):
+        """As it was at first, on the same port."""
+        self.tokens = {
+            "hf_owner": {"name": "me", "may": {"me", "group"}},
+            "hf_guest": {"name": "guest", "may": {"guest"}},
+        }
+        self.repos, self.objects, self.parts, self.faults = {}, {}, {}, []
+        self.requests = []  # (method, path, bytes of the body that arrived)
+        self.part = PART
 
     def sent(self, pattern):
         """The requests to a path, as ``(method, path, bytes)``."""
