@@ -6,13 +6,14 @@ VENV_COMPAT ?= .venv-compat
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 TEXT ?=
+CARD ?=
 
 PYTEST = -m pytest -q
 FAST = -m "not full"
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-compat sanitize lint bench clean venv
+.PHONY: help demo publish-example test test-full test-compat sanitize lint bench clean venv
 .DELETE_ON_ERROR:
 
 # $(call install,FOLDER,CONSTRAINTS): a virtual environment with hf_fff, editable. torch comes first and alone, so that
@@ -44,6 +45,9 @@ venv: $(VENV)/.stamp ## make or refresh the environment
 
 demo: $(VENV)/.stamp ## convert and calibrate a real model, compare and time it; TEXT=file calibrates on your own text
 	@"$(VENV)/bin/python" examples/demo.py $(if $(TEXT),--text "$(TEXT)")
+
+publish-example: $(VENV)/.stamp ## the demo's model converted, measured, carded, pushed to a hub on this machine and loaded back; CARD=file keeps the card
+	@"$(VENV)/bin/python" examples/publish.py $(if $(CARD),--card "$(CARD)")
 
 test: $(VENV)/.stamp ## the fast tests
 	@"$(VENV)/bin/python" $(PYTEST) $(FAST) $(PYTEST_ARGS)

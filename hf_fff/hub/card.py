@@ -35,10 +35,8 @@ class Kind(NamedTuple):
     library: str = "transformers"
 
 
-EMBEDDER, RERANKER = (
-    Kind("embedder", "sentence-similarity", "sentence-transformers"),
-    Kind("classifier", "text-ranking"),
-)
+EMBEDDER = Kind("embedder", "sentence-similarity", "sentence-transformers")
+RERANKER = Kind("classifier", "text-ranking", "sentence-transformers")
 KINDS = {
     "Model": Kind("encoder", "feature-extraction"),
     "ForSequenceClassification": Kind("classifier", "text-classification"),

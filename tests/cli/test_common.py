@@ -88,6 +88,16 @@ BAD_CALLS = {
         (("{model}", *TASK, "--data", "{tmp}/few.tsv"), "name them with --text-columns"),
         (("{model}", "--task", "mlm", "--data", "{text}"), "has no head for mlm"),
     ],
+    "card": [
+        (("{tmp}/nowhere",), "is no folder"),
+        (("{model}",), "is no model of hf_fff"),
+        (("{model}", "--repo-id", "nobody"), "allowed: OWNER/NAME"),
+    ],
+    "push": [
+        (("{tmp}/nowhere", "me/model"), "is no folder"),
+        (("{model}", "me/model"), "is no model of hf_fff"),
+        (("{model}", "model"), "allowed: OWNER/NAME"),
+    ],
     "env": [(("--frobnicate",), "--frobnicate")],
     "build": [(("--output",), "--output")],
     "bench layer": [(("--fff", "2y3"), "--fff"), (("--tokens", "0"), "--tokens")],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import huggingface_hub
 import pytest

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from hub_client import CLI, LOAD, logits_of
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 FILES = {"README.md", "config.json", "hf_fff.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -309,10 +310,17 @@ def test_download_faults(hub, client, folder, tmp_path):
     assert client(LOAD, cache) == wanted
 
 
-def test_a_download_with_a_wrong_byte(hub, client, folder):
-    """Of the right size: huggingface_hub takes it, as `LOAD` shows; our commands do not, and fetch it again."""
+def test_a_download_with_a_wrong_byte(hub, client, folder, tmp_path):
+    """Of the right size: huggingface_hub and transformers take it; our commands do not, and fetch it again."""
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"] += 7  # what no cache has
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     client.cli("push", folder, "me/model")
-    find = "from hf_fff.surgery.folder import ModelFolder\ntell(str(ModelFolder.find('me/model').root))"
     hub.fault("GET", "/resolve/.*safetensors", "flip")
+    client(LOAD, json.dumps({"cache_dir": str(tmp_path / "theirs")}))
+    (taken,) = (tmp_path / "theirs").rglob("*.safetensors")
+    assert taken.read_bytes() != (folder / "model.safetensors").read_bytes()
+    hub.fault("GET", "/resolve/.*safetensors", "flip")
+    find = "from hf_fff.surgery.folder import ModelFolder\ntell(str(ModelFolder.find('me/model').root))"
     assert "did not arrive as it is on the Hub" in client(find, fails=True)
     assert logits_of(client(find)) == logits_of(folder)
