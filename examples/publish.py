@@ -1,7 +1,7 @@
 """The whole story on one machine: all-MiniLM-L6-v2 converted, compared with the dense model and both controls, timed, given a card,
 pushed to a hub that this script starts, and loaded back from there.
 
-    python examples/publish.py [--fff 8x8] [--budget 120] [--out out/publish] [--card FILE]
+    python examples/publish.py [--fff 8x8] [--steps 200] [--out out/publish] [--card FILE]
 
 With HF_ENDPOINT unset and a token of your own, the last `hf-fff push` that is printed pushes the same folder to the Hub.
 """
@@ -51,7 +51,7 @@ def hf_fff(*words: object, env: dict[str, str] | None = None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fff", default="8x8", help="trees x depth")
-    parser.add_argument("--budget", type=float, default=120, help="seconds for the calibration of each of the three")
+    parser.add_argument("--steps", type=int, default=200, help="steps a layer of each calibration")
     parser.add_argument("--out", type=Path, default=Path("out/publish"))
     parser.add_argument("--card", type=Path, help="a copy of the card, to keep")
     args = parser.parse_args()
@@ -65,7 +65,20 @@ def main() -> None:
     width = FFFConfig.from_shorthand(args.fff).active_nodes
     folders = {"model": args.fff, "mlp": f"mlp:{width}", "none": "none"}
     for name, fff in folders.items():
-        hf_fff("convert", source, out / name, "--fff", fff, "--text", text, "--budget", args.budget, "--json")
+        hf_fff(
+            "convert",
+            source,
+            out / name,
+            "--fff",
+            fff,
+            "--text",
+            text,
+            "--steps",
+            args.steps,
+            "--max-tokens",
+            60_000,
+            "--json",
+        )
     data = ("--task", "embeddings", "--data", DATA / "everyday_eval.txt", "--teacher", source)
     results = {
         "eval.json": hf_fff("eval", out / "model", *data, "--none", out / "none", "--json"),
