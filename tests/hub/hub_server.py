@@ -110,7 +110,7 @@ class Fault:
     times: int = 1
     skip: int = 0
     headers: dict = field(default_factory=dict)
-    seconds: float = 30.0
+    seconds: float = 600.0
     message: str = ""
 
 
@@ -158,6 +158,7 @@ class LocalHub:
         }
         self.repos, self.objects, self.parts, self.faults = {}, {}, {}, []
         self.requests = []  # (method, path, bytes of the body that arrived)
+        self.outwaited = 0  # how many hanging requests a client did not give up
         self.part = PART
 
     def sent(self, pattern):
@@ -216,7 +217,8 @@ class _Handler(BaseHTTPRequestHandler):
                 break
         self.hub.requests.append((self.command, self.path, len(body)))
         if self.fault == "hang":
-            self.hub._stopped.wait(fault.seconds)
+            if not self.hub._stopped.wait(fault.seconds):
+                self.hub.outwaited += 1
             self.hang_up()
             return
         if isinstance(self.fault, int):
