@@ -52,7 +52,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fff", default="8x8", help="trees x depth")
     parser.add_argument("--steps", type=int, default=200, help="steps a layer of each calibration")
-    parser.add_argument("--max-tokens", type=int, default=60_000, help="tokens of each calibration")
     parser.add_argument("--out", type=Path, default=Path("out/publish"))
     parser.add_argument("--card", type=Path, help="a copy of the card, to keep")
     args = parser.parse_args()

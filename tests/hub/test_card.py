@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -329,3 +330,12 @@ def test_files_that_are_no_results(folder, content):
 def test_templates_are_found_in_the_project_and_in_the_wheel():
     names = set(cards._environment().list_templates())
     assert {f"{kind.template}.md" for kind in [*cards.KINDS.values(), cards.EMBEDDER, cards.RERANKER]} < names
+
+
+def test_the_sample_card():
+    """What is kept of `make publish-example` is a card of today: all sections, metadata that can be read, real numbers."""
+    (path,) = (Path(__file__).parents[2] / "examples" / "cards").glob("*.md")
+    card = huggingface_hub.ModelCard.load(path, ignore_metadata_errors=False)
+    assert re.findall(r"hf_fff:begin (\w+)", card.text) == SECTIONS and "not measured" not in card.text
+    for result in card.data.eval_results:
+        assert f"| {cards._escaped(result.metric_type)} | {result.metric_value:.4f} |" in card.text
