@@ -10,6 +10,7 @@ BENCH_OUT ?= $(if $(BENCH_ARGS),build/bench,docs/results)
 CXX_ARM ?= aarch64-linux-gnu-g++
 QEMU_ARM ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 TEXT ?=
+CARD ?=
 
 SANITIZE = -g -O1 -std=c++20 -fsanitize=address,undefined -fno-sanitize-recover=undefined -Ikernels
 , := ,
@@ -19,7 +20,7 @@ FAST = -m "not full"
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-compat test-arm sanitize lint clean venv \
+.PHONY: help demo publish-example test test-full test-compat test-arm sanitize lint clean venv \
 	bench bench-layer bench-trained bench-scaling bench-model bench-pages
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # what is measured must not run side by side
@@ -53,6 +54,9 @@ venv: $(VENV)/.stamp ## make or refresh the environment
 
 demo: $(VENV)/.stamp ## convert and calibrate a real model, compare and time it; TEXT=file calibrates on your own text
 	@"$(VENV)/bin/python" examples/demo.py $(if $(TEXT),--text "$(TEXT)")
+
+publish-example: $(VENV)/.stamp ## the demo's model converted, measured, carded, pushed to a hub on this machine and loaded back; CARD=file keeps the card
+	@"$(VENV)/bin/python" examples/publish.py $(if $(CARD),--card "$(CARD)")
 
 test: $(VENV)/.stamp ## the fast tests
 	@"$(VENV)/bin/python" $(PYTEST) $(FAST) $(PYTEST_ARGS)

@@ -59,9 +59,11 @@ def evaluate(
     import torch
 
     from ..models.usage import fff_usage
+    from ..surgery.folder import ModelFolder
     from ..tasks import evaluate as measure
     from ..tasks import get_task
     from ..tasks.evaluate import batches, check_teacher
+    from ..training.work import digest
 
     try:
         kind = get_task(task)
@@ -96,12 +98,14 @@ def evaluate(
             role: measure(m, kind, encoded, tokenizer, teacher=dense, batch_size=batch_size, progress=not as_json)
             for role, (m, _) in loaded.items()
         }
+        identities = {role: ModelFolder.find(source).identity() for role, source in sources.items()}
         usage = fff_usage(student, (batch for _, batch in batches(encoded, kind.collator(tokenizer), batch_size)))
     result = {
         "task": task,
+        "data": {"sources": data, "sha256": digest(map(repr, rows[:limit])), "max_length": max_length},
         "rows": len(encoded.rows),
         "items": len(encoded),  # texts of embedders, windows of long contexts
-        **{role: {"source": source, "metrics": scores[role]} for role, source in sources.items()},
+        **{role: {"source": source, **identities[role], "metrics": scores[role]} for role, source in sources.items()},
         "recovered": _recovered(scores, kind) if none is not None else None,
         "usage": {str(i): values for i, values in usage.items()},
     }

@@ -1,15 +1,17 @@
 """Converting a model's folder, with all that lies in it: tokenizer, sentence-transformers' modules, the head."""
 
+import hashlib
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from ..config import LayersLike
+from ..config import FFFConfig, LayersLike
 from ..files import atomic_folder
 from ..memory import memory_explained
 from ..models import known_types
@@ -17,9 +19,10 @@ from ..models.classes import model_classes
 from ..remote import save_remote_code
 from .calibration import Calibration
 from .convert import convert_ffn_to_fff
+from .record import RECORD, record_of, write_record
 
 # What belongs to the dense model alone, beside its weights: exports for other engines, and the card that describes it.
-_LEFT_BEHIND = {"onnx", "openvino", "README.md", ".git", ".gitattributes", ".cache"}
+_LEFT_BEHIND = {"onnx", "openvino", "README.md", RECORD, ".git", ".gitattributes", ".cache"}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.h5", "*.msgpack", "*.ot", "*.onnx")
 
 
@@ -67,6 +70,20 @@ class ModelFolder:
             )
         return source
 
+    def weights_digest(self) -> str:
+        """What tells these weights from all others: the SHA-256 of the file of weights, as the Hub shows it; of several files,
+        that of the lines ``SHA-256  name`` of all."""
+        files = sorted(self.root.rglob("*.safetensors")) or sorted(self.transformer.glob("*.bin"))
+        lines = {f.relative_to(self.root).as_posix(): sha256_of(f) for f in files}
+        if len(lines) == 1:
+            return next(iter(lines.values()))
+        return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in lines.items()).encode()).hexdigest()
+
+    def identity(self) -> dict[str, str]:
+        """What a measurement says of the model that it is of: the digest of its ``weights``, and what its FFNs are, ``fff``."""
+        layers = getattr(AutoConfig.from_pretrained(self.transformer), "fff_layers", {})
+        return {"weights": self.weights_digest(), "fff": named_layers(layers) if layers else "dense"}
+
     def load_dense(self) -> Any:
         """The model, with the head that its config names.
 
@@ -102,6 +119,24 @@ class ModelFolder:
         return inner
 
 
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def named_layers(layers: Mapping[int, FFFConfig]) -> str:
+    """``"8x8"``, or where layers differ ``"8x8 in 0, 1; mlp:72 in 2"``."""
+    by_name: dict[str, list[str]] = {}
+    for index, config in layers.items():
+        by_name.setdefault(config.shorthand, []).append(str(index))
+    if len(by_name) == 1:
+        return next(iter(by_name))
+    return "; ".join(f"{name} in {', '.join(numbers)}" for name, numbers in by_name.items())
+
+
 def _transformer_path(modules: Path) -> str:
     """Where sentence-transformers' list of modules says that the transformer is."""
     try:
@@ -125,7 +160,9 @@ def _fetch(source: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(source, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]))
+        fetched = Path(snapshot_download(source, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]))
+        _check_hashes(fetched, source)
+        return fetched
     except HFValidationError as error:
         raise ValueError(
             f"there is no folder {source}, and a model of the Hub has a name such as NAME or OWNER/NAME"
@@ -143,6 +180,19 @@ def _fetch(source: str) -> Path:
         raise ValueError(
             f"there is no folder {source}, and no model of that name could be had from the Hub: {why}"
         ) from error
+
+
+def _check_hashes(fetched: Path, source: str) -> None:
+    """Downloads are checked by their size alone, yet the cache names a large file by the SHA-256 that the server told."""
+    for path in sorted(fetched.rglob("*")):
+        blob = path.resolve()
+        if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob.name) and sha256_of(blob) != blob.name:
+            blob.unlink()
+            path.unlink()
+            raise ValueError(
+                f"{path.name} of {source} did not arrive as it is on the Hub (its SHA-256 is another), and was removed from the "
+                "cache: the same command fetches it again"
+            )
 
 
 def convert_folder(
@@ -206,8 +256,10 @@ def write_folder(
     save: Callable[[Any, Path], None] = _save,
     *,
     overwrite: bool = False,
+    how: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Writes the model that ``make`` gives, by ``save``, with all else that lies in the source; returns the model.
+    """Writes the model that ``make`` gives, by ``save``, with all else that lies in the source and a record of how it was made, to
+    which ``how`` adds; returns the model.
 
     Raises:
         ValueError: the output lies in the source or holds it.
@@ -217,4 +269,5 @@ def write_folder(
     with atomic_folder(output, overwrite=overwrite) as target:
         model = make()
         save(model, source.copy_rest(target))
+        write_record(target, record_of(source, model, **(how or {})))
     return model

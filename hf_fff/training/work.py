@@ -16,6 +16,7 @@ from ..memory import memory_explained
 from ..models import fast_class
 from ..surgery import Calibration, convert_ffn_to_fff
 from ..surgery.folder import ModelFolder, check_places, write_folder
+from ..surgery.record import read_record, record_of, write_record
 from ..surgery.text import shuffled
 from ..tasks import Columns, evaluate, get_task
 from .arguments import DistillationArguments
@@ -126,7 +127,7 @@ def distil_folder(
         data, dense, tokenizer, args, max_length, held_out, calibration
     )
     if not started:
-        how = replace(calibration, data=plan.inputs, tokenizer=tokenizer, max_length=max_length)
+        calibrated = replace(calibration, data=plan.inputs, tokenizer=tokenizer, max_length=max_length)
         with (
             atomic_folder(work, overwrite=True) as new,
             memory_explained("calibrating", "the calibration's max_tokens or the maximal length of the inputs"),
@@ -134,15 +135,19 @@ def distil_folder(
             if start:
                 begun: Any = fast_class(type(dense)).from_pretrained(ModelFolder.find(str(start)).transformer)
             else:
-                begun = convert_ffn_to_fff(dense, config, calibration=how, seed=args.seed)
+                begun = convert_ffn_to_fff(dense, config, calibration=calibrated, seed=args.seed)
             begun.save_pretrained(new / _START)
+            before = read_record(ModelFolder.find(str(start)).root) if start else {}
+            write_record(new / _START, before or record_of(source, begun))
             (new / _OPTIONS).write_text(json.dumps(options, indent=2), encoding="utf-8")
     # Loaded even if it was just made: so what is interrupted and what is not start alike.
     student: Any = fast_class(type(dense)).from_pretrained(work / _START)
     dtype = student.dtype
     dense.float()
     plan.distil(student.float(), _last_checkpoint(work))  # small steps vanish in half precision
-    write_folder(source, output, lambda: student.to(dtype), overwrite=overwrite)
+    how = {name: part for name, part in read_record(work / _START).items() if name == "calibration"}
+    how["recipe"] = {name: value for name, value in options.items() if name not in ("source", "start")}  # paths
+    write_folder(source, output, lambda: student.to(dtype), overwrite=overwrite, how=how)
     shutil.rmtree(work)
     return student
 

@@ -103,6 +103,16 @@ BAD_CALLS = {
         (("{model}", "{tmp}/full"), "is not empty"),
         (("{broken}", "{tmp}/out"), "is not a valid JSON file"),
     ],
+    "card": [
+        (("{tmp}/nowhere",), "is no folder"),
+        (("{model}",), "is no model of hf_fff"),
+        (("{model}", "--repo-id", "nobody"), "allowed: OWNER/NAME"),
+    ],
+    "push": [
+        (("{tmp}/nowhere", "me/model"), "is no folder"),
+        (("{model}", "me/model"), "is no model of hf_fff"),
+        (("{model}", "model"), "allowed: OWNER/NAME"),
+    ],
     "env": [(("--frobnicate",), "--frobnicate")],
     "build": [(("--output",), "--output")],
     "bench layer": [(("--fff", "2y3"), "--fff"), (("--tokens", "0"), "--tokens")],

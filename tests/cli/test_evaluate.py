@@ -1,5 +1,6 @@
 """``hf-fff eval``: it tells what the library measures, and wrong use is told before anything is computed."""
 
+import hashlib
 import json
 
 import pytest
@@ -70,14 +71,26 @@ def test_it_tells_what_the_library_measures(folder):
     tokenizer, task = AutoTokenizer.from_pretrained(folder / "cls"), get_task("classification")
     data = task.encode(rows, tokenizer, dense.config)
     want = {
-        role: {"source": str(folder / name), "metrics": evaluate(m, task, data, tokenizer, teacher=dense)}
-        for role, name, m in (("model", "cls-2x3", model), ("teacher", "cls", dense), ("none", "cls-none", none))
+        role: {
+            "source": str(folder / name),
+            "weights": hashlib.sha256((folder / name / "model.safetensors").read_bytes()).hexdigest(),
+            "fff": kind,
+            "metrics": evaluate(m, task, data, tokenizer, teacher=dense),
+        }
+        for role, name, kind, m in (
+            ("model", "cls-2x3", "2x3", model),
+            ("teacher", "cls", "dense", dense),
+            ("none", "cls-none", "none", none),
+        )
     }
+    of_rows = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
+    sources = [str(folder / name) for name in ("rows.tsv", "more.csv")]
     x, top, bottom = (want[role]["metrics"]["accuracy"] for role in want)
     share = (x - bottom) / (top - bottom) if top != bottom else None
     usage = fff_usage(model, [batch for _, batch in batches(data, task.collator(tokenizer), 32)])
     assert result == {
         "task": "classification",
+        "data": {"sources": sources, "sha256": of_rows, "max_length": 128},
         "rows": 41,
         "items": 41,
         **want,

@@ -90,7 +90,13 @@ def test_plain_folder(tiny, tmp_path):
     before = listing(tiny)
     fast = convert(tiny, tmp_path / "fast", {0: "2x3"})
     assert listing(tiny) == before
-    assert set(listing(tmp_path / "fast")) == {"config.json", "model.safetensors", "vocab.txt", "1_Pooling/file"}
+    assert set(listing(tmp_path / "fast")) == {
+        "config.json",
+        "hf_fff.json",
+        "model.safetensors",
+        "vocab.txt",
+        "1_Pooling/file",
+    }
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "fast")
     assert type(loaded) is type(fast) and loaded.num_labels == 3 and list(loaded.config.fff_layers) == [0]
     assert same(loaded.state_dict(), fast.state_dict())
