@@ -282,7 +282,9 @@ def bench_model(
     longest = max(workloads, key=lambda work: work.batches[0]["input_ids"].numel())
     neurons = {name: found for name, model in loaded.items() if (found := visited(model, longest))}
     on = {"device": torch.cuda.get_device_name(place)} if place.type == "cuda" else {}
-    told = _told("model", waiting, {**on, "size": size, "visited": {"workload": longest.name, **neurons}, "rows": rows})
+    identities = {} if size is not None else {name: ModelFolder.find(name).identity() for name in models or []}
+    facts = {"size": size, "models": identities, "visited": {"workload": longest.name, **neurons}, "rows": rows}
+    told = _told("model", waiting, {**on, **facts})
     lines = [
         {
             "workload": t.workload,
