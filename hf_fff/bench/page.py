@@ -316,7 +316,7 @@ def _goal(name: str, goal: float, rows: Sequence[Told]) -> list[str]:
 def serve_page(tolds: Sequence[Told]) -> list[str]:
     lines = ["# How fast a model is served on a CPU", ""]
     lines += [
-        "Engines against each other, one process a system, which take turns in random order; nothing else of ours ran meanwhile. A cell: the "
+        "Engines against each other, one process a system, which take turns in random order. A cell: the "
         "median of a batch's milliseconds, then times as fast as the dense model **in OpenVINO int8** of the same run, and in brackets "
         "as the dense model in torch float32. *none* has no feedforward networks: nothing in their place can be faster in that engine. *mixed* is "
         "a padded batch of 32 sentences' real lengths.",
@@ -330,9 +330,13 @@ def serve_page(tolds: Sequence[Told]) -> list[str]:
         for row in rows:
             of.setdefault((row["engine"], row["model"]), []).append(row)
         random = rows[0]["weights"] == "random"
-        lines += [f"## {told['size']}, random weights" if random else "## Trained weights", ""]
+        lines += [
+            f"## {told['size']}, random weights, rows {told['tree_rows']}" if random else "## Trained weights",
+            "",
+        ]
         if random:
             lines += ["**Random weights: nothing here tells what a model is worth**, only what it costs.", ""]
+        lines += [told["note"], ""] if "note" in told else []
         installed = ", ".join(f"{name} {number}" for name, number in told["versions"].items())
         lines += [*machine_of(told, "hf-fff bench serve")]
         lines += [
@@ -370,7 +374,7 @@ def serve_page(tolds: Sequence[Told]) -> list[str]:
                         *name,
                         *(f"{c['p95']:.3g}" for c in cells),
                         f"{cells[0]['cold_start']:.1f}",
-                        f"{cells[0]['peak_mb']:.0f}",
+                        _known(cells[0]["peak_mb"], "{:.0f}"),
                     ]
                     for name, cells in of.items()
                 ),

@@ -67,7 +67,7 @@ class Served:
         seconds: medians over the turns.
         p95: of all single calls.
         cold_start: seconds from the start of a process, Python and imports included, to its first answer.
-        peak_memory: bytes that the process had in memory at most.
+        peak_memory: bytes that the process had in memory at most; None where the system does not tell.
         cosine: mean, over texts, to the first model's output in torch float32; None with random weights.
     """
 
@@ -75,7 +75,7 @@ class Served:
     seconds: dict[str, float] = field(default_factory=dict)
     p95: dict[str, float] = field(default_factory=dict)
     cold_start: float = 0.0
-    peak_memory: int = 0
+    peak_memory: int | None = None
     cosine: float | None = None
 
 
@@ -256,7 +256,8 @@ def records(found: Sequence[Served], facts: Sequence[Mapping[str, Any]], trained
                 row[key] = base.seconds[name] / served.seconds[name] if base else None
             none = known.get(System("none", served.system.engine))
             row["share_of_the_limit"] = none.seconds[name] / served.seconds[name] if none else None
-            row |= {"cold_start": served.cold_start, "peak_mb": served.peak_memory / 1e6, "cosine": served.cosine}
+            peak = None if served.peak_memory is None else served.peak_memory / 1e6
+            row |= {"cold_start": served.cold_start, "peak_mb": peak, "cosine": served.cosine}
             rows.append(row)
     return rows
 
@@ -437,8 +438,6 @@ def _opened(told: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], Tensor]
 
 @torch.no_grad()
 def _serve(told: Mapping[str, Any], answers: Any) -> None:
-    import resource
-
     def answer(value: Any) -> None:
         print(json.dumps(value), file=answers, flush=True)
 
@@ -460,10 +459,19 @@ def _serve(told: Mapping[str, Any], answers: Any) -> None:
                 times.append(time.perf_counter() - start)
             answer(times)
         elif what == "memory":
-            scale = 1 if sys.platform == "darwin" else 1024
-            answer(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+            answer(_peak_memory())
         else:
             answer(_vectors(call, _examples(root, told["source"])))
+
+
+def _peak_memory() -> int | None:
+    """Bytes of this process, or None. What getrusage tells begins with the memory of the process that started this one."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def _vectors(call: Callable[[Mapping[str, Tensor]], Tensor], given: Mapping[str, Any]) -> list[list[float]]:

@@ -464,7 +464,7 @@ def bench_serve(
             served.system.model,
             *cells,
             f"{served.cold_start:.1f} s",
-            f"{served.peak_memory / 1e6:.0f}",
+            "-" if served.peak_memory is None else f"{served.peak_memory / 1e6:.0f}",
             cosine,
         )
     out.print(table)

@@ -143,6 +143,7 @@ def test_folders(folders, tmp_path):
     assert written.name == "serve.md" and "openvino-int8" in text and "random weights" not in text
 
 
+@pytest.mark.full
 def test_random_weights():
     result = run(
         "bench", "serve", "--size", "bert-tiny", "--fff", "none", "--engines", "torch-f32,torch-bf16", "--fff-engines", "torch-f32",
