@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +15,17 @@ _WINDOW = 1.0  # seconds over which the neighbours are looked at before somethin
 SLACK = 0.15  # cores that others may take without being in the way
 
 
-def _clocks() -> tuple[float, float] | None:
-    """Seconds that all cores worked since the machine started, and those of this process; None where nothing tells."""
+def _clocks(children: Sequence[int] = ()) -> tuple[float, float] | None:
+    """Seconds that all cores worked since the machine started, and those of this process and of ``children``; None where nothing
+    tells."""
     try:
         words = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+        own = [Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split() for pid in children]
     except OSError:
         return None
     ticks = sum(int(word) for i, word in enumerate(words) if i not in _IDLE)  # "steal" counts: another guest's work
-    return ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+    second = os.sysconf("SC_CLK_TCK")
+    return ticks / second, time.process_time() + sum(int(w[11]) + int(w[12]) for w in own) / second
 
 
 @dataclass
@@ -44,11 +47,11 @@ def _average() -> float | None:
 
 
 @contextmanager
-def watched() -> Iterator[Load]:
-    """Fills in a ``Load`` while the block runs."""
-    load, first, start = Load(_average()), _clocks(), time.perf_counter()
+def watched(children: Sequence[int] = ()) -> Iterator[Load]:
+    """Fills in a ``Load`` while the block runs; ``children`` are processes that are no others."""
+    load, first, start = Load(_average()), _clocks(children), time.perf_counter()
     yield load
-    last, wall = _clocks(), time.perf_counter() - start
+    last, wall = _clocks(children), time.perf_counter() - start
     load.after = _average()
     if first and last and wall > 0:
         load.others = round(max(0.0, (last[0] - first[0]) - (last[1] - first[1])) / wall, 2)
@@ -68,13 +71,13 @@ class Patience:
         """Seconds since it began, without those that patience took."""
         return time.monotonic() - self.begun - self.spent
 
-    def measure(self, threads: int, run: Callable[[], T]) -> tuple[T, Load]:
-        """What ``run`` gave while the others did the least, and what they did."""
+    def measure(self, threads: int, run: Callable[[], T], children: Sequence[int] = ()) -> tuple[T, Load]:
+        """What ``run`` gave while the others did the least, and what they did; ``children`` are processes that work for it."""
         kept: tuple[T, Load] | None = None
         while True:
             self._wait(threads)
             start = time.monotonic()
-            with watched() as load:
+            with watched(children) as load:
                 result = run()
             if kept is None or (load.others or 0.0) < (kept[1].others or 0.0):
                 kept = result, load

@@ -2,8 +2,8 @@
 
 python -m hf_fff.bench.page docs/results
 
-For each of cpu-layer.json, cpu-scaling.json and cpu-model.json in the folder it writes a page and a picture; what is measured with trained
-weights is in files of its own, cpu-layer-*.json.
+For each of cpu-layer.json, cpu-scaling.json, cpu-model.json and serve.json in the folder it writes a page and a picture; what is measured
+with trained weights is in files of its own, cpu-layer-*.json and serve-*.json.
 """
 
 import json
@@ -337,29 +337,120 @@ def _goal(name: str, goal: float, rows: Sequence[Told]) -> list[str]:
     return [name, f"{100 * goal:.0f} %", *(f"{100 * share:.0f} %" for share in shares), where]
 
 
+def serve_page(tolds: Sequence[Told]) -> list[str]:
+    lines = ["# How fast a model is served on a CPU", ""]
+    lines += [
+        "Engines against each other, one process a system, which take turns in random order. A cell: the "
+        "median of a batch's milliseconds, then times as fast as the dense model **in OpenVINO int8** of the same run, and in brackets "
+        "as the dense model in torch float32. *none* has no feedforward networks: nothing in their place can be faster in that engine. *mixed* is "
+        "a padded batch of 32 sentences' real lengths.",
+        "",
+        "![times as fast as the dense model in OpenVINO int8](serve.png)",
+        "",
+    ]
+    for told in tolds:
+        rows = told["rows"]
+        of: dict[tuple[str, str], list[Told]] = {}
+        for row in rows:
+            of.setdefault((row["engine"], row["model"]), []).append(row)
+        random = rows[0]["weights"] == "random"
+        lines += [
+            f"## {told['size']}, random weights, rows {told['tree_rows']}" if random else "## Trained weights",
+            "",
+        ]
+        if random:
+            lines += ["**Random weights: nothing here tells what a model is worth**, only what it costs.", ""]
+        lines += [told["note"], ""] if "note" in told else []
+        installed = ", ".join(f"{name} {number}" for name, number in told["versions"].items())
+        lines += [*machine_of(told, "hf-fff bench serve")]
+        lines += [
+            f"{told['threads']} threads, {told['rounds']} rounds; trees with rows of {told['tree_rows']}; {installed}.",
+            "",
+        ]
+        shown = [row["workload"] + star(row) for row in next(iter(of.values()))]
+        lines += table(
+            ["engine", "model", *shown, *(["cosine"] if not random else [])],
+            (
+                [*name, *map(_serve_cell, cells), *([_known(cells[0]["cosine"], "{:.3f}")] if not random else [])]
+                for name, cells in of.items()
+            ),
+        )
+        lines += ["Cores that others used, on average, and the load average at the end: "]
+        lines[-1] += "; ".join(
+            f"{r['workload']} {_known(r['others'], '{:.2f}')}, {_known(r['load'], '{:.1f}')}"
+            for r in next(iter(of.values()))
+        )
+        lines += [""]
+        if not random:
+            lines += [
+                "*cosine*: of the outputs (the mean of a text's tokens) to those of the dense model in torch float32.",
+                "",
+            ]
+        lines += ["### The slowest calls, the start, memory", ""]
+        lines += [
+            "95 % of the calls took at most so many milliseconds; seconds from the start of Python to the first answer (imports included); "
+            "most memory of the process.",
+            "",
+            *table(
+                ["engine", "model", *shown, "start, s", "memory, MB"],
+                (
+                    [
+                        *name,
+                        *(f"{c['p95']:.3g}" for c in cells),
+                        f"{cells[0]['cold_start']:.1f}",
+                        _known(cells[0]["peak_mb"], "{:.0f}"),
+                    ]
+                    for name, cells in of.items()
+                ),
+            ),
+        ]
+        if shares := {n: c for n, c in of.items() if c[0]["share_of_the_limit"] is not None and n[1] not in ("none",)}:
+            lines += ["### Share of the speed of *none* in the same engine", ""]
+            lines += table(
+                ["engine", "model", *shown],
+                ([*name, *(f"{100 * c['share_of_the_limit']:.0f} %" for c in cells)] for name, cells in shares.items()),
+            )
+        lines += [f"{name} was left out: {why}.\n" for name, why in told["left_out"].items()]
+    return lines
+
+
+def _known(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _serve_cell(row: Told) -> str:
+    ratio = _known(row["to_openvino"], ", **{:.2f}x**")
+    return f"{row['milliseconds']:.3g} ms{'' if ratio == '-' else ratio}" + (
+        "" if row["to_torch"] is None else f" ({row['to_torch']:.2f}x)"
+    )
+
+
 def write_pages(folder: Path) -> list[Path]:
     """Writes the pages and pictures of all measurements in ``folder``.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cpu-*.json"))}
+    files = sorted([*folder.glob("cpu-*.json"), *folder.glob("serve*.json")])
+    read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     pages: dict[str, Callable[[Told], list[str]]] = {
         "cpu-layer": lambda told: layer_page(told, [read[name] for name in read if name.startswith("cpu-layer-")]),
         "cpu-scaling": scaling_page,
         "cpu-model": model_page,
+        "serve": lambda told: serve_page([told, *(read[name] for name in read if name.startswith("serve-"))]),
     }
     written = []
     for name in read.keys() & pages.keys():
         page = folder / f"{name}.md"
         plot(read[name], page.with_suffix(".png"))
-        source = f"Made by `python -m hf_fff.bench.page` from `{name}.json`, which `make bench` writes."
+        maker = "hf-fff bench serve --json" if name == "serve" else "make bench"
+        source = f"Made by `python -m hf_fff.bench.page` from `{name}.json`, which `{maker}` writes."
         lines = pages[name](read[name])
         with atomic_file(page) as path:
             path.write_text("\n".join([*lines[:2], source, "", *lines[2:]]).rstrip() + "\n", encoding="utf-8")
         written.append(page)
     if not written:
-        raise FileNotFoundError(f"{folder} has no cpu-layer.json, cpu-scaling.json or cpu-model.json")
+        raise FileNotFoundError(f"{folder} has no cpu-layer.json, cpu-scaling.json, cpu-model.json or serve.json")
     return sorted(written)
 
 

@@ -71,6 +71,21 @@ def _model(told: Mapping[str, Any], axes: Any) -> None:
     axes.legend(fontsize=7)
 
 
+def _serve(told: Mapping[str, Any], axes: Any) -> None:
+    systems = list(dict.fromkeys((row["engine"], row["model"]) for row in told["rows"]))
+    shapes = list(dict.fromkeys(row["workload"] for row in told["rows"]))
+    width = 0.8 / len(systems)
+    for i, system in enumerate(systems):
+        of = [row for row in told["rows"] if (row["engine"], row["model"]) == system]
+        at = [k + (i - (len(systems) - 1) / 2) * width for k in range(len(shapes))]
+        axes.bar(at, [row["to_openvino"] or 0.0 for row in of], width, label=" ".join(system))
+    axes.axhline(1, color="k", linewidth=0.8)
+    axes.set_xticks(range(len(shapes)), shapes)
+    axes.set_ylabel("times as fast as the dense model in OpenVINO int8")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize=6)
+
+
 def _finish(axes: Any, x: str, y: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -80,7 +95,7 @@ def _finish(axes: Any, x: str, y: str) -> None:
     axes.legend(fontsize=6)
 
 
-_DRAW = {"layer": _layer, "scaling": _scaling, "model": _model}
+_DRAW = {"layer": _layer, "scaling": _scaling, "model": _model, "serve": _serve}
 
 
 def csv_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import FFFConfig, LayersLike
 from ..training.work import digest
+from .engine import ENGINES
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Plan:
         mixed: try different kinds in different layers.
         max_length: tokens at which rows are cut.
         max_tokens: tokens to calibrate on at most.
+        engine: what the model will run in, "torch" or "openvino" (in int8): times are measured there.
         seed: of everything random.
 
     Raises:
@@ -41,6 +43,7 @@ class Plan:
     mixed: bool = True
     max_length: int = 128
     max_tokens: int = 600_000
+    engine: str = "torch"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,6 +61,8 @@ class Plan:
         for name in ("steps", "calibration_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine={self.engine!r} is not known (allowed: {', '.join(ENGINES)})")
         if not self.budget > 0:
             raise ValueError(f"budget={self.budget!r} must be above 0 seconds")
 
@@ -77,6 +82,7 @@ class Result:
         score: of the main metric.
         share: the same, divided by the dense model's.
         error: standard error of ``share``.
+        in_engine: the share that is left inside the engine, of what is chosen, where that is not torch.
         failed: why there is no share, where the training went wrong.
     """
 
@@ -92,6 +98,7 @@ class Result:
     score: float | None = None
     share: float | None = None
     error: float | None = None
+    in_engine: float | None = None
     failed: str = ""
     note: str = ""
 

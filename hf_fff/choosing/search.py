@@ -27,6 +27,7 @@ from ..training import DistillationArguments, TaskRows, TokenisedTexts, distil_f
 from ..training.data import calibration_batches
 from ..training.distil import length_for
 from ..training.work import check_options, described, digest
+from . import engine
 from .quality import HeldOut, Quality
 from .results import Choice, Plan, Result
 from .rows import Data
@@ -38,6 +39,7 @@ _ROUNDS = 11
 _MIXED = 2  # candidates with different kinds in different layers, at most
 _SAMPLE = 512  # rows to measure a step on
 _LAYERS_STEPS, _LAYERS_TOKENS = 200, 100_000  # to find out which layers are hard to fit
+_ENGINE_TOKENS = 20_000  # of inputs at which int8 looks
 _OPTIMISER = 1.2  # what a step takes, in forward and backward passes
 
 
@@ -61,7 +63,7 @@ def choose(
 
     Args:
         arguments: of a work folder and a number of steps, how to distil.
-        time_on: a device to measure times on; by default where it is trained.
+        time_on: a device to measure times on; by default where it is trained, and with OpenVINO the CPU.
         tell: hears what is going on.
 
     Raises:
@@ -71,7 +73,7 @@ def choose(
         RuntimeError: out of memory.
 
     Warns:
-        UserWarning: the machine is busy, so that times tell little.
+        UserWarning: the machine is busy, so that times tell little; what is chosen keeps less than asked inside the engine.
     """
     work = output.with_name(f"{output.name}.work")
     for place in (output, work):
@@ -110,7 +112,8 @@ class _Search:
         self.source, self.work, self.data, self.plan = source, work, data, plan
         self.arguments, self.tell = arguments, tell
         self.args = arguments(work / "training", 1)
-        self.time_on = torch.device(time_on or self.args.device)
+        self.time_on = torch.device("cpu" if plan.engine != "torch" else time_on or self.args.device)
+        self.dense_inside: Any = None  # the dense model in the engine, once it is there
         self.options = self._options()
         state = _opened(work, self.options, resume=resume)
         self.results = {name: Result(**fields) for name, fields in state.get("results", {}).items()}
@@ -197,6 +200,8 @@ class _Search:
         if self.plan.mixed and best and faster and not best.layers:
             self._mix(best, max(faster, key=lambda r: r.relative))
             best = self._best()
+        if best is not None and best.in_engine is None and self.plan.engine != "torch":
+            self._measure_inside(best)
         for result in self.results.values():
             result.note = self._note(result, best)
         return best
@@ -301,6 +306,7 @@ class _Search:
         else:
             dense = Quality(self.dense_facts["score"], tuple(self.dense_facts["groups"]))
             result.score, result.share, result.error = quality.value, quality.share(dense), quality.error(dense)
+            result.in_engine = None
             before, result.done = self.model_folder(result), result.steps
             self.save()
             shutil.rmtree(before, ignore_errors=True)
@@ -375,6 +381,29 @@ class _Search:
                 result.step_seconds = self._step_seconds(models[result.name])
         self.save()
 
+    def _inside(self, model: Any) -> Any:
+        """A model in the engine; the dense one is put there once."""
+        if model is self.dense and self.dense_inside is not None:
+            return self.dense_inside
+        inputs = self.data.train if isinstance(self.data.train, list) else self._inputs(_ENGINE_TOKENS)
+        served = engine.inside(model, inputs, self.tokenizer, self.max_length)
+        if model is self.dense:
+            self.dense_inside = served
+        return served
+
+    def _measure_inside(self, result: Result) -> None:
+        self.tell(f"{result.name} inside {self.plan.engine}")
+        model = self._inside(load_model(str(self.model_folder(result))))
+        quality = self.held_out.measure(model, self.dense)
+        result.in_engine = quality.share(Quality(self.dense_facts["score"], tuple(self.dense_facts["groups"])))
+        self.save()
+        if result.in_engine < self.plan.keep:
+            warnings.warn(
+                f"{result.name} keeps {result.share:.1%} in torch, and {result.in_engine:.1%} inside {self.plan.engine} in "
+                f"{engine.PRECISION}, less than the {self.plan.keep:.1%} that were asked",
+                stacklevel=2,
+            )
+
     def _time(self, models: dict[str, Any]) -> None:
         """Writes times into the results of these names. What is measured is how many times as long as the dense model they
         take, side by side; microseconds are that, times what the dense model took when it was measured first."""
@@ -384,9 +413,10 @@ class _Search:
             model.to(self.time_on)
         try:
             timings = []
+            timed = models if self.plan.engine == "torch" else {name: self._inside(m) for name, m in models.items()}
             for workload in self.workloads:  # one at a time, so that there is something to hear
                 self.tell(f"how fast, {workload.name} rows at once: {', '.join(models)}")
-                timings += time_models(models, [workload], rounds=_ROUNDS, seed=self.plan.seed)
+                timings += time_models(timed, [workload], rounds=_ROUNDS, seed=self.plan.seed)
         finally:
             for model in models.values():
                 model.to(self.args.device)
@@ -438,8 +468,8 @@ class _Search:
             seed=self.plan.seed,
         )
 
-    def _inputs(self) -> list[dict[str, torch.Tensor]]:
-        return calibration_batches(self.data.task, self.sample, None, self.tokenizer, _LAYERS_TOKENS)
+    def _inputs(self, tokens: int = _LAYERS_TOKENS) -> list[dict[str, torch.Tensor]]:
+        return calibration_batches(self.data.task, self.sample, None, self.tokenizer, tokens)
 
 
 def busy() -> str | None:
@@ -469,5 +499,6 @@ def _opened(work: Path, options: Mapping[str, Any], *, resume: bool) -> dict[str
         raise ValueError(f"{work} is no work folder of a search: move it away, or give another OUT") from error
     if not resume:
         return {}
+    made_with.setdefault("engine", "torch")  # of before there was another
     check_options(work, made_with, options)
     return cast("dict[str, Any]", state)

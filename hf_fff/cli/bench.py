@@ -11,6 +11,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 
 from .common import Json, Seed, app, bad_option, err, out, read_text, reports_errors, table_of
+from .export import Rows
 
 bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
@@ -317,6 +318,160 @@ def bench_model(
         table.add_row(name, *cells)
     out.print(table)
     _caption(told, [])
+
+
+@bench_app.command("serve")
+@reports_errors
+def bench_serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Model folders, the dense one first: it is timed in all --engines."),
+    ] = None,
+    size: Annotated[
+        str, typer.Option(help="Without folders: a BERT of this size with random weights, dense and with --fff.")
+    ] = "bert-base",
+    fff: Annotated[
+        str, typer.Option(help="Without folders: what takes the place of the FFNs, comma-separated.")
+    ] = "none,mlp:72,mlp:224,1x11,8x8,32x6",
+    engines: Annotated[
+        str,
+        typer.Option(
+            help="For the dense model, comma-separated: torch-f32, torch-bf16, torchao-int8, onnxruntime-int8, openvino-bf16, "
+            "openvino-int8. One that is not installed is left out, and the output says why."
+        ),
+    ] = "torch-f32,torch-bf16,torchao-int8,onnxruntime-int8,openvino-bf16,openvino-int8",
+    fff_engines: Annotated[str, typer.Option(help="For the other models, comma-separated.")] = "openvino-int8",
+    rows: Annotated[
+        Rows, typer.Option(help="Of trees inside OpenVINO; auto: as `hf-fff export` chooses them.")
+    ] = Rows.auto,
+    batch: Annotated[
+        str, typer.Option(help="Rows x tokens, comma-separated; mixed: 32 rows of real lengths, padded.")
+    ] = "1x16,1x128,8x128,32x128,1x512,mixed",
+    text: Annotated[
+        Path | None, typer.Option(help="With folders: typical texts, one a line, for int8, mixed and the fidelity.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every engine; as many as there are cores.")] = None,
+    rounds: Rounds = 9,
+    seed: Seed = 0,
+    patience: Patience = 0,
+    csv_file: Csv = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Time models as they are deployed on a CPU: engines against each other, one process each, which take turns in random order."""
+    shapes = [part.strip() for part in batch.split(",")]
+    if not all(shape == "mixed" or re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape) for shape in shapes):
+        raise bad_option("--batch", ValueError(f"{batch!r} is not a list of ROWSxTOKENS such as 1x16,8x128 and mixed"))
+    if text is not None and not models:
+        raise bad_option("--text", ValueError("needs a model's tokenizer: give model folders"))
+    if models and text is None:
+        raise bad_option("--text", ValueError("int8 looks at some hundreds of typical texts: name a file of them"))
+    _check_files(csv_file, plot)
+
+    from functools import partial
+
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from .. import ops
+    from ..bench import serve
+    from ..bench.load import Patience
+    from ..bench.model import random_models
+    from ..config import FFFConfig
+    from ..surgery.folder import ModelFolder
+
+    used: dict[str, list[str]] = {}
+    left_out: dict[str, str] = {}
+    for option, given in (("--engines", engines), ("--fff-engines", fff_engines)):
+        used[option] = []
+        for name in (part.strip() for part in given.split(",") if part.strip()):
+            try:
+                why = serve.missing(name)
+            except ValueError as error:
+                raise bad_option(option, error) from error
+            if why is None:
+                used[option].append(name)
+            else:
+                left_out[name] = why
+    if not used["--engines"]:
+        raise bad_option("--engines", ValueError(f"none of them can be used: {left_out}"))
+    texts = read_text([text] if text else None)
+    ops.load()
+    sources: dict[str, Any]
+    if models:
+        folders = {Path(name).name: name for name in models}
+        if len(folders) < len(models):
+            raise bad_option("MODEL", ValueError("two folders have the same name, by which the results are told apart"))
+        paths = [ModelFolder.find(name).transformer for name in models]
+        configs = [AutoConfig.from_pretrained(path) for path in paths]
+        vocabulary, longest = (
+            min(getattr(c, field) for c in configs) for field in ("vocab_size", "max_position_embeddings")
+        )
+        tokenizer, sources = AutoTokenizer.from_pretrained(paths[0]), dict(folders)
+    else:
+        from ..bench.shapes import size_of
+
+        try:
+            size_of(size)
+            kinds = [FFFConfig.from_shorthand(part.strip()).shorthand for part in fff.split(",") if part.strip()]
+        except ValueError as error:
+            raise bad_option("--size or --fff", error) from error
+
+        def make(kind: str) -> Any:
+            torch.manual_seed(seed)
+            return next(iter(random_models(size, [kind], {"float32": torch.float32}).values()))
+
+        sources = {kind: partial(make, kind) for kind in ("dense", *kinds)}
+        tokenizer, vocabulary, longest = None, 30522, 512
+    if too_long := [s for s in shapes if s != "mixed" and int(s.partition("x")[2]) > longest]:
+        raise bad_option("--batch", ValueError(f"{too_long[0]} is longer than the models take, {longest} tokens"))
+    first, *rest = sources
+    systems = [serve.System(first, name) for name in used["--engines"]]
+    systems += [serve.System(name, engine) for name in rest for engine in used["--fff-engines"]]
+    waiting = Patience(patience)
+    found, load = serve.bench_serve(
+        sources,
+        systems,
+        serve.workloads(shapes, vocabulary, texts=texts, tokenizer=tokenizer, seed=seed),
+        texts=texts,
+        rows=rows.value,
+        threads=threads,
+        rounds=rounds,
+        seed=seed,
+        patience=waiting,
+        tell=lambda words: err.print(words),
+    )
+    lines = serve.records(found, load, bool(models))
+    about = {
+        "size": None if models else size,
+        "rounds": rounds,
+        "tree_rows": rows.value,
+        "left_out": left_out,
+        "versions": serve.versions(),
+    }
+    told = _told("serve", waiting, {**about, "rows": lines})
+    told["threads"] = threads or told["cores"]
+    _write(told, lines, csv_file, plot)
+    if as_json:
+        print(json.dumps(told, indent=1))
+        return
+    title = "milliseconds a batch, times as fast as the first model in OpenVINO int8"
+    table = _table("engine", "model", *shapes, "start", "MB", "cosine", title=title, padding=(0, 1))
+    for served in found:
+        of = [r for r in lines if (r["engine"], r["model"]) == (served.system.engine, served.system.model)]
+        cells = [_number(r["milliseconds"]) + (f"  {r['to_openvino']:.2f}x" if r["to_openvino"] else "") for r in of]
+        cosine = "" if served.cosine is None else f"{served.cosine:.3f}"
+        table.add_row(
+            served.system.engine,
+            served.system.model,
+            *cells,
+            f"{served.cold_start:.1f} s",
+            "-" if served.peak_memory is None else f"{served.peak_memory / 1e6:.0f}",
+            cosine,
+        )
+    out.print(table)
+    notes = [] if models else ["Weights are random: nothing here tells of quality."]
+    _caption(told, [*notes, *(f"{name} was left out: {why}." for name, why in left_out.items())])
 
 
 _MODEL_LIMIT = 60.0  # seconds for the rounds of a workload, if three are done by then

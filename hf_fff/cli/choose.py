@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,7 +74,7 @@ def choose(
     candidates: Annotated[
         str, typer.Option(help="What to put in the place of the FFNs: none, mlp:WIDTH, trees x depth; comma-separated.")
     ] = "none,mlp:32,mlp:128,1x11,4x9,8x8,32x6",
-    engine: Annotated[str, typer.Option(help="What the model will run in: torch.")] = "torch",
+    engine: Annotated[str, typer.Option(help="What the model will run in: torch, or openvino, in int8.")] = "torch",
     budget: Annotated[
         float | None, typer.Option(min=1, help="Seconds for the whole search; 3600 by default. Steps come from it.")
     ] = None,
@@ -115,11 +116,18 @@ def choose(
     If none keeps enough, the exit code is 1, OUT is not made, and what was trained stays in OUT.work: the same command with a lower
     --keep takes it, with a higher --budget or more --candidates goes on from it. An interrupted search goes on with the same command.
     """
+    from ..choosing.engine import ENGINES
+
     if not 0 < keep <= 1:
         raise bad_option("--keep", ValueError(f"{keep} must lie above 0, and be 1 at most"))
-    if engine != "torch":
-        told = "joins with that engine" if engine == "openvino" else "is not known"
-        raise bad_option("--engine", ValueError(f"{engine!r} {told} (allowed: torch)"))
+    if engine not in ENGINES:
+        raise bad_option("--engine", ValueError(f"{engine!r} is not known (allowed: {', '.join(ENGINES)})"))
+    if engine == "openvino":
+        if time_on not in (None, Device.cpu):
+            raise bad_option("--time-on", ValueError(f"{time_on.value}: openvino runs on the CPU"))
+        if lacking := [name for name in ("openvino", "nncf") if find_spec(name) is None]:
+            told = "is not installed: pip install 'hf-fff[openvino]'"
+            raise bad_option("--engine", ValueError(f"openvino needs {lacking[0]}, which {told}"))
     if steps is not None and budget is not None:
         raise bad_option("--budget", ValueError("and --steps say the same thing twice: give one of them"))
     if seed < 0:
@@ -206,6 +214,7 @@ def choose(
         mixed=mixed,
         max_length=max_length,
         max_tokens=max_tokens,
+        engine=engine,
         seed=seed,
     )
     rows = prepare(
@@ -234,7 +243,8 @@ def choose(
         written = facts_of(load_model(str(output)), output) if choice.chosen else {}
     if plot is not None:
         draw(choice, plot)
-    facts = {**summary(), "time_on": time_on.value if time_on else arguments(output, 1).device.type}
+    place = "cpu" if engine != "torch" else time_on.value if time_on else arguments(output, 1).device.type
+    facts = {**summary(), "engine": engine, "time_on": place}
     if as_json:
         result = {
             "task": task,
@@ -261,6 +271,9 @@ def choose(
             soft_wrap=True,
         )
         out.print(how_to_open(output), soft_wrap=True)
+        if choice.chosen.in_engine is not None:
+            export = f"hf-fff export {output} ENGINE --engine {engine} --precision int8 --text typical.txt"
+            out.print(f"Inside {engine}, in int8, it keeps {choice.chosen.in_engine:.1%}: {export}", soft_wrap=True)
 
 
 def _share(result: Any) -> str:

@@ -21,6 +21,13 @@ class Precision(str, Enum):
     f32 = "f32"
 
 
+class Rows(str, Enum):
+    auto = "auto"
+    int8 = "int8"
+    bf16 = "bf16"
+    f32 = "f32"
+
+
 @app.command()
 @reports_errors
 def export(
@@ -30,6 +37,7 @@ def export(
     precision: Annotated[
         Precision, typer.Option(help="Of attention and all that is dense; int8 needs --text.")
     ] = Precision.int8,
+    rows: Annotated[Rows, typer.Option(help="Of the trees; auto: f32 with --precision f32, else bf16.")] = Rows.auto,
     text: Annotated[
         list[Path] | None, typer.Option(help="Typical texts for int8, one a line; may be repeated.")
     ] = None,
@@ -59,6 +67,7 @@ def export(
             made = openvino.compile(
                 load_model(source),
                 precision.value,
+                rows=rows.value,
                 texts=texts,
                 tokenizer=AutoTokenizer.from_pretrained(folder.transformer),
                 embedding=Embedding.of_folder(folder.root, folder.transformer),
@@ -72,6 +81,7 @@ def export(
         "model_class": made.model_class,
         "engine": engine.value,
         "precision": precision.value,
+        "rows": made.rows,
         "operations": made.operations,
         "megabytes": round(sum(p.stat().st_size for p in output.rglob("*") if p.is_file()) / 1e6, 1),
         "seconds": round(time.perf_counter() - start, 1),
@@ -80,7 +90,7 @@ def export(
         print(json.dumps(result, indent=2))
     else:
         out.print(
-            f"{result['model_class']} in {output}: {precision.value}, {result['operations']} FFFs, "
+            f"{result['model_class']} in {output}: {precision.value}, {result['operations']} FFFs of {made.rows} rows, "
             f"{result['megabytes']} MB, {result['seconds']} s",
             soft_wrap=True,
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import FFF, ChannelsFirst, NoFFN
-from ..ops import ACTIVATIONS
+from ..ops import ACTIVATIONS, pack
 from .library import engine, extension
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -128,23 +128,48 @@ def _quiet() -> Iterator[None]:
 
 
 def operations(graph: Any) -> list[Any]:
-    """The FFFs of a graph."""
-    return [node for node in graph.get_ordered_ops() if node.get_type_name() == "FFF"]
+    """The FFFs of a graph, packed or not."""
+    return [node for node in graph.get_ordered_ops() if node.get_type_name() in ("FFF", "PackedFFF")]
 
 
-def store_weights_in_bf16(graph: Any) -> None:
-    """Half the memory traffic of float32; sums stay in float32, and so do what the operation takes and gives, which is what the
-    engine has there: it keeps the residual and the norms in float32 even where its products are of int8 or bfloat16."""
-    openvino = engine()
-    known: dict[str, Any] = {}
+def pack_rows(graph: Any, rows: str) -> None:
+    """Puts packed layers in the place of the FFFs of a graph of float32: rows of "int8" or "bf16", a constant of bytes each.
+
+    What the operation takes and gives stays float32, which is what the engine has there: it keeps the residual and the norms in
+    float32 even where its products are of int8 or bfloat16.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    from openvino.utils.node_factory import NodeFactory
+
+    openvino, factory = engine(), NodeFactory()
+    factory.add_extension(str(extension()))
+    known: dict[tuple[str, ...], Any] = {}  # layers that share their weights, as ALBERT's
     for node in operations(graph):
-        for index in (1, 2, 3):
-            old = node.input_value(index).get_node()
-            name = old.get_friendly_name()
-            if name not in known:
-                values = torch.tensor(old.get_data()).bfloat16().view(torch.uint16).numpy()
-                tensor = openvino.Tensor(values, values.shape, openvino.Type.bf16)
-                known[name] = openvino.op.Constant(tensor, shared_memory=False)
-                known[name].set_friendly_name(name)
-            node.input(index).replace_source_output(known[name].output(0))
-        node.validate_and_infer_types()
+        x, *weights = (node.input_value(i) for i in range(4))
+        mask = [node.input_value(4)] if node.get_input_size() == 5 else []
+        told = node.get_attributes()
+        key = tuple(w.get_node().get_friendly_name() for w in weights)
+        if key not in known:
+            packed = pack(*(torch.tensor(w.get_node().get_data()) for w in weights), int(told["n_trees"]), rows)
+            known[key] = openvino.op.Constant(packed.numpy(), shared_memory=False)
+            known[key].set_friendly_name(f"{node.get_friendly_name()}.packed")
+        new = factory.create("PackedFFF", [x, known[key].output(0), *mask], {"activation": told["activation"]})
+        new.set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(new.output(0))
+
+
+def align_rows(graph: Any) -> None:
+    """Copies packed layers of a graph that was read to the start of a cache line: in the file they lie anywhere, and the engine maps
+    it, so that each load of the kernel would touch two lines."""
+    openvino = engine()
+    known: dict[int, Any] = {}
+    for node in operations(graph):
+        if node.get_type_name() == "PackedFFF":
+            data = node.input_value(1).get_node().get_data()
+            where = data.ctypes.data
+            if where not in known:
+                known[where] = openvino.op.Constant(data, shared_memory=False)
+                known[where].set_friendly_name(node.input_value(1).get_node().get_friendly_name())
+            node.input(1).replace_source_output(known[where].output(0))

@@ -16,12 +16,17 @@ from transformers.utils.generic import ModelOutput
 
 from ..files import atomic_folder, check_output
 from .embedding import Embedding
-from .graph import inputs_of, operations, store_weights_in_bf16, to_graph
+from .graph import align_rows, inputs_of, operations, pack_rows, to_graph
 from .library import OPERATION, engine, engine_version, extension
 from .quantise import calibration_batches, quantised
 
 PRECISIONS = ("int8", "bf16", "f32")
-FORMAT_VERSION = 1
+ROWS = ("auto", *PRECISIONS)
+# What "auto" is. int8 rows beside int8 attention took a converted MiniLM to a cosine of 0.986 to itself in float32, where bf16 rows kept
+# 0.991 (docs/openvino.md).
+_AUTO = {"int8": "bf16", "bf16": "bf16", "f32": "f32"}
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, FORMAT_VERSION)  # 1 knew no packed rows
 _GRAPH, _WEIGHTS, _FACTS = "openvino_model.xml", "openvino_model.bin", "fff_openvino.json"
 
 
@@ -29,6 +34,7 @@ def compile(
     model: Any,
     precision: str = "int8",
     *,
+    rows: str = "auto",
     texts: Any = None,
     tokenizer: Any = None,
     embedding: Embedding | None = None,
@@ -40,7 +46,9 @@ def compile(
     Args:
         model: a transformers model with any head, or what holds one, as a ``SentenceTransformer`` does.
         precision: "int8" (weights and activations of all matrix products, by NNCF's post-training quantisation; between them
-            bfloat16 where the CPU has it), "bf16" or "f32". The trees are kept in bfloat16 with the first two.
+            bfloat16 where the CPU has it), "bf16" or "f32".
+        rows: of the trees: "int8" (a quarter of float32's bytes), "bf16" (half) or "f32"; "auto" is "f32" with
+            ``precision="f32"``, else "bf16": int8 rows are smaller and faster, and less exact.
         texts: for "int8": some hundreds of typical inputs, texts, pairs of texts or batches of tensors.
         tokenizer: for texts, for ``encode``, and to be saved; a ``SentenceTransformer`` brings its own.
         embedding: for ``encode``: how vectors are pooled; a ``SentenceTransformer`` brings its own, the mean without one.
@@ -49,11 +57,14 @@ def compile(
 
     Raises:
         ImportError: openvino is not installed, or nncf, which int8 needs.
-        ValueError: an unknown precision, no texts for int8, a float64 model, a model that OpenVINO cannot convert.
+        ValueError: an unknown precision or kind of rows, no texts for int8, a float64 model, a model that OpenVINO cannot convert.
         RuntimeError: the library with the operation FFF can neither be found nor compiled.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not known (allowed: {', '.join(PRECISIONS)})")
+    if rows not in ROWS:
+        raise ValueError(f"rows={rows!r} is not known (allowed: {', '.join(ROWS)})")
+    rows = _AUTO[precision] if rows == "auto" else rows
     if not isinstance(model, PreTrainedModel):
         inner = _only_model_in(model)
         if embedding is None and hasattr(model, "max_seq_length") and hasattr(model, "prompts"):
@@ -72,9 +83,9 @@ def compile(
         warnings.warn(f"this {type(model).__name__} holds no FFF: it becomes a plain model of OpenVINO", stacklevel=2)
     if batches is not None:
         graph = quantised(graph, batches, names)
-    if precision != "f32":
-        store_weights_in_bf16(graph)
-    facts = {"precision": precision, "outputs": kind, "model_class": type(model).__name__}
+    if rows != "f32":
+        pack_rows(graph, rows)
+    facts = {"precision": precision, "rows": rows, "outputs": kind, "model_class": type(model).__name__}
     return OpenVINOModel(graph, facts, model.config, tokenizer, embedding, ov_config)
 
 
@@ -93,11 +104,13 @@ def load(folder: str | Path, *, ov_config: Mapping[str, Any] | None = None) -> "
                 f"{folder} holds no {name}: is it from `hf-fff export` or OpenVINOModel.save_pretrained?"
             )
     facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-    if facts.pop("version", None) != FORMAT_VERSION:
+    if facts.pop("version", None) not in _READ_VERSIONS:
+        known = ", ".join(map(str, _READ_VERSIONS))
         raise ValueError(
-            f"{folder / _FACTS} has a version that this hf_fff does not read ({FORMAT_VERSION}): export the model again"
+            f"{folder / _FACTS} has a version that this hf_fff does not read (it reads {known}): export the model again"
         )
-    found = set(re.findall(r'type="FFF" version="([^"]*)"', (folder / _GRAPH).read_text(encoding="utf-8")))
+    facts.setdefault("rows", "f32" if facts["precision"] == "f32" else "bf16")
+    found = set(re.findall(r'type="(?:Packed)?FFF" version="([^"]*)"', (folder / _GRAPH).read_text(encoding="utf-8")))
     if other := sorted(found - {OPERATION}):
         raise ValueError(
             f"{folder / _GRAPH} has FFFs of version {other[0]!r}, and this hf_fff's are {OPERATION!r}: export the model again"
@@ -105,6 +118,7 @@ def load(folder: str | Path, *, ov_config: Mapping[str, Any] | None = None) -> "
     core = engine().Core()
     core.add_extension(str(extension()))
     graph = core.read_model(folder / _GRAPH)
+    align_rows(graph)
     tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
     embedding = Embedding.from_dict(facts.pop("embedding")) if facts.get("embedding") else None
     facts.pop("embedding", None)
@@ -120,6 +134,7 @@ class OpenVINOModel:
         config: the torch model's.
         tokenizer: or None.
         precision: "int8", "bf16" or "f32".
+        rows: of the trees, the same.
         compiled: the engine's ``CompiledModel``.
     """
 
@@ -134,6 +149,7 @@ class OpenVINOModel:
     ) -> None:
         self.config, self.tokenizer, self.embedding = config, tokenizer, embedding
         self.precision: str = facts["precision"]
+        self.rows: str = facts["rows"]
         self._facts, self._graph, self._local = dict(facts), graph, threading.local()
         self._inputs = tuple(next(iter(port.get_names())) for port in graph.inputs)
         self._outputs = tuple(next(iter(port.get_names())) for port in graph.outputs)

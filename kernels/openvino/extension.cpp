@@ -1,9 +1,10 @@
-// FFF as an operation of OpenVINO: a thin binding over cpu/fff.h that checks arguments, leaves out the tokens that a mask
-// hides and lends the engine's thread pool (TBB). Weights are inputs, so that a saved model holds them.
+// FFF and PackedFFF as operations of OpenVINO: a thin binding over cpu/fff.h that checks arguments, leaves out the tokens that
+// a mask hides and lends the engine's thread pool (TBB). Weights are inputs, so that a saved model holds them.
 //
-// Inputs: x [..., hidden], weight_in [nodes, hidden], bias_in [nodes], weight_out [nodes, hidden], and optionally a mask
-// with one number a token: 0 hides it, and its output is 0. Output: as x. The type of the weights is what is computed in;
-// x may have another one (float32, bfloat16 or float16), in which y is given.
+// FFF: x [..., hidden], weight_in [nodes, hidden], bias_in [nodes], weight_out [nodes, hidden]. The type of the weights is what
+// is computed in; x may have another one (float32, bfloat16 or float16), in which y is given.
+// PackedFFF: x [..., hidden] and the buffer that `pack` fills, u8 [bytes].
+// Both optionally take a mask with one number a token: 0 hides it, and its output is 0. Output: as x.
 #include <openvino/core/op_extension.hpp>
 #include <openvino/core/version.hpp>
 #include <openvino/frontend/extension.hpp>
@@ -114,6 +115,55 @@ std::vector<int32_t> visible_tokens(const ov::Tensor& mask) {
   return visible;
 }
 
+bool is_storage(const ov::element::Type& type) {
+  return type == ov::element::f32 || type == ov::element::bf16 || type == ov::element::f16;
+}
+
+template <class F> void with_type(const ov::element::Type& type, const F& f) {
+  if (type == ov::element::f32) return f(float{});
+  if (type == ov::element::bf16) return f(hf_fff::bfloat16{});
+  if (type == ov::element::f16) return f(hf_fff::float16{});
+  OPENVINO_THROW("FFF: ", type, " is not float32, bfloat16 or float16");
+}
+
+hf_fff::Activation activation_of(const std::string& name) {
+  return hf_fff::Activation(std::find(activations.begin(), activations.end(), name) - activations.begin());
+}
+
+// Calls forward(tokens, from, to) on the tokens of x that a mask (or null) shows; y is 0 for the others. T is what it computes
+// in, X what x and y are.
+template <class T, class X, class F>
+void on_visible(const ov::Tensor& input, const ov::Tensor* mask, ov::Tensor& output, const F& forward) {
+  const X* x = static_cast<const X*>(input.data());
+  output.set_shape(input.get_shape());
+  X* y = static_cast<X*>(output.data());
+  const int64_t hidden = int64_t(input.get_shape().back()), tokens = hidden ? int64_t(input.get_size()) / hidden : 0;
+  OPENVINO_ASSERT(!mask || int64_t(mask->get_size()) == tokens, "FFF: the mask has ", mask ? mask->get_size() : 0,
+                  " numbers, and x ", tokens, " tokens");
+  const std::vector<int32_t> visible = mask ? visible_tokens(*mask) : std::vector<int32_t>{};
+  const bool all = !mask || int64_t(visible.size()) == tokens;
+  if constexpr (std::is_same_v<T, X>)
+    if (all) return forward(tokens, x, y);
+  const int64_t count = all ? tokens : int64_t(visible.size()), grain = std::max<int64_t>(1, 16384 / hidden);
+  T *from = scratch<T>(0, count * hidden), *to = scratch<T>(1, count * hidden);
+  const auto token = [&](int64_t i) { return all ? i : int64_t(visible[i]); };
+  parallel(count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) convert(x + token(i) * hidden, from + i * hidden, hidden);
+  });
+  if (count) forward(count, from, to);
+  // Each thread writes the outputs of its visible tokens, and zeros up to the next of them.
+  if (!count) std::fill_n(y, tokens * hidden, X{});
+  parallel(count, grain, [&](int64_t begin, int64_t end) {
+    int64_t done = begin ? token(begin) : 0;
+    for (int64_t i = begin; i < end; ++i) {
+      std::fill(y + done * hidden, y + token(i) * hidden, X{});
+      convert(to + i * hidden, y + token(i) * hidden, hidden);
+      done = token(i) + 1;
+    }
+    std::fill(y + done * hidden, y + (end == count ? tokens : token(end)) * hidden, X{});
+  });
+}
+
 }  // namespace
 
 namespace hf_fff::openvino {
@@ -174,31 +224,25 @@ class FFF : public ov::op::Op {
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
     OPENVINO_ASSERT(!hf_fff::isa_error(), hf_fff::isa_error());
     const ov::Tensor &x = inputs[0], &weight_in = inputs[1];
-    outputs[0].set_shape(x.get_shape());
-    const int64_t hidden = int64_t(weight_in.get_shape().at(1)), tokens = int64_t(x.get_size()) / hidden;
+    const int64_t hidden = int64_t(weight_in.get_shape().at(1)), nodes = int64_t(weight_in.get_shape()[0]);
     OPENVINO_ASSERT(int64_t(x.get_shape().back()) == hidden, "FFF: x is ", x.get_shape(), " and weight_in ",
                     weight_in.get_shape(), "; the last dimensions must agree");
-    const hf_fff::Shape shape{tokens, hidden, trees_, depth_of(int64_t(weight_in.get_shape()[0]), trees_)};
-    const bool masked = inputs.size() == 5;
-    OPENVINO_ASSERT(!masked || int64_t(inputs[4].get_size()) == tokens, "FFF: the mask has ",
-                    masked ? inputs[4].get_size() : 0, " numbers, and x ", tokens, " tokens");
-    std::vector<int32_t> visible;
-    if (masked) visible = visible_tokens(inputs[4]);
-    const bool all = !masked || int64_t(visible.size()) == tokens;
-    // Packed int8 rows, a kind of weights of its own in cpu/fff.h, get their branch here, with their scales as inputs.
     with_type(weight_in.get_element_type(), [&](auto weight) {
+      using T = decltype(weight);
+      const auto weights = [&](int i) { return static_cast<const T*>(inputs[i].data()); };
+      const auto forward = [&](int64_t tokens, const T* from, T* to) {
+        const hf_fff::Shape shape{tokens, hidden, trees_, depth_of(nodes, trees_)};
+        hf_fff::forward<T>({shape, activation_of(activation_), from, weights(1), weights(2), weights(3), to, nullptr, nullptr},
+                           engine_threads);
+      };
       with_type(x.get_element_type(), [&](auto value) {
-        run<decltype(weight), decltype(value)>(shape, inputs, outputs[0], all ? nullptr : &visible);
+        on_visible<T, decltype(value)>(x, inputs.size() == 5 ? &inputs[4] : nullptr, outputs[0], forward);
       });
     });
     return true;
   }
 
  private:
-  static bool is_storage(const ov::element::Type& type) {
-    return type == ov::element::f32 || type == ov::element::bf16 || type == ov::element::f16;
-  }
-
   // -1: no balanced trees.
   static int64_t depth_of(int64_t nodes, int64_t trees) {
     for (int64_t depth = 0; depth < 30; ++depth)
@@ -206,47 +250,74 @@ class FFF : public ov::op::Op {
     return -1;
   }
 
-  template <class F> static void with_type(const ov::element::Type& type, const F& f) {
-    if (type == ov::element::f32) return f(float{});
-    if (type == ov::element::bf16) return f(hf_fff::bfloat16{});
-    if (type == ov::element::f16) return f(hf_fff::float16{});
-    OPENVINO_THROW("FFF: ", type, " is not float32, bfloat16 or float16");
-  }
-
-  // T is what the weights are stored in, X what x and y are. `visible`: the tokens to compute, null for all.
-  template <class T, class X>
-  void run(hf_fff::Shape shape, const ov::TensorVector& inputs, ov::Tensor& output, const std::vector<int32_t>* visible) const {
-    const X* x = static_cast<const X*>(inputs[0].data());
-    X* y = static_cast<X*>(output.data());
-    const auto weights = [&](int i) { return static_cast<const T*>(inputs[i].data()); };
-    const auto activation = hf_fff::Activation(std::find(activations.begin(), activations.end(), activation_) - activations.begin());
-    const auto forward = [&](const T* from, T* to) {
-      hf_fff::forward<T>({shape, activation, from, weights(1), weights(2), weights(3), to, nullptr, nullptr}, engine_threads);
-    };
-    if constexpr (std::is_same_v<T, X>)
-      if (!visible) return forward(x, y);
-    const int64_t hidden = shape.hidden, tokens = shape.tokens, grain = std::max<int64_t>(1, 16384 / hidden);
-    if (visible) shape.tokens = int64_t(visible->size());
-    T *from = scratch<T>(0, shape.tokens * hidden), *to = scratch<T>(1, shape.tokens * hidden);
-    const auto token = [&](int64_t i) { return visible ? int64_t((*visible)[i]) : i; };
-    parallel(shape.tokens, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) convert(x + token(i) * hidden, from + i * hidden, hidden);
-    });
-    if (shape.tokens) forward(from, to);
-    // Each thread writes the outputs of its visible tokens, and zeros up to the next of them.
-    if (visible && visible->empty()) std::fill_n(y, tokens * hidden, X{});
-    parallel(shape.tokens, grain, [&](int64_t begin, int64_t end) {
-      int64_t done = begin ? token(begin) : 0;
-      for (int64_t i = begin; i < end; ++i) {
-        std::fill(y + done * hidden, y + token(i) * hidden, X{});
-        convert(to + i * hidden, y + token(i) * hidden, hidden);
-        done = token(i) + 1;
-      }
-      std::fill(y + done * hidden, y + (end == shape.tokens ? tokens : token(end)) * hidden, X{});
-    });
-  }
-
   int64_t trees_ = 0;
+  std::string activation_;
+};
+
+class PackedFFF : public ov::op::Op {
+ public:
+  OPENVINO_OP("PackedFFF", "hf_fff.1");
+
+  PackedFFF() = default;
+  PackedFFF(const ov::OutputVector& inputs, std::string activation) : Op(inputs), activation_(std::move(activation)) {
+    constructor_validate_and_infer_types();
+  }
+
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+    return std::make_shared<PackedFFF>(inputs, activation_);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor& visitor) override {
+    visitor.on_attribute("activation", activation_);
+    return true;
+  }
+
+  void validate_and_infer_types() override {
+    NODE_VALIDATION_CHECK(this, get_input_size() == 2 || get_input_size() == 3,
+                          "PackedFFF takes x, a packed layer and a mask or none, not ", get_input_size(), " inputs");
+    NODE_VALIDATION_CHECK(this, std::count(activations.begin(), activations.end(), activation_) == 1,
+                          "PackedFFF: activation '", activation_, "' is not known");
+    NODE_VALIDATION_CHECK(this, get_input_element_type(0).is_dynamic() || is_storage(get_input_element_type(0)),
+                          "PackedFFF: x is ", get_input_element_type(0), ", not float32, bfloat16 or float16");
+    NODE_VALIDATION_CHECK(this, get_input_element_type(1) == ov::element::u8 && get_input_partial_shape(1).rank().compatible(1),
+                          "PackedFFF: the packed layer is ", get_input_element_type(1), " ", get_input_partial_shape(1),
+                          ", not u8 [bytes]");
+    if (const auto constant = ov::as_type_ptr<ov::op::v0::Constant>(input_value(1).get_node_shared_ptr())) {
+      const int64_t hidden = hidden_of(constant->get_data_ptr<uint8_t>(), int64_t(constant->get_byte_size()));
+      const auto& x = get_input_partial_shape(0);
+      NODE_VALIDATION_CHECK(this, x.rank().is_dynamic() || (x.size() >= 1 && x[x.size() - 1].compatible(hidden)),
+                            "PackedFFF: x is ", x, ", and the packed layer is for a last dimension of ", hidden);
+    }
+    set_output_type(0, get_input_element_type(0), get_input_partial_shape(0));
+  }
+
+  bool has_evaluate() const override { return true; }
+
+  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    OPENVINO_ASSERT(!hf_fff::isa_error(), hf_fff::isa_error());
+    const ov::Tensor &x = inputs[0], &packed = inputs[1];
+    const uint8_t* data = static_cast<const uint8_t*>(packed.data());
+    const int64_t hidden = hidden_of(data, int64_t(packed.get_byte_size()));
+    OPENVINO_ASSERT(int64_t(x.get_shape().back()) == hidden, "PackedFFF: x is ", x.get_shape(),
+                    ", and the packed layer is for a last dimension of ", hidden);
+    with_type(x.get_element_type(), [&](auto value) {
+      using X = decltype(value);
+      on_visible<X, X>(x, inputs.size() == 3 ? &inputs[2] : nullptr, outputs[0], [&](int64_t tokens, const X* from, X* to) {
+        hf_fff::forward_packed<X>({tokens, activation_of(activation_), from, data, to}, engine_threads);
+      });
+    });
+    return true;
+  }
+
+ private:
+  static int64_t hidden_of(const uint8_t* packed, int64_t bytes) {
+    hf_fff::Rows rows;
+    hf_fff::Shape shape;
+    const char* wrong = hf_fff::read_packed(packed, bytes, false, &rows, &shape);
+    OPENVINO_ASSERT(!wrong, "PackedFFF: the packed layer cannot be used: ", wrong);
+    return shape.hidden;
+  }
+
   std::string activation_;
 };
 
@@ -255,6 +326,7 @@ class FFF : public ov::op::Op {
 namespace {
 
 using hf_fff::openvino::FFF;
+using hf_fff::openvino::PackedFFF;
 
 // x, weight_in, bias_in, weight_out, [trees, number of the activation], and a mask or none: what hf_fff/openvino/graph.py traces.
 ov::OutputVector from_torch(const ov::frontend::NodeContext& context) {
@@ -276,5 +348,6 @@ FFF_EXPORT const char* hf_fff_openvino_isa() { return hf_fff::isa(); }
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({
     std::make_shared<ov::OpExtension<FFF>>(),
+    std::make_shared<ov::OpExtension<PackedFFF>>(),
     std::make_shared<ov::frontend::ConversionExtension>("hf_fff::FFF", from_torch),
 }))

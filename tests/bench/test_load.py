@@ -1,6 +1,8 @@
 """What others did meanwhile, and what is measured again for it."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -23,7 +25,7 @@ def machine(monkeypatch):
 
     m = Machine()
     monkeypatch.setattr(load.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(load, "_clocks", lambda: (m.work, m.own))
+    monkeypatch.setattr(load, "_clocks", lambda children=(): (m.work, m.own))
     monkeypatch.setattr(load, "_average", lambda: m.now)
     monkeypatch.setattr(load.time, "perf_counter", lambda: m.now)
     monkeypatch.setattr(load.time, "monotonic", lambda: m.now)
@@ -80,6 +82,17 @@ def test_worst():
     found = load.worst([Load(1.0, 2.0, 0.1), Load(2.0, 3.0, None), Load(3.0, 4.0, 0.7)])
     assert found == Load(1.0, 4.0, 0.7) and load.worst([]) == Load()
     assert json.loads(json.dumps(asdict(found)))["others"] == 0.7
+
+
+def test_children_are_no_others():
+    if load._clocks() is None:
+        pytest.skip("this system does not tell")
+    command = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        alone, together = load._clocks()[1], load._clocks([child.pid])[1]
+        child.communicate(b"\n")
+    assert together - alone >= 0.4
 
 
 def test_on_this_machine():

@@ -39,6 +39,7 @@ def lab(source, tmp_path, monkeypatch):
         trained=[],
         started=[],
         timed=[],
+        kind_of=kind_of,
         fail_at=None,  # a kind, and whether that was before or after its model was written
         output=tmp_path / "out",
         work=tmp_path / "out.work",

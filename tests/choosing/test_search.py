@@ -1,5 +1,8 @@
 """The search: what it tries, in which order, what it takes, and that it goes on where it stopped."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 from command import listing
 from tiny import same
@@ -39,6 +42,75 @@ def test_the_fastest_that_keeps_enough_is_taken(lab):
     assert choice.metric == "accuracy" and choice.rows == 12 and choice.dense["score"] == 0.8
     assert {c.shorthand for c in model_in(lab.output).config.fff_layers.values()} == {"2x2"}
     assert (lab.output / "tokenizer.json").is_file() and not lab.work.exists()
+
+
+@pytest.fixture
+def engine(lab, monkeypatch):
+    """An engine in which models only look different: (kinds that were put there)."""
+    put = []
+
+    def inside(model, inputs, tokenizer, max_length):
+        assert len(inputs) and max_length == 64 and next(model.parameters()).device.type == "cpu"
+        put.append(lab.kind_of(model))
+        return SimpleNamespace(config=model.config, inside=True)
+
+    monkeypatch.setattr(search.engine, "inside", inside)
+    return put
+
+
+def test_inside_an_engine(lab, engine, monkeypatch):
+    """Times are those of the engine, quality is torch's, and for what is chosen the engine's too."""
+    fake, measured, trusting = search.time_models, [], search.HeldOut.measure
+
+    def time_models(models, workloads, **options):
+        assert all(m.inside for m in models.values())
+        return fake(models, workloads, **options)
+
+    def measure(self, model, dense):
+        measured.append((lab.kind_of(model), hasattr(model, "inside")))
+        return trusting(self, model, dense)
+
+    monkeypatch.setattr(search, "time_models", time_models)
+    monkeypatch.setattr(search.HeldOut, "measure", measure)
+    choice = lab.run(0.85, mixed=False, engine="openvino")
+    assert choice.chosen.name == "2x2" and choice.chosen.in_engine == pytest.approx(0.9)
+    assert [m for m in measured if m[1]] == [("2x2", True)] and ("2x2", False) in measured
+    assert engine.count("dense") == 1 and [r.in_engine for r in choice.results if r.name != "2x2"] == [None] * 4
+
+
+def test_what_an_engine_loses_is_told(lab, engine, monkeypatch):
+    trusting = search.HeldOut.measure
+
+    def measure(self, model, dense):
+        found = trusting(self, model, dense)
+        return search.Quality(found.value * 0.9, ()) if hasattr(model, "inside") else found
+
+    monkeypatch.setattr(search.HeldOut, "measure", measure)
+    with pytest.warns(
+        UserWarning, match=r"2x2 keeps 90.0% in torch, and 81.0% inside openvino in int8, less than the 85.0%"
+    ):
+        lab.run(0.85, mixed=False, engine="openvino")
+
+
+def test_another_engine_is_another_search(lab, engine):
+    lab.run(0.995, "2x2")
+    with pytest.raises(ValueError, match="engine: 'torch' there, 'openvino' now"):
+        lab.run(0.995, "2x2", engine="openvino")
+    state = lab.work / "search.json"
+    told = json.loads(state.read_text())
+    del told["options"]["engine"]  # of before there was another
+    state.write_text(json.dumps(told))
+    lab.trained.clear()
+    assert lab.run(0.9, "2x2", mixed=False).chosen.name == "2x2" and lab.trained == []
+
+
+def test_an_interrupted_measurement_inside_goes_on(lab, engine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(search._Search, "_measure_inside", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lab.run(0.85, mixed=False, engine="openvino")
+    lab.trained.clear()
+    assert lab.run(0.85, mixed=False, engine="openvino").chosen.in_engine == pytest.approx(0.9) and lab.trained == []
 
 
 def test_order_is_by_time_not_as_given(lab):
@@ -350,6 +422,7 @@ def test_a_dense_model_that_knows_nothing(lab, monkeypatch, tmp_path):
         {"keep": 0.0},
         {"keep": 1.01},
         {"candidates": ()},
+        {"engine": "onnx"},
         {"candidates": ("9",)},
         {"batch_sizes": ()},
         {"batch_sizes": (0,)},

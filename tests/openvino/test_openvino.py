@@ -18,13 +18,14 @@ pytest.importorskip("openvino.frontend", reason="openvino is not installed")  # 
 
 import openvino as ov
 
-from hf_fff import FFF, convert_ffn_to_fff
+from hf_fff import FFF, convert_ffn_to_fff, ops, optimize
 from hf_fff import openvino as fff_openvino
 from hf_fff.models import known_types
 from hf_fff.openvino import graph as graphs
 from hf_fff.openvino import library, quantise
+from hf_fff.openvino import model as model_module
 from hf_fff.openvino.embedding import Embedding
-from hf_fff.ops import ACTIVATIONS, loader
+from hf_fff.ops import ACTIVATIONS, loader, packed_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
 
@@ -85,25 +86,36 @@ def test_operation_is_the_definition(activation):
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (2, 5), (5, 60)])
-@pytest.mark.parametrize("precision", ["f32", "bf16"])
-def test_hidden_tokens_are_left_out(rows, tokens, precision):
+@pytest.mark.parametrize("kind", ["f32", "old bf16", "bf16", "int8"])
+def test_hidden_tokens_are_left_out(rows, tokens, kind):
     """Zeros for them, and for the others the bits that they have alone, wherever hidden ones lie."""
     layer = OneLayer((2, 4), 33)
     graph, _ = graphs.to_graph(layer)
-    if precision == "bf16":
-        graphs.store_weights_in_bf16(graph)
-    call = compiled(graph, 2, precision)
+    if kind == "old bf16":
+        weights_in_bf16(graph)
+    elif kind != "f32":
+        graphs.pack_rows(graph, kind)
+    call = compiled(graph, 2, "f32" if kind == "f32" else "bf16")
     for share in (0.0, 0.3, 0.9, 1.0):
         ids, mask = ids_and_mask(rows, tokens, share)
         y, whole = call(ids, mask), call(ids, torch.ones_like(mask))
         assert torch.equal(y, whole * mask[..., None])
 
 
+def weights_in_bf16(graph):
+    """As graphs before packed rows have them."""
+    for node in graphs.operations(graph):
+        for index in (1, 2, 3):
+            values = torch.tensor(node.input_value(index).get_node().get_data()).bfloat16().view(torch.uint16).numpy()
+            constant = ov.op.Constant(ov.Tensor(values, values.shape, ov.Type.bf16), shared_memory=False)
+            node.input(index).replace_source_output(constant.output(0))
+        node.validate_and_infer_types()
+
+
 def test_weights_in_bf16():
     layer = OneLayer((1, 5), 64)
     graph, _ = graphs.to_graph(layer)
-    graphs.store_weights_in_bf16(graph)
-    assert {graphs.operations(graph)[0].get_input_element_type(i).get_type_name() for i in (1, 2, 3)} == {"bf16"}
+    weights_in_bf16(graph)
     ids, mask = ids_and_mask(4, 30)
     with torch.no_grad():
         for p in layer.parameters():  # what is looked up stays as it was rounded
@@ -117,9 +129,52 @@ def test_weights_in_bf16():
     assert close.float().mean() > 0.95  # the others: a logit near zero
 
 
-def test_threads_and_batches_change_no_bit():
+@pytest.mark.parametrize("rows", ops.ROWS)
+@pytest.mark.parametrize(
+    ("shape", "hidden", "activation"), [((1, 8), 64, "gelu"), ((3, 4), 33, "silu"), ((5, 3), 130, "relu")]
+)
+def test_packed_rows_are_the_definition(shape, hidden, activation, rows):
+    """As tests/ops/test_packed.py bounds the operator of PyTorch; and its bits, where rows are integers."""
+    layer = OneLayer(shape, hidden, activation)
+    ids, mask = ids_and_mask(3, 17)
+    graph, _ = graphs.to_graph(layer)
+    graphs.pack_rows(graph, rows)
+    (node,) = graphs.operations(graph)
+    weights = [w.detach() for w in layer.fff.parameters()]
+    packed = ops.pack(*weights, shape[0], rows)
+    assert node.get_type_name() == "PackedFFF" and np.array_equal(
+        node.input_value(1).get_node().get_data(), packed.numpy()
+    )
+    y = compiled(graph)(ids, mask).flatten(0, 1)
+    x = layer.embedding(ids).flatten(0, 1)
+    want, _ = oracle.fff_packed(x, *weights, shape[0], rows, activation)
+    errors = np.abs(oracle.array(y) - want).max(-1) / np.abs(want).max(-1)
+    assert (errors > (2e-2 if rows == "int8" else 4e-3)).sum() <= len(errors) // 8
+    assert torch.equal(y, ops.fff_packed(x, packed, activation))
+
+
+def test_what_is_no_packed_layer_is_refused():
+    graph, _ = graphs.to_graph(OneLayer((2, 3), 40))
+    graphs.pack_rows(graph, "int8")
+    (node,) = graphs.operations(graph)
+    packed = node.input_value(1).get_node().get_data()
+    for wrong, message in ((packed[:-64], "not as long as its header says"), (packed[1:], "does not start")):
+        node.input(1).replace_source_output(ov.op.Constant(np.array(wrong), shared_memory=False).output(0))
+        with pytest.raises(RuntimeError, match=message):
+            node.validate_and_infer_types()
+    other, _ = graphs.to_graph(OneLayer((2, 3), 41))
+    graphs.pack_rows(other, "int8")
+    node.input(1).replace_source_output(graphs.operations(other)[0].input_value(1))
+    with pytest.raises(RuntimeError, match="is for a last dimension of 41"):
+        node.validate_and_infer_types()
+
+
+@pytest.mark.parametrize("rows", ["f32", *ops.ROWS])
+def test_threads_and_batches_change_no_bit(rows):
     layer = OneLayer((1, 8), 64)
     graph, _ = graphs.to_graph(layer)
+    if rows != "f32":
+        graphs.pack_rows(graph, rows)
     one, two = compiled(graph, 1), compiled(graph, 2)
     ids, mask = ids_and_mask(8, 64)
     assert torch.equal(one(ids, mask), two(ids, mask))
@@ -212,7 +267,7 @@ def int8(kind="2x3"):
     pytest.importorskip("nncf", reason="nncf is not installed")
     model = convert_ffn_to_fff(tiny_bert(initializer_range=0.1), kind)
     texts = [" ".join(WORDS[(i + 7 * j) % 100] for j in range(4 + i % 9)) for i in range(40)]
-    return model, fff_openvino.compile(model, texts=texts, tokenizer=tiny_tokenizer(), ov_config=ONE)
+    return model, fff_openvino.compile(model, rows="int8", texts=texts, tokenizer=tiny_tokenizer(), ov_config=ONE)
 
 
 @pytest.fixture(scope="module")
@@ -237,10 +292,42 @@ def test_int8_products_and_close_outputs():
     assert not torch.equal(found, want)
 
 
-def test_trees_stay_out_of_int8(quantised_model):
+@pytest.mark.parametrize(
+    ("precision", "rows", "want"), [("f32", "auto", "f32"), ("bf16", "auto", "bf16"), ("f32", "int8", "int8")]
+)
+def test_rows(precision, rows, want):
+    """Whole models against torch's with the same rows, hidden tokens skipped in both or not."""
+    model = convert_ffn_to_fff(tiny_bert(), "2x3")
+    made = fff_openvino.compile(model, precision, rows=rows, ov_config=ONE)
+    kinds = {n.get_type_name() for n in graphs.operations(made._graph)}
+    assert (made.rows, made.operations, kinds) == (want, 3, {"FFF" if want == "f32" else "PackedFFF"})
+    if precision == "f32":
+        batch = tiny_inputs(model, 4, 15)
+        like = model if want == "f32" else optimize(model, want)
+        close_where_visible(made(**batch), outputs(like, batch), batch["attention_mask"])
+
+
+def test_rows_by_themselves():
+    assert model_module._AUTO == {"int8": "bf16", "bf16": "bf16", "f32": "f32"}
+    assert set(model_module._AUTO) == set(model_module.PRECISIONS)
+
+
+def test_int8_attention_with_rows_of_int8(quantised_model):
     nodes = graphs.operations(quantised_model._graph)
-    assert len(nodes) == 3
-    assert {n.get_input_element_type(1).get_type_name() for n in nodes} == {"bf16"}
+    assert quantised_model.rows == "int8" and len(nodes) == 3
+    headers = [
+        packed_backend.read_header(torch.tensor(n.input_value(1).get_node().get_data()), whole=True) for n in nodes
+    ]
+    assert {(h.rows, h.n_trees, h.depth) for h in headers} == {("int8", 2, 3)}
+
+
+def test_shared_layers_are_packed_once():
+    model = convert_ffn_to_fff(tiny_model("albert"), "2x3")
+    made = fff_openvino.compile(model, "f32", rows="int8", ov_config=ONE)
+    nodes = graphs.operations(made._graph)
+    assert len(nodes) > 1 and len({n.input_value(1).get_node().get_friendly_name() for n in nodes}) == 1
+    batch = {k: v for k, v in tiny_inputs(model).items() if k in made._inputs}
+    close_where_visible(made(**batch), outputs(optimize(model), batch), batch["attention_mask"])
 
 
 @pytest.mark.parametrize("precision", ["f32", "int8"])
@@ -258,6 +345,10 @@ def test_saved_and_loaded_gives_the_same_bits(precision, quantised_model, tmp_pa
         batch = tiny_inputs(tiny_bert(), rows, tokens)
         assert same(dict(made(**batch)), dict(loaded(**batch)))
     assert (loaded.precision, loaded.operations, loaded.embedding) == (precision, 3, made.embedding)
+    assert loaded.rows == precision
+    if precision == "int8":  # to lines of the caches, wherever they lie in the file
+        starts = [n.input_value(1).get_node().get_data().ctypes.data for n in graphs.operations(loaded._graph)]
+        assert [start % 64 for start in starts] == [0] * 3
     texts = [WORDS[3], " ".join(WORDS[:9])]
     assert np.array_equal(made.encode(texts), loaded.encode(texts))
     loaded.save_pretrained(tmp_path / "b")  # and again
@@ -353,6 +444,8 @@ def test_wrong_models_and_options(monkeypatch):
     model = convert_ffn_to_fff(tiny_bert(), "2x3")
     with pytest.raises(ValueError, match=r"precision='int4' is not known \(allowed: int8, bf16, f32\)"):
         fff_openvino.compile(model, "int4")
+    with pytest.raises(ValueError, match=r"rows='int4' is not known \(allowed: auto, int8, bf16, f32\)"):
+        fff_openvino.compile(model, "f32", rows="int4")
     with pytest.raises(ValueError, match="needs texts="):
         fff_openvino.compile(model)
     with pytest.raises(ValueError, match="needs tokenizer="):
@@ -382,9 +475,24 @@ def test_folders_that_cannot_be_loaded(quantised_model, tmp_path):
         fff_openvino.load(tmp_path / "m")
     xml.write_text(text)
     facts = tmp_path / "m" / "fff_openvino.json"
-    facts.write_text(json.dumps({**json.loads(facts.read_text()), "version": 2}))
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "version": 3}))
     with pytest.raises(ValueError, match="a version that this hf_fff does not read"):
         fff_openvino.load(tmp_path / "m")
+
+
+def test_a_folder_from_before_packed_rows(tmp_path):
+    """Version 1: FFF with weights of bf16, no rows in its facts."""
+    model = convert_ffn_to_fff(tiny_bert(), "2x3")
+    made = fff_openvino.compile(model, "bf16", rows="f32", ov_config=ONE)
+    weights_in_bf16(made._graph)
+    made.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "fff_openvino.json"
+    facts = {**json.loads(path.read_text()), "version": 1}
+    del facts["rows"]
+    path.write_text(json.dumps(facts))
+    loaded, batch = fff_openvino.load(tmp_path / "m", ov_config=ONE), tiny_inputs(model)
+    assert loaded.rows == "bf16" and loaded.operations == 3
+    close_where_visible(loaded(**batch), outputs(model, batch), batch["attention_mask"], 0.1)
 
 
 @pytest.fixture
@@ -416,11 +524,14 @@ def test_export_command(tmp_path):
         part.save_pretrained(tmp_path / "m")
     result = run("export", tmp_path / "m", tmp_path / "out", "--precision", "bf16", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["operations"] == 3
+    assert json.loads(result.stdout)["operations"] == 3 and json.loads(result.stdout)["rows"] == "bf16"
     batch = tiny_inputs(model)
     loaded = fff_openvino.load(tmp_path / "out")
     assert loaded(**batch).logits.shape == (3, 3) and loaded.precision == "bf16"
+    result = run("export", tmp_path / "m", tmp_path / "b", "--precision", "f32", "--rows", "int8")
+    assert result.exit_code == 0 and "3 FFFs of int8 rows" in unwrapped(result.output)
     for options, message in (
+        (["--rows", "f16"], "'auto', 'int8', 'bf16', 'f32'"),
         (["--precision", "int8"], "some hundreds of typical texts"),
         (["--precision", "f32"], "not empty"),
         (["--engine", "onnx"], "'openvino'"),
