@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo publish-example test test-full test-compat test-arm sanitize lint clean venv \
-	bench bench-layer bench-trained bench-scaling bench-model bench-pages
+	bench bench-layer bench-trained bench-scaling bench-model bench-serve bench-pages
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # what is measured must not run side by side
 
@@ -95,7 +95,10 @@ define measure
 @mv "build/bench/$(1).part" "$(BENCH_OUT)/$(1).json"
 endef
 
-bench: bench-layer bench-trained bench-scaling bench-model bench-pages ## measure everything on this machine, write docs/results/cpu-*.md; with BENCH_ARGS, such as "--rounds 3", into build/bench
+bench-serve: $(VENV)/.stamp ## engines against each other
+	$(call measure,serve,serve)
+
+bench: bench-layer bench-trained bench-scaling bench-model bench-serve bench-pages ## measure everything on this machine, write docs/results/{cpu-*,serve}.md; with BENCH_ARGS, such as "--rounds 3", into build/bench
 
 bench-layer: $(VENV)/.stamp ## of that, one layer with random weights
 	$(call measure,cpu-layer,layer --fff 1x11$(,)8x8$(,)32x6 --dtype float32$(,)bfloat16 --against dense:3072 --threads $(BENCH_THREADS))

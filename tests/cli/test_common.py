@@ -117,6 +117,7 @@ BAD_CALLS = {
     "build": [(("--output",), "--output")],
     "bench layer": [(("--fff", "2y3"), "--fff"), (("--tokens", "0"), "--tokens")],
     "bench scaling": [(("--threads", "0"), "--threads"), (("--sizes", "nowhere"), "--sizes")],
+    "bench serve": [(("--threads", "0"), "--threads"), (("--engines", "abacus"), "--engines")],
     "bench model": [
         (("{tmp}/nowhere",), "there is no folder"),
         (("{model}", "--text", "{tmp}/empty.txt", "--batch", "1"), "has no text in it"),
