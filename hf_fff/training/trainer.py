@@ -321,7 +321,8 @@ class DistillationTrainer(Trainer):
             count, total, squares = seen.unbind(1)
             spread = (squares / count - (total / count).square()).clamp_min(0).sqrt()
             spread = torch.maximum(spread, 0.01 * spread.median(1, keepdim=True).values).clamp_min(1e-6).float()
-            self._units |= {module.weight_in: 1 / spread[0], module.weight_out: spread[1]}
+            outputs = spread[1].clamp_min(0.1 * float(spread[0].median()))  # one that gives nothing yet has to learn to
+            self._units |= {module.weight_in: 1 / spread[0], module.weight_out: outputs}
 
     def _first_batches(self, rows: int) -> Iterator[dict[str, Any]]:
         """The first rows as they lie in the data set, the same in all processes and however often it is asked."""

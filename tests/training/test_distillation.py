@@ -167,6 +167,15 @@ def test_steps_are_in_units_of_inputs_and_outputs(tmp_path):
         assert x.max() > 20 * x.median() or layer is not layers[0]
 
 
+def test_a_layer_that_gives_nothing_learns_to(tmp_path):
+    student, teacher = pair()
+    layer = student.encoder.layer[0].intermediate
+    with torch.no_grad():
+        layer.weight_out.zero_()
+    trainer(tmp_path, student, teacher, max_steps=1, warmup_steps=0).train()
+    assert layer.weight_out.abs().max() > 1e-4
+
+
 @pytest.mark.full
 def test_compiled_steps_are_the_same(tmp_path):
     losses = []
