@@ -129,6 +129,8 @@ def main() -> None:
                 torch_compile=args.compile,
                 seed=args.seed,
             )
+            if args.fff != "dense":
+                result["fff_learning_rate"] = training.rate_of(FFFConfig.from_shorthand(args.fff).kind)
             if args.freeze_embeddings:
                 own_parameters(fast)
                 fast.embeddings.requires_grad_(False)

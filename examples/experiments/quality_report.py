@@ -75,7 +75,7 @@ MLM = """
 ## Masked words
 
 MiniLM with a masked-LM head, trained for {teacher_steps} steps of {teacher_batch_size} texts; students calibrated on its inputs and distilled for
-{steps} steps of 128 texts (KL on masked words + hidden states; units; learning rate {learning_rate:g}, trees 3e-4, MLPs 1e-3). 15 % of the words are
+{steps} steps of {batch_size} texts (KL on masked words + hidden states; units; learning rate {learning_rate:g}, trees {trees:g}, MLPs {mlps:g}). 15 % of the words are
 masked; passages that no training text is from; one seed. The teacher was trained for a short time, and its loss was still falling.
 
 | | neurons used | calibrated: loss | distilled: loss | recovered | accuracy | agreement with the teacher |
@@ -234,7 +234,8 @@ def masked_words(rows: list[dict]) -> str:
     first, dense = groups["8x8"][0], teacher["scores"]
     none = mean(row["distilled"]["loss"] for row in groups["none"])
     steps = {name: teacher[name] for name in ("teacher_steps", "teacher_batch_size")}
-    text = MLM.format(**steps, steps=first["steps"], learning_rate=first["learning_rate"])
+    rates = {"trees": first["fff_learning_rate"], "mlps": groups["mlp:72"][0]["fff_learning_rate"]}
+    text = MLM.format(**steps, **rates, **{name: first[name] for name in ("steps", "batch_size", "learning_rate")})
     for fff, group in groups.items():
         done = [row["distilled"] for row in group]
         cells = [fff, neurons(fff), spread([row["calibrated"]["loss"] for row in group])]

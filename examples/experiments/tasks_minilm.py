@@ -168,6 +168,11 @@ def main() -> None:
                     **{k: v for k, v in rates.items() if v is not None},
                     **ON_GPU,
                 )
+                result |= {
+                    "learning_rate": arguments.learning_rate,
+                    "fff_learning_rate": arguments.rate_of(config.kind),
+                    "batch_size": arguments.train_batch_size,
+                }
                 distil_task(
                     student, teacher, task.name, train, tokenizer, arguments, held_out=chosen_on, transfer=transfer
                 )

@@ -212,8 +212,8 @@ def convert_folder(
     """Converts a model folder into another one; returns the converted model. The output appears whole or not at all.
 
     A sentence-transformers folder stays one: ``SentenceTransformer(output)`` opens it after ``import hf_fff``. With ``delta``, the
-    name of the dense model, only what is not that model's is written (``DeltaMixin.save_pretrained``); with ``remote_code``, also what opens the output where hf_fff
-    is not installed (``hf_fff.remote``).
+    name of the dense model, only what is not that model's is written (``DeltaMixin.save_pretrained``); with ``remote_code``, also
+    what opens the output where hf_fff is not installed (``hf_fff.remote``).
 
     Raises:
         ValueError: as ``convert_ffn_to_fff``, or the output lies in the source or holds it.
