@@ -48,7 +48,9 @@ def at_random(self, x):
 
 def calibrated(args, dense, tokenizer, texts):
     """The model after its layerwise fit, and what that says of itself."""
-    place = args.cache and args.cache / f"{args.fff}-{args.seed}-{args.routing_gradient}-{args.calibration_steps}"
+    place = args.cache and args.cache / "-".join(
+        str(getattr(args, name)) for name in ("fff", "seed", "routing_gradient", "calibration_steps", "calibration_batch")
+    )
     if place and (place / "report.json").exists():
         fast = FastBertModel.from_pretrained(place, dtype=torch.float32).to(dense.device)
         return fast, json.loads((place / "report.json").read_text())
@@ -57,7 +59,7 @@ def calibrated(args, dense, tokenizer, texts):
         tokenizer=tokenizer,
         steps=args.calibration_steps,
         max_tokens=args.max_tokens,
-        batch_tokens=4096,
+        batch_tokens=args.calibration_batch,
         learning_rate=4e-3,
         seed=args.seed,
         progress=False,
@@ -82,7 +84,8 @@ def main() -> None:
     parser.add_argument("--run", default="general", help="the table that it belongs to: general, calibration or rates")
     parser.add_argument("--fff", default="8x8")
     parser.add_argument("--calibration-steps", type=int, default=1000)
-    parser.add_argument("--max-tokens", type=int, default=600_000)
+    parser.add_argument("--calibration-batch", type=int, default=4096, help="tokens a step")
+    parser.add_argument("--max-tokens", type=int, default=600_000, help="of the calibration")
     parser.add_argument("--steps", type=int, default=0, help="of the distillation; 0: calibration alone")
     parser.add_argument("--batch-size", type=int, default=192, help="texts a step")
     parser.add_argument("--learning-rate", type=float, default=4e-4)

@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--teacher-batch-size", type=int, default=32)
     parser.add_argument("--teacher-learning-rate", type=float, default=1e-4)
     parser.add_argument("--calibration-steps", type=int, default=1000)
+    parser.add_argument("--calibration-batch", type=int, default=4096, help="tokens a step")
     parser.add_argument("--max-tokens", type=int, default=400_000)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int)
@@ -138,7 +139,7 @@ def main() -> None:
             steps=args.calibration_steps,
             max_tokens=args.max_tokens,
             max_length=args.max_length,
-            batch_tokens=4096,
+            batch_tokens=args.calibration_batch,
             learning_rate=4e-3,
             seed=args.seed,
             progress=False,

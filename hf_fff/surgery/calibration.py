@@ -33,7 +33,8 @@ from .text import Batch, as_batches, shuffled
 
 logger = logging.getLogger(__name__)
 
-_FORWARD_TOKENS = 4096  # a batch on its way through the models
+_FORWARD_TOKENS = {"cpu": 4096}  # of a batch on its way through the models; elsewhere
+_MORE_TOKENS = 16_384
 _PASSES = 2.0  # what all layers cost, in passes of the dense model: that, and the converted layers twice
 _MLP_RATE = 2.0  # an MLP learns best at a higher rate than a tree
 _COLLECTING = 0.35  # share of a budget for them
@@ -368,7 +369,9 @@ class _Fit:
     def step(self) -> None:
         index = self._next_batch()
         x, y = self.data.x[index].float(), self.data.y[index].float()
-        error = (self.ffn(x) + self.bias - y) * self.data.weight[index].unsqueeze(1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):  # a CPU computes as fast in float32
+            fitted = self.ffn(x)
+        error = (fitted + self.bias - y) * self.data.weight[index].unsqueeze(1)
         self.optimizer.zero_grad()
         error.square().mean().backward()
         self.optimizer.step()
@@ -403,7 +406,8 @@ def calibrate(
     """
     start = time.monotonic()
     seconds = float("inf") if c.steps is not None or c.budget is None else c.budget
-    batches = as_batches(c.data, lambda: _tokenizer(c, dense), max_length=c.max_length, batch_tokens=_FORWARD_TOKENS)
+    batch_tokens = _FORWARD_TOKENS.get(dense.device.type, _MORE_TOKENS)
+    batches = as_batches(c.data, lambda: _tokenizer(c, dense), max_length=c.max_length, batch_tokens=batch_tokens)
     batches = shuffled(batches, c.seed)
     dense_layers, fast_layers = _Layers(dense.base_model, family), _Layers(fast.base_model, family)
     blocks = dense_layers.blocks
