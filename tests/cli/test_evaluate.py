@@ -86,7 +86,7 @@ def test_it_tells_what_the_library_measures(folder):
     of_rows = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
     sources = [str(folder / name) for name in ("rows.tsv", "more.csv")]
     x, top, bottom = (want[role]["metrics"]["accuracy"] for role in want)
-    share = (x - bottom) / (top - bottom) if top != bottom else None
+    share = (x - bottom) / (top - bottom) if top > bottom else None
     usage = fff_usage(model, [batch for _, batch in batches(data, task.collator(tokenizer), 32)])
     assert result == {
         "task": "classification",
@@ -176,7 +176,24 @@ def test_unlabelled_rows_are_compared_with_the_teacher(folder):
     same = told(folder / "cls", "--task", "classification", *options[:4], "--none", folder / "cls")
     assert same["recovered"] == {"metric": "agreement", "share": None}
     shown = run(folder / "cls", "--task", "classification", *options[:4], "--none", folder / "cls")
-    assert "cannot be told, for they are alike" in unwrapped(shown.stdout)
+    assert "not defined, for none is no worse than the teacher" in unwrapped(shown.stdout)
+
+
+def test_no_share_where_none_beats_the_teacher(folder):
+    """Whichever way the metric counts: a dense model that is worse than the one without FFNs leaves no gap."""
+    use = (folder / "cls-2x3", "--task", "classification", "--data", folder / "rows.tsv")
+    pair = [folder / "cls", folder / "cls-none"]
+    accuracy = [told(model, *use[1:])["model"]["metrics"]["accuracy"] for model in pair]
+    assert accuracy[0] != accuracy[1], "these models say nothing about the test"
+    worse, better = pair if accuracy[0] < accuracy[1] else pair[::-1]
+    assert told(*use, "--teacher", worse, "--none", better)["recovered"] == {"metric": "accuracy", "share": None}
+    assert told(*use, "--teacher", better, "--none", worse)["recovered"]["share"] is not None
+    use = (folder / "mlm-2x3", "--task", "mlm", "--data", folder / "paragraphs.txt")
+    pair = [folder / "mlm", folder / "mlm-none"]
+    loss = [told(model, *use[1:])["model"]["metrics"]["loss"] for model in pair]
+    worse, better = pair if loss[0] > loss[1] else pair[::-1]
+    assert told(*use, "--teacher", worse, "--none", better)["recovered"] == {"metric": "loss", "share": None}
+    assert told(*use, "--teacher", better, "--none", worse)["recovered"]["share"] is not None
 
 
 WRONG_USE = {
