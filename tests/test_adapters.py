@@ -288,13 +288,16 @@ def test_what_is_saved_is_small(tmp_path, model):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 8 * numbers + 10_000
 
 
-def test_opened_by_its_folder_alone(tmp_path, model):
-    """The adapter's folder names the converted model that it is for."""
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
+def test_opened_by_its_folder_alone(tmp_path, model, task_type):
+    """The adapter's folder names the converted model that it is for, and the task or the class, which PEFT wants to be allowed."""
     model.save_pretrained(tmp_path / "fast")
     fast = AutoModelForSequenceClassification.from_pretrained(tmp_path / "fast", dtype=torch.float64)
-    with_adapters = filled(fast)
+    with_adapters = filled(fast, task_type=task_type)
     with_adapters.save_pretrained(tmp_path / "adapter")
-    opened = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", dtype=torch.float64)
+    auto = peft.AutoPeftModelForSequenceClassification if task_type else peft.AutoPeftModel
+    allowed = {} if task_type else {"import_allowlist": ["hf_fff.models.classes"]}
+    opened = auto.from_pretrained(tmp_path / "adapter", dtype=torch.float64, **allowed)
     assert type(opened.base_model.model) is type(model)
     assert torch.equal(logits(opened.eval()), logits(with_adapters))
 

@@ -11,7 +11,7 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 NAMED = re.compile(r"`((?:\w+/)*test_\w+\.py)(?:::(\w+))?`")
 
 
-def tests_of(path):
+def names_in(path):
     return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
 
 
@@ -31,7 +31,7 @@ def test_tests_that_are_named_exist(page):
     for file, test in NAMED.findall(page.read_text(encoding="utf-8")):
         path = ROOT / "tests" / file.removeprefix("tests/")
         assert path.is_file(), f"{page.name} names {file}"
-        assert not test or test in tests_of(path), f"{page.name} names {test}, which {file} does not have"
+        assert not test or test in names_in(path), f"{page.name} names {test}, which {file} does not have"
 
 
 def test_each_row_of_interop_has_its_test():

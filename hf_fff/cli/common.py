@@ -125,7 +125,9 @@ def _as_typed(message: str, command: Callable[..., Any]) -> str:
     for name, hint in command.__annotations__.items():
         for info in getattr(hint, "__metadata__", ()):
             if isinstance(info, OptionInfo):
-                typed[name] = next(iter(info.param_decls or ()), f"--{name.replace('_', '-')}")
+                declared = [info.default, *(info.param_decls or ())]  # in Annotated the first one comes as the default
+                named = [word for word in declared if isinstance(word, str) and word.startswith("--")]
+                typed[name] = next(iter(named), f"--{name.replace('_', '-')}")
             elif isinstance(info, ArgumentInfo):
                 typed[name] = info.metavar or name.upper()
     if "text_columns" in typed:
