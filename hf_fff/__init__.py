@@ -7,6 +7,7 @@ when they are used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import _early  # noqa: F401 - before what takes long to import
 from ._version import __version__
 from .models import class_names, known_types, register
 

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from torch import nn
+
 from .layers.fff import Neurons
 
 
@@ -26,3 +28,14 @@ def fff_target_parameters(model: Any) -> list[str]:
     if not modules:
         raise ValueError(f"{type(model).__name__} holds no FFF whose parameters could be adapted: convert it before")
     return [f"{name}.{part}".removeprefix(".") for name in modules for part in ("weight_in", "weight_out")]
+
+
+def check_not_adapted(model: nn.Module, use: str) -> None:
+    """Raises ``ValueError`` where a model has adapters of PEFT that are not merged: what is to ``use`` it would read its weights
+    without them."""
+    for name, module in model.named_modules():
+        if type(module).__module__.split(".")[0] == "peft":
+            raise ValueError(
+                f"the model is adapted by PEFT ({name or 'the model'} is a {type(module).__name__}): "
+                f"merge_and_unload() gives the model to {use}"
+            )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .adapters import check_not_adapted
 from .layers import FFF, PackedFFF
 from .ops import ROWS
 
@@ -42,12 +43,7 @@ def optimize(model: Any, rows: str = "int8") -> Any:
         packed = any(isinstance(m, PackedFFF) for m in model.modules())
         what = "its trees are packed already" if packed else "convert_ffn_to_fff puts them there"
         raise ValueError(f"there are no FFF layers in this {type(model).__name__}: {what}")
-    for name, module in model.named_modules():
-        if type(module).__module__.split(".")[0] == "peft":
-            raise ValueError(
-                f"the model is adapted by PEFT ({name or 'the model'} is a {type(module).__name__}): "
-                "merge_and_unload() gives the model to optimize"
-            )
+    check_not_adapted(model, "optimize")
     for name, layer in layers.items():
         _check_plain(name, layer)
     known: dict[int, Any] = {id(layer): PackedFFF.of(layer, rows) for layer in layers.values()}

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import HEADS, tiny_bert, tiny_inputs, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
@@ -248,6 +249,13 @@ def test_an_fff_is_no_target_module(model):
         adapted(model, target_modules=["intermediate"], target_parameters=None)
 
 
+def test_all_linear_leaves_trees(model):
+    with_adapters = adapted(model, target_modules="all-linear", target_parameters=None)
+    names = [name for name, p in with_adapters.named_parameters() if p.requires_grad]
+    assert sum("attention" in name for name in names) == 3 * 4 * 2
+    assert not any("intermediate" in name for name in names)
+
+
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_biases_of_trees_stay(model, bias):
     """``bias=`` means what is called "bias", which the trees' ``bias_in`` is not."""
@@ -278,6 +286,37 @@ def test_what_is_saved_is_small(tmp_path, model):
     assert settings["target_parameters"] == fff_target_parameters(model)
     numbers = sum(p.numel() for name, p in filled(model).named_parameters() if "lora" in name)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 8 * numbers + 10_000
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
+def test_opened_by_its_folder_alone(tmp_path, model, task_type):
+    """The adapter's folder names the converted model that it is for, and the task or the class, which PEFT wants to be allowed."""
+    model.save_pretrained(tmp_path / "fast")
+    fast = AutoModelForSequenceClassification.from_pretrained(tmp_path / "fast", dtype=torch.float64)
+    with_adapters = filled(fast, task_type=task_type)
+    with_adapters.save_pretrained(tmp_path / "adapter")
+    auto = peft.AutoPeftModelForSequenceClassification if task_type else peft.AutoPeftModel
+    allowed = {} if task_type else {"import_allowlist": ["hf_fff.models.classes"]}
+    opened = auto.from_pretrained(tmp_path / "adapter", dtype=torch.float64, **allowed)
+    assert type(opened.base_model.model) is type(model)
+    assert torch.equal(logits(opened.eval()), logits(with_adapters))
+
+
+def test_merged_as_a_delta(tmp_path):
+    """What was trained is the delta's, and the rest the dense model's; unmerged, it would be neither."""
+    tiny_bert(HEADS["ForSequenceClassification"], num_labels=3).save_pretrained(tmp_path / "dense")
+    fast = converted(HEADS["ForSequenceClassification"].from_pretrained(tmp_path / "dense")).float()
+    with_adapters = filled(fast)
+    with pytest.raises(ValueError, match=r"merge_and_unload\(\) gives the model to save as a delta"):
+        with_adapters.base_model.model.save_pretrained(tmp_path / "delta", delta=str(tmp_path / "dense"))
+    assert not (tmp_path / "delta").exists()
+    merged = with_adapters.merge_and_unload()
+    merged.save_pretrained(tmp_path / "delta", delta=str(tmp_path / "dense"))
+    kept = {name.split(".", 4)[-1] for name in load_file(tmp_path / "delta" / "fff_delta.safetensors")}
+    trees = {f"intermediate.{part}" for part in ("weight_in", "bias_in", "weight_out")}
+    assert kept == {*trees, "attention.self.query.weight", "attention.self.value.weight"}
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "delta")
+    assert torch.equal(logits(again), logits(merged))
 
 
 def test_checkpointed_activations(model):

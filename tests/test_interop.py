@@ -93,6 +93,21 @@ def test_torchao_does_not_take_trees(model):
         quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=lambda m, _: isinstance(m, FFF))
 
 
+@pytest.mark.parametrize("how", ["torchao", "bitsandbytes"])
+def test_quantised_weights_are_no_delta(tmp_path, model, folder, how):
+    """A delta borrows from the dense model, which has none of them."""
+    pytest.importorskip(how, reason=f"the package {how} is not installed")
+    if how == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
+    else:
+        model = load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu")
+    with pytest.raises(ValueError, match="the model is quantised: save the delta of the model that it was quantised"):
+        model.save_pretrained(tmp_path / "delta", delta=str(folder))
+    assert not (tmp_path / "delta").exists()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes(model, folder, bits):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
@@ -107,12 +122,20 @@ def test_bitsandbytes(model, folder, bits):
     assert cosine.min() > 0.8  # of three logits, with attention in a few bits
 
 
-def test_qlora(model, folder):
-    """Attention in 4 bits and frozen, adapters on it and on FFFs in bfloat16: the loss falls, the base stays."""
+def test_qlora(tmp_path, model, folder):
+    """Attention in 4 bits and frozen, adapters on it and on FFFs in bfloat16: the loss falls, the base stays, and the saved adapters
+    give the same on the base loaded anew."""
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
-    pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    quantised = load(folder, quantization_config=config, dtype=torch.bfloat16, device_map="cpu")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["classifier"]
+    )
+
+    def base():
+        return load(folder, quantization_config=config, dtype=torch.bfloat16, device_map="cpu")
+
+    quantised = base()
+    assert sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in quantised.modules()) >= 3 * 4
     names = fff_target_parameters(quantised)
     settings = peft.LoraConfig(target_modules=["query", "value"], target_parameters=names, r=4)
     adapted = peft.get_peft_model(quantised, settings).train()
@@ -131,6 +154,10 @@ def test_qlora(model, folder):
     for part in ("intermediate.base_layer.lora_B", "intermediate.lora_B", "query.lora_B"):
         assert sum(part in name for name in moved) == 3
     assert_trees_are(adapted, model, torch.bfloat16)
+    trained = logits(adapted.eval())
+    assert trained.isfinite().all() and (trained - logits(base())).abs().max() > 0.1
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()), trained)
 
 
 # --- number formats and places --------------------------------------------------------------------------------------

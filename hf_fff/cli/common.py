@@ -25,6 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 from safetensors import SafetensorError
+from typer.models import ArgumentInfo, OptionInfo
 
 from .. import __version__
 
@@ -97,14 +98,42 @@ def reports_errors(command: F) -> F:
         except (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError) as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:  # `hf-fff env | head -1`
                 raise
-            told = str(error).replace(": name them", ": name them with --text-columns")
-            err.print(f"error: {told}{_kept(error)}", style="red")
+            err.print(f"error: {_as_typed(str(error), command)}{_kept(error)}", style="red")
             raise typer.Exit(exit_code(error)) from error
         except (KeyboardInterrupt, SystemExit) as error:
             err.print(f"\ninterrupted{_kept(error)}")
             raise
 
     return wrapped  # type: ignore[return-value]
+
+
+# Fields of the library whose options have other names.
+_OPTIONS = {
+    "target_layers": "layers",
+    "max_steps": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "license": "licence",
+}
+# A name of several words, and one that may be a word of any sentence.
+_FIELD = re.compile(r"(?<![\w./-])[a-z]+(?:_[a-z]+)+(?!\.?\w|\()|(?<![\w./-])(?<!: )[a-z]+(?==)")
+
+
+def _as_typed(message: str, command: Callable[..., Any]) -> str:
+    """The library's message, in which fields that a command has as options are called as they are typed: ``max_tokens`` becomes
+    ``--max-tokens``. A name of one word only counts before "=", and not as the column of a row (``row 3: text=5``)."""
+    typed: dict[str, str] = {}
+    for name, hint in command.__annotations__.items():
+        for info in getattr(hint, "__metadata__", ()):
+            if isinstance(info, OptionInfo):
+                declared = [info.default, *(info.param_decls or ())]  # in Annotated the first one comes as the default
+                named = [word for word in declared if isinstance(word, str) and word.startswith("--")]
+                typed[name] = next(iter(named), f"--{name.replace('_', '-')}")
+            elif isinstance(info, ArgumentInfo):
+                typed[name] = info.metavar or name.upper()
+    if "text_columns" in typed:
+        message = message.replace(": name them", f": name them with {typed['text_columns']}")
+    typed |= {field: typed[name] for field, name in _OPTIONS.items() if name in typed}
+    return _FIELD.sub(lambda match: typed.get(match[0], match[0]), message)
 
 
 def _kept(error: BaseException) -> str:

@@ -130,10 +130,11 @@ def _load(source: str, task: "Task", device: str) -> tuple[Any, Any]:
 
 
 def _recovered(scores: dict[str, dict[str, float]], task: "Task") -> dict[str, Any]:
-    """(x - none) / (teacher - none); the share is None where the teacher is no other than none."""
+    """(x - none) / (teacher - none); the share is None where the teacher is no better than none: then there is no gap."""
     metric = next(name for name in (task.gap_metric, "agreement", "cosine") if name in scores["model"])
     x, teacher, none = (scores[role][metric] for role in ("model", "teacher", "none"))
-    return {"metric": metric, "share": (x - none) / (teacher - none) if teacher != none else None}
+    better = teacher < none if metric == "loss" else teacher > none
+    return {"metric": metric, "share": (x - none) / (teacher - none) if better else None}
 
 
 def _show(result: dict[str, Any], scores: dict[str, dict[str, float]]) -> None:
@@ -144,7 +145,7 @@ def _show(result: dict[str, Any], scores: dict[str, dict[str, float]]) -> None:
     out.print(told)
     if (recovered := result["recovered"]) is not None:
         share = recovered["share"]
-        found = "cannot be told, for they are alike" if share is None else f"{share:.1%}"
+        found = "not defined, for none is no worse than the teacher" if share is None else f"{share:.1%}"
         out.print(f"recovered of the gap in {recovered['metric']} between none and teacher: {found}")
     if result["usage"]:
         used = table_of(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from ..adapters import check_not_adapted
 from ..files import atomic_files
 
 DELTA_VERSION = 1
@@ -31,7 +32,7 @@ class DeltaMixin:
 
         Raises:
             ValueError: no base, none of the model's architecture, or one that is converted itself; the folder holds whole weights;
-                other options beside ``delta``.
+                adapters of PEFT that are not merged, or quantised weights; other options beside ``delta``.
         """
         if not delta:
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -95,6 +96,10 @@ def save_delta(model: Any, folder: Path, base: str | None) -> None:
         base = str(Path(base).resolve())
     if whole := sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin") and p.name != WEIGHTS):
         raise ValueError(f"{folder} holds whole weights ({', '.join(whole)}): save the delta in a folder of its own")
+    check_not_adapted(model, "save as a delta")
+    # What bitsandbytes packs is told by the config, and torchao's tensors by their class.
+    if hasattr(model.config, "quantization_config") or any(type(p.data) is not Tensor for p in model.parameters()):
+        raise ValueError("the model is quantised: save the delta of the model that it was quantised from")
     dense = _dense_tensors(model, model.config, base)
     own: dict[str, Tensor] = {}
     borrowed = []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, modeling_outputs
 from transformers.utils.generic import ModelOutput
 
+from ..adapters import check_not_adapted
 from ..files import atomic_folder, check_output
 from .embedding import Embedding
 from .graph import align_rows, inputs_of, operations, pack_rows, to_graph
@@ -57,7 +58,8 @@ def compile(
 
     Raises:
         ImportError: openvino is not installed, or nncf, which int8 needs.
-        ValueError: an unknown precision or kind of rows, no texts for int8, a float64 model, a model that OpenVINO cannot convert.
+        ValueError: an unknown precision or kind of rows, no texts for int8, a float64 model, adapters of PEFT that are not merged, a
+            model that OpenVINO cannot convert.
         RuntimeError: the library with the operation FFF can neither be found nor compiled.
     """
     if precision not in PRECISIONS:
@@ -71,6 +73,7 @@ def compile(
             embedding = Embedding.of_modules(model)
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
         model = inner
+    check_not_adapted(model, "compile")
     batches = None
     if precision == "int8":  # before anything slow
         most = [

@@ -72,13 +72,17 @@ class DeltaMixin:
 def save_remote_code(model: Any, folder: Path) -> Path:
     """Puts the file beside a model that was saved in ``folder``, and says so in its ``config.json``; returns the file's place.
 
+    Args:
+        model: the model, or its config.
+
     Raises:
         ValueError: as ``remote_code``.
     """
     code = remote_code(model)
-    place = folder / f"modeling_{model.config.model_type.replace('-', '_')}.py"
+    config = getattr(model, "config", model)
+    place = folder / f"modeling_{config.model_type.replace('-', '_')}.py"
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = {"AutoConfig": type(model.config).__name__, **_autos(model.config.dense_model_type)}
+    names = {"AutoConfig": type(config).__name__, **_autos(config.dense_model_type)}
     settings["auto_map"] = {auto: f"{place.stem}.{name}" for auto, name in names.items()}
     with atomic_files(folder) as work:
         (work / place.name).write_text(code, encoding="utf-8")
@@ -89,12 +93,16 @@ def save_remote_code(model: Any, folder: Path) -> Path:
 def remote_code(model: Any) -> str:
     """The source of the file for a model's family, with all its heads.
 
+    Args:
+        model: the model, or its config.
+
     Raises:
         ValueError: the model is of no family of the table, or its dense classes are not transformers' own.
     """
-    kind = getattr(model.config, "dense_model_type", None)
+    model_config = getattr(model, "config", model)
+    kind = getattr(model_config, "dense_model_type", None)
     if (kind not in FAMILIES and kind != crammed.FastCrammedBertConfig.dense_model_type) or not hasattr(
-        model.config, "fff"
+        model_config, "fff"
     ):
         raise ValueError(
             f"there is no remote code for {type(model).__name__}: it is no converted model of transformers"
@@ -104,14 +112,14 @@ def remote_code(model: Any) -> str:
         source.take(module, names)
     source.text.append(_OPERATOR)
     if kind in FAMILIES:
-        source.text += _classes(kind, type(model.config), source)
+        source.text += _classes(kind, type(model_config), source)
     else:
         from ..models.fastcrammedbert import modeling_fastcrammedbert as modeling
 
         source.text.append(_CRAMMED)
         source.take(crammed, ("POOLINGS", "FastCrammedBertConfig"))
         source.take(modeling, ())
-    dense = type(model.config).__name__.removeprefix("Fast").removesuffix("Config")
+    dense = type(model_config).__name__.removeprefix("Fast").removesuffix("Config")
     head = _HEAD.format(dense=dense, version=__version__)
     return "\n".join([head, *sorted(source.imports), *source.text]).rstrip() + "\n"
 

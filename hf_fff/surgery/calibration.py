@@ -9,8 +9,8 @@ residual stream, so the error of dimension d counts ``gamma[d]`` and that of tok
 useless here: in some layers one outlier dimension carries nearly all of the variance.
 """
 
-import logging
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,13 +31,12 @@ from .dense import DenseNeurons
 from .initialise import balance_hyperplanes, best_neurons, solve_outputs
 from .text import Batch, as_batches, shuffled
 
-logger = logging.getLogger(__name__)
-
 _FORWARD_TOKENS = {"cpu": 4096}  # of a batch on its way through the models; elsewhere
 _MORE_TOKENS = 16_384
 _PASSES = 2.0  # what all layers cost, in passes of the dense model: that, and the converted layers twice
 _MLP_RATE = 2.0  # an MLP learns best at a higher rate than a tree
 _COLLECTING = 0.35  # share of a budget for them
+_LEAST_STEPS = 50  # however short the budget
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Calibration:
         data: unlabelled inputs in the format of the model's task: texts, pairs of texts, or tensors (see ``as_batches``).
         tokenizer: for texts; by default the one that lies with the model.
         budget: seconds for everything, collecting the inputs included. The number of steps is derived from it once, from the
-            measured speed of a step, and reported: with that number as ``steps``, and the report's ``tokens`` as
+            measured speed of a step, 50 a layer at least, and reported: with that number as ``steps``, and the report's ``tokens`` as
             ``max_tokens``, the result is the same again.
         steps: steps a layer, instead of a budget.
         max_tokens: tokens to collect at most; memory is about ``12 * hidden_size`` bytes a token.
@@ -546,9 +545,14 @@ def _steps_within(
     if not per_step:
         return 1  # nothing that takes steps
     steps = int((deadline - time.monotonic() - set_up) / per_step)
-    if steps < 50:
-        logger.warning("the calibration's budget allows %d steps a layer, which is too few: taking 50", max(steps, 0))
-    return max(50, steps)
+    if steps < _LEAST_STEPS:
+        with tqdm.external_write_mode():  # not into the bar's line
+            warnings.warn(
+                f"the calibration's budget of {c.budget:g} seconds allows {max(steps, 0)} steps a layer, too few to fit anything: it "
+                f"takes {_LEAST_STEPS}, which need about {_LEAST_STEPS * per_step:.0f} seconds more than collecting does",
+                stacklevel=2,
+            )
+    return max(_LEAST_STEPS, steps)
 
 
 def _tokenizer(c: Calibration, dense: Any) -> Any:

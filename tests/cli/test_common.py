@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 import pytest
 import sentence_transformers
@@ -61,6 +63,7 @@ BAD_CALLS = {
         (("{model}", "{tmp}/full", "--fff", "2x3"), "is not empty"),
         (("{model}", "{tmp}/full/file/out", "--fff", "2x3"), "is not a folder that can be written to"),
         (("{model}", "{model}/out", "--fff", "2x3"), "lies in the source"),
+        (("{model}", "{tmp}/out", "--fff", "2x3", "--layers", "1,7"), "--layers has 7; the model has layers 0 to 2"),
         (("{broken}", "{tmp}/out", "--fff", "2x3"), "is not a valid JSON file"),
     ],
     "distill": [
@@ -106,12 +109,12 @@ BAD_CALLS = {
     "card": [
         (("{tmp}/nowhere",), "is no folder"),
         (("{model}",), "is no model of hf_fff"),
-        (("{model}", "--repo-id", "nobody"), "allowed: OWNER/NAME"),
+        (("{model}", "--repo-id", "nobody"), "--repo-id='nobody' is no name of a repository (allowed: OWNER/NAME"),
     ],
     "push": [
         (("{tmp}/nowhere", "me/model"), "is no folder"),
         (("{model}", "me/model"), "is no model of hf_fff"),
-        (("{model}", "model"), "allowed: OWNER/NAME"),
+        (("{model}", "model"), "REPO_ID='model' is no name of a repository (allowed: OWNER/NAME"),
     ],
     "env": [(("--frobnicate",), "--frobnicate")],
     "build": [(("--output",), "--output")],
@@ -147,6 +150,45 @@ def test_what_is_given_is_wrong(places, command, given, message):
     result = run(*command.split(), *(word.format(**places) for word in given))
     assert result.exit_code == 2 and result.stdout == "", result.output
     assert message in unwrapped(result.stderr)
+
+
+MESSAGES = {
+    "target_layers has 7; the model has": "--layers has 7; the model has",
+    "lower the calibration's max_tokens or": "lower the calibration's --max-tokens or",
+    "fewer than one batch (per_device_train_batch_size).": "fewer than one batch (--batch-size).",
+    "max_steps: 3 there, 4 now": "--steps: 3 there, 4 now",
+    "steps=0 must be at least 1": "--steps=0 must be at least 1",
+    "license='x' is no": "--license='x' is no",
+    "source='x' is": "SRC='x' is",
+    "every=True, and max_tokens.": "--all=True, and --max-tokens.",
+    "none of the columns is known: name them": "none of the columns is known: name them with --text-columns",
+    # which are no fields of the command
+    "the text has few steps, and layers": "the text has few steps, and layers",
+    "row 3: text=5 is no text": "row 3: text=5 is no text",
+    "/tmp/max_tokens, max_tokens.json, max_tokens(3)": "/tmp/max_tokens, max_tokens.json, max_tokens(3)",
+    "model_type='bert', hidden_size=3": "model_type='bert', hidden_size=3",
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_errors_name_what_was_typed(message, capsys):
+    @common.reports_errors
+    def command(
+        source: common.Source,
+        layers: Annotated[str, typer.Option()] = "",
+        text: Annotated[str, typer.Option()] = "",
+        max_tokens: Annotated[int | None, typer.Option(min=256)] = None,
+        batch_size: Annotated[int, typer.Option()] = 1,
+        steps: Annotated[int, typer.Option()] = 1,
+        every: Annotated[bool, typer.Option("--all")] = False,
+        licence: Annotated[str, typer.Option("--license")] = "",
+        text_columns: common.TextColumns = None,
+    ):
+        raise ValueError(message)
+
+    with pytest.raises(typer.Exit):
+        command("x")
+    assert capsys.readouterr().err == f"error: {MESSAGES[message]}\n"
 
 
 def commands(group, *before):
@@ -329,6 +371,48 @@ def test_as_a_module(module):
         [sys.executable, "-m", module, "convert"], capture_output=True, text=True, env=environment, check=False
     )
     assert told.returncode == 2 and "hf-fff convert" in told.stderr
+
+
+# As pip writes it
+_SCRIPT = "import sys\nfrom hf_fff.cli import main\nsys.exit(main())\n"
+
+
+@pytest.mark.parametrize("called", ["hf-fff", "-m hf_fff", "a program"])
+def test_interrupted_while_importing(tmp_path, called):
+    """The command leaves without a word; a program of somebody else hears of it as ever."""
+    slow = tmp_path / "transformers"  # which takes the longest
+    slow.mkdir()
+    (slow / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    script = tmp_path / called
+    script.write_text(_SCRIPT)
+    command = [sys.executable, *(["-m", "hf_fff"] if called == "-m hf_fff" else [script]), "convert", "a", "b"]
+    root = Path(common.__file__).parents[2]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
+        # a shell starts what ends in "&" with SIGINT ignored, which children inherit
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)[1].decode()
+    finally:
+        process.kill()
+    if called == "a program":
+        assert "KeyboardInterrupt" in told and process.returncode != 0
+    else:
+        assert (process.returncode, told) == (130, "")
+
+
+def test_interrupts_are_heard_again_when_the_work_begins():
+    code = "import signal\nfrom hf_fff import cli\nfrom hf_fff.cli import app\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "app.app = lambda **_: print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\ncli.main()"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == "True\n"
 
 
 def test_warnings_are_one_line():

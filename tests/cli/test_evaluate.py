@@ -11,6 +11,7 @@ from tiny import HEADS, tiny_bert
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
 
 from hf_fff import convert_ffn_to_fff, fff_usage
+from hf_fff.cli.evaluate import _recovered
 from hf_fff.tasks import evaluate, get_task, read_rows
 from hf_fff.tasks.evaluate import batches
 
@@ -86,7 +87,7 @@ def test_it_tells_what_the_library_measures(folder):
     of_rows = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
     sources = [str(folder / name) for name in ("rows.tsv", "more.csv")]
     x, top, bottom = (want[role]["metrics"]["accuracy"] for role in want)
-    share = (x - bottom) / (top - bottom) if top != bottom else None
+    share = (x - bottom) / (top - bottom) if top > bottom else None
     usage = fff_usage(model, [batch for _, batch in batches(data, task.collator(tokenizer), 32)])
     assert result == {
         "task": "classification",
@@ -144,7 +145,12 @@ def test_options(folder):
 
 
 def test_masked_lm_by_its_loss(folder):
-    options = ("--data", folder / "paragraphs.txt", "--teacher", folder / "mlm", "--none", folder / "mlm-none")
+    use = ("--task", "mlm", "--data", folder / "paragraphs.txt")
+    # Of random models any may be the better one.
+    teacher, none = sorted(
+        (folder / "mlm", folder / "mlm-none"), key=lambda model: told(model, *use)["model"]["metrics"]["loss"]
+    )
+    options = (*use[2:], "--teacher", teacher, "--none", none)
     result = told(folder / "mlm-2x3", "--task", "mlm", *options)
     loss = {role: result[role]["metrics"]["loss"] for role in ("model", "teacher", "none")}
     assert result["recovered"] == {
@@ -153,8 +159,8 @@ def test_masked_lm_by_its_loss(folder):
     }
     other = told(folder / "mlm-2x3", "--task", "mlm", *options, "--seed", 1)
     assert other["model"]["metrics"]["loss"] != loss["model"]
-    assert told(folder / "mlm", "--task", "mlm", *options)["recovered"]["share"] == 1
-    assert told(folder / "mlm-none", "--task", "mlm", *options)["recovered"]["share"] == 0
+    assert told(teacher, "--task", "mlm", *options)["recovered"]["share"] == 1
+    assert told(none, "--task", "mlm", *options)["recovered"]["share"] == 0
 
 
 def test_embeddings(folder):
@@ -176,7 +182,27 @@ def test_unlabelled_rows_are_compared_with_the_teacher(folder):
     same = told(folder / "cls", "--task", "classification", *options[:4], "--none", folder / "cls")
     assert same["recovered"] == {"metric": "agreement", "share": None}
     shown = run(folder / "cls", "--task", "classification", *options[:4], "--none", folder / "cls")
-    assert "cannot be told, for they are alike" in unwrapped(shown.stdout)
+    assert "not defined, for none is no worse than the teacher" in unwrapped(shown.stdout)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "x", "teacher", "none", "share"),
+    [
+        ("classification", "accuracy", 0.8, 0.9, 0.7, 0.5),
+        ("classification", "accuracy", 0.6, 0.9, 0.7, -0.5),
+        ("classification", "accuracy", 0.8, 0.7, 0.7, None),
+        ("classification", "accuracy", 0.8, 0.6, 0.7, None),
+        ("mlm", "loss", 2.0, 1.0, 3.0, 0.5),
+        ("mlm", "loss", 2.0, 3.0, 3.0, None),
+        ("mlm", "loss", 2.0, 3.0, 1.0, None),
+        ("classification", "agreement", 0.8, 1.0, 0.6, 0.5),
+    ],
+)
+def test_no_share_where_there_is_no_gap(task, metric, x, teacher, none, share):
+    """Whichever way the metric counts: where none is no worse than the teacher, nothing can be recovered."""
+    scores = {"model": {metric: x}, "teacher": {metric: teacher}, "none": {metric: none}}
+    told = _recovered(scores, get_task(task))
+    assert told == {"metric": metric, "share": None if share is None else pytest.approx(share)}
 
 
 WRONG_USE = {

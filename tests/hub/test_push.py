@@ -93,6 +93,35 @@ AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).push_to_hub("me/
     assert client(LOAD.replace("AutoTokenizer.from_p", "#"), "{}") == logits_of(folder)
 
 
+# Blocks hf_fff wherever it is installed.
+_WITHOUT = """
+import torch
+class Blocker:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] == "hf_fff":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+assert not any(name.split(".")[0] == "hf_fff" for name in sys.modules)
+sys.meta_path.insert(0, Blocker())
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained("me/model", trust_remote_code=True)
+tell([type(model).__module__, model(torch.arange(5, 15)[None]).logits.tolist()])
+"""
+
+
+def test_remote_code(hub, client, new_client, folder):
+    """Put beside the weights on the way; the folder stays as it is, and who has no hf_fff gets the same numbers."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    client.cli("push", folder, "me/model", "--remote-code")
+    assert set(hub.files("me/model")) == {*FILES, ".gitattributes", "modeling_fastbert.py"}
+    assert "opens the model with modeling\\_fastbert.py" in hub.files("me/model")["README.md"].decode()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    module, logits = new_client("elsewhere")(_WITHOUT)
+    assert module.startswith("transformers_modules.")
+    assert logits == [pytest.approx(row, abs=1e-5) for row in logits_of(folder)]
+    assert client(LOAD, "{}") == logits_of(folder)
+    assert "1 removed" not in client.cli("push", folder, "me/model", "--remote-code")
+
+
 # Bad input: an error before anything is sent
 
 

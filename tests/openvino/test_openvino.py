@@ -18,7 +18,7 @@ pytest.importorskip("openvino.frontend", reason="openvino is not installed")  # 
 
 import openvino as ov
 
-from hf_fff import FFF, convert_ffn_to_fff, ops, optimize
+from hf_fff import FFF, convert_ffn_to_fff, fff_target_parameters, ops, optimize
 from hf_fff import openvino as fff_openvino
 from hf_fff.models import known_types
 from hf_fff.openvino import graph as graphs
@@ -460,6 +460,19 @@ def test_wrong_models_and_options(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(ImportError, match=r"hf-fff\[openvino\]"):
         fff_openvino.compile(model, "f32")
+
+
+def test_adapters_are_merged_first():
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    model = convert_ffn_to_fff(tiny_bert(HEADS["ForSequenceClassification"]), "2x3", init="random")
+    config = {"target_modules": ["query"], "target_parameters": fff_target_parameters(model)}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**config, init_lora_weights=False)).eval()
+    batch = tiny_inputs(model)
+    want = outputs(adapted, batch)["logits"]
+    with pytest.raises(ValueError, match=r"adapted by PEFT .*: merge_and_unload\(\) gives the model to compile"):
+        fff_openvino.compile(adapted, "f32")
+    merged = fff_openvino.compile(adapted.merge_and_unload(), "f32", ov_config=ONE)
+    torch.testing.assert_close(merged(**batch).logits, want, rtol=0, atol=1e-3)
 
 
 def test_folders_that_cannot_be_loaded(quantised_model, tmp_path):
