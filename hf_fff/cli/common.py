@@ -161,7 +161,7 @@ def must_compile() -> bool:
 
     facts = loader.describe()
     key = facts["libraries"]["cpu"].get("key")  # none without a compiler
-    asked = facts["backend_setting"] == "torch" or facts["kernel_path"]
+    asked = facts["backend_setting"] in ("torch", "hub") or facts["kernel_path"]
     return bool(key and not asked and not Path(facts["cache"], f"cpu-{key}").exists())
 
 

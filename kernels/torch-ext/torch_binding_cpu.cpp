@@ -12,6 +12,18 @@
 
 #include "cpu/fff.h"
 
+// Where the operators are. A kernel of the Hub has a namespace of its own in every build, so that two versions fit into one process;
+// kernel-builder names it, and its library is also a Python module.
+#ifndef HF_FFF_NAMESPACE
+#ifdef TORCH_EXTENSION_NAME
+#include "registration.h"
+#define HF_FFF_NAMESPACE TORCH_EXTENSION_NAME
+#else
+#define HF_FFF_NAMESPACE hf_fff
+#endif
+#endif
+#define HF_FFF_IMPLEMENTS(NAME, KEY, M) STABLE_TORCH_LIBRARY_IMPL(NAME, KEY, M)  // NAME is a macro, which the inner one would paste
+
 namespace {
 
 // A string argument. torch's own conversion to std::string leaks one a call (ToImpl<std::string> in 2.11 to 2.13), and what it
@@ -217,7 +229,7 @@ Tensor fff_packed(Tensor x, Tensor packed, Text activation) {
   return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(hf_fff, CPU, m) {
+HF_FFF_IMPLEMENTS(HF_FFF_NAMESPACE, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("fff_packed", TORCH_BOX(&fff_packed));
   m.impl("fff", TORCH_BOX(&fff));
@@ -228,3 +240,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fff, CPU, m) {
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) const char* hf_fff_cpu_isa() { return hf_fff::isa(); }
+
+#ifdef REGISTER_EXTENSION
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
+#endif
