@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from .card import BaseModel, Folder, Licence
-from .common import Json, app, out, reports_errors, table_of, working
+from .common import Json, RemoteCode, app, out, reports_errors, table_of, working
 
 
 @app.command()
@@ -23,21 +25,24 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     base_model: BaseModel = None,
     licence: Licence = None,
+    remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Push a converted model's folder to the Hub: model, tokenizer, results and card in one commit, or nothing.
 
     The card is that of hf-fff card, for this name. After an interruption, the same command sends only what the server has not.
     """
-    from ..hub import look_through, make_card, push_folder
-    from ..hub.push import check_repo_id
+    from ..hub import look_through, make_card, push_folder, with_remote_code
+    from ..hub.push import check_repo_id, files_of
 
     check_repo_id(repo_id)
-    with working():
+    with working(), TemporaryDirectory() as work:
         contents = look_through(folder)
+        if remote_code:
+            contents = with_remote_code(contents, Path(work))
         card = make_card(contents, repo_id=repo_id, base_model=base_model, licence=licence)
-        sizes = {name: path.stat().st_size for name, path in contents.files.items()}
-        sizes["README.md"] = len(card.text.encode("utf-8"))
+        sent = files_of(contents, card)
+        sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in sorted(sent.items())}
         done = None
         if not dry_run:
             options = {"private": private, "revision": revision, "create_pr": create_pr}
