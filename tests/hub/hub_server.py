@@ -1,4 +1,5 @@
-"""A small Hub for tests, and for trying things without a network: the part of the protocol that huggingface_hub uses for models.
+"""A small Hub for tests, and for trying things without a network: the part of the protocol that huggingface_hub uses for models, and
+for reading kernels, whose names here begin with ``kernels/``.
 
     python tests/hub/hub_server.py [--port 8080]        # prints what to set before a client is started
 
@@ -342,11 +343,14 @@ class _Handler(BaseHTTPRequestHandler):
             return validate_card(json.loads(body)["content"])
         if p[:2] == ["api", "models"]:
             return self.of_model("/".join(p[2:4]), p[4:], body)
+        if p[:2] == ["api", "kernels"]:
+            return self.of_model("/".join(p[1:4]), p[4:], body)
         if p[0] == "lfs":
             return self.store(p[1:], body)
-        if p[2:3] == ["resolve"]:
-            commit = self.at(self.repo("/".join(p[:2])), p[3])
-            path = "/".join(p[4:])
+        if "resolve" in p[2:4]:
+            at = p.index("resolve", 2)
+            commit = self.at(self.repo("/".join(p[:at])), p[at + 1])
+            path = "/".join(p[at + 2 :])
             if path not in commit.files:
                 raise Refused(404, f"{path} does not exist", "EntryNotFound")
             return commit.files[path]
