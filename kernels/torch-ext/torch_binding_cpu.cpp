@@ -11,18 +11,7 @@
 #include <vector>
 
 #include "cpu/fff.h"
-
-// Where the operators are. A kernel of the Hub has a namespace of its own in every build, so that two versions fit into one process;
-// kernel-builder names it, and its library is also a Python module.
-#ifndef HF_FFF_NAMESPACE
-#ifdef TORCH_EXTENSION_NAME
-#include "registration.h"
-#define HF_FFF_NAMESPACE TORCH_EXTENSION_NAME
-#else
-#define HF_FFF_NAMESPACE hf_fff
-#endif
-#endif
-#define HF_FFF_IMPLEMENTS(NAME, KEY, M) STABLE_TORCH_LIBRARY_IMPL(NAME, KEY, M)  // NAME is a macro, which the inner one would paste
+#include "torch-ext/namespace.h"
 
 namespace {
 
@@ -229,7 +218,7 @@ Tensor fff_packed(Tensor x, Tensor packed, Text activation) {
   return y;
 }
 
-HF_FFF_IMPLEMENTS(HF_FFF_NAMESPACE, CPU, m) {
+HF_FFF_IMPLEMENTS(CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("fff_packed", TORCH_BOX(&fff_packed));
   m.impl("fff", TORCH_BOX(&fff));
@@ -240,7 +229,3 @@ HF_FFF_IMPLEMENTS(HF_FFF_NAMESPACE, CPU, m) {
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) const char* hf_fff_cpu_isa() { return hf_fff::isa(); }
-
-#ifdef REGISTER_EXTENSION
-REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
-#endif

@@ -63,15 +63,14 @@ def test_build_toml_names_what_hf_fff_compiles():
     assert (general["name"], general["version"], general["license"]) == (kernel.NAME, kernel.VERSION, kernel.LICENCE)
     assert told["torch"]["stable-abi"] == {"cpu": "2.11"} and "0x020b0" in " ".join(loader._torch().flags)
     assert {part["backend"] for part in told["kernel"].values()} <= set(general["backends"])
-    for backend in general["backends"]:
-        parts = [part for part in told["kernel"].values() if part["backend"] == backend]
-        named = [name for part in (told["torch"], *parts) for name in part["src"]]
-        assert len(set(named)) == len(named) and all((KERNELS / name).is_file() for name in named)
-        compiled = {name for name in named if Path(name).suffix in (".cpp", ".cu")}
-        if backend == "cpu":
-            assert compiled == set(loader.LIBRARIES["cpu"].sources)
-            assert set(named) - compiled == {f"cpu/{p.name}" for p in (KERNELS / "cpu").glob("*.h")}
-            assert {f"cpu_{isa}" for isa in ("baseline", "avx2", "avx512", "avx512_bf16")} < set(told["kernel"])
+    assert told["torch"]["src"] == ["torch-ext/module.cpp"] and (KERNELS / "torch-ext" / "module.cpp").is_file()
+    parts = {name: part for name, part in told["kernel"].items() if part["backend"] == "cpu"}
+    assert {f"cpu_{isa}" for isa in ("baseline", "avx2", "avx512", "avx512_bf16")} < set(parts)
+    named = [name for part in parts.values() for name in part["src"]]
+    compiled = {name for name in named if name.endswith(".cpp")}
+    headers = {f"cpu/{p.name}" for p in (KERNELS / "cpu").glob("*.h")} | {"torch-ext/namespace.h"}
+    assert len(set(named)) == len(named)
+    assert compiled == set(loader.LIBRARIES["cpu"].sources) and set(named) - compiled == headers
 
 
 def test_the_folder_is_a_whole_project(layout):
