@@ -16,7 +16,12 @@ from ..ops import loader
 NAME, VERSION, LICENCE = "fff", 0, "Apache-2.0"  # as in kernels/build.toml
 # What of the sources is not the kernel's: another engine's binding, benchmarks and tests of hf_fff itself.
 _NOT_THEIRS = ("openvino", "bench_*.cpp", "check.cpp", "__pycache__")
-_SHARED = ("_schema.py", "functions.py", "packed_backend.py", "torch_backend.py")  # of hf_fff/ops; _ops.py is the builder's
+_SHARED = (
+    "_schema.py",
+    "functions.py",
+    "packed_backend.py",
+    "torch_backend.py",
+)  # of hf_fff/ops; _ops.py is the builder's
 _OPS = '''"""The operators of this build, in a namespace of their own."""
 
 from pathlib import Path

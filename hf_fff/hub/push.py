@@ -313,7 +313,9 @@ def _explained(repo_id: str) -> "Iterator[None]":
         if full := next((c for c in _causes(error) if disk_is_full(c)), None):
             where = getattr(full, "filename", None)
             told = f" ({where})" if where else ""
-            raise RuntimeError(f"this machine's disk is full{told}, and {repo_id} is as it was: make room, and {again}") from error
+            raise RuntimeError(
+                f"this machine's disk is full{told}, and {repo_id} is as it was: make room, and {again}"
+            ) from error
         status = _status(error)
         messages = [getattr(cause, "server_message", None) for cause in _causes(error)]
         first = next((str(message) for message in messages if message), "")

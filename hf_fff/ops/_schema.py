@@ -162,4 +162,6 @@ def _backward(ctx: Any, grad_y: Tensor, _grad_path: Any, _grad_logits: Any) -> t
     return (*wanted, *[None] * len(ctx.settings))
 
 
-torch.library.register_autograd(add_op_namespace_prefix("fff_train"), _backward, setup_context=_setup_context, lib=library)
+torch.library.register_autograd(
+    add_op_namespace_prefix("fff_train"), _backward, setup_context=_setup_context, lib=library
+)

@@ -49,7 +49,9 @@ def load_from_hub(dispatch_key: str) -> tuple[Path, str]:
     kernels = kernels_package()
     try:
         module = kernels.get_kernel(repo, revision=revision, backend=dispatch_key.lower(), trust_remote_code=True)
-    except Exception as error:  # of many kinds: no network, no such repository, no build for this machine, a damaged file
+    except (
+        Exception
+    ) as error:  # of many kinds: no network, no such repository, no build for this machine, a damaged file
         told = " ".join(str(error).split())
         raise RuntimeError(f"the kernel {repo}@{revision} cannot be had: {type(error).__name__}: {told}") from error
     path = _library_of(module)

@@ -101,7 +101,9 @@ class Status:
     library: str
     loaded: bool = False
     path: Path | None = None
-    origin: str | None = None  # "HF_FFF_KERNEL_PATH", "bundled", "cache", "built", "built (temporary)" or "hub: NAME@REVISION"
+    origin: str | None = (
+        None  # "HF_FFF_KERNEL_PATH", "bundled", "cache", "built", "built (temporary)" or "hub: NAME@REVISION"
+    )
     reason: str = ""
     build_seconds: float | None = None
 

@@ -53,7 +53,9 @@ class ModelFolder:
         if modules.is_file():
             transformer = root / _transformer_path(modules)
             if not transformer.resolve().is_relative_to(root.resolve()):  # of a repository, anybody may have written it
-                raise ValueError(f"{modules} says that the transformer is in {transformer}, which lies outside of {root}")
+                raise ValueError(
+                    f"{modules} says that the transformer is in {transformer}, which lies outside of {root}"
+                )
         if not (transformer / "config.json").is_file():
             raise ValueError(f"{source} is no model: there is no config.json in {transformer}")
         return cls(root, transformer)

@@ -41,7 +41,7 @@ def test_forward_and_gradients(shape):
     got, wanted = fff.fff(*leaves, shape[0]), defined(*leaves, shape[0])
     torch.testing.assert_close(got, wanted)
     weights = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for a, b in zip(*(torch.autograd.grad(y, leaves, weights) for y in (got, wanted))):
+    for a, b in zip(*(torch.autograd.grad(y, leaves, weights) for y in (got, wanted)), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -140,7 +140,12 @@ def test_snippets_of_remote_code_run_where_there_is_no_hf_fff(kind, tmp_path):
     (snippet,) = (s for s in snippets_of(text, folder) if "trust_remote_code=True" in s)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [sys.executable, "-c", _ALONE, snippet], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", _ALONE, snippet],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 

@@ -77,13 +77,17 @@ def test_the_folder_is_a_whole_project(layout):
     build = layout / "build" / kernel.variant()
     files = set(listing(layout))
     assert {"build.toml", "flake.nix", "CARD.md", "tests/test_fff.py", "benchmarks/benchmark.py"} < files
-    assert {f"torch-ext/fff/{name}" for name in ("__init__.py", "_schema.py", "functions.py", "layers/__init__.py")} < files
+    assert {
+        f"torch-ext/fff/{name}" for name in ("__init__.py", "_schema.py", "functions.py", "layers/__init__.py")
+    } < files
     assert "torch-ext/fff/_ops.py" not in files  # kernel-builder writes it
     assert not [name for name in files if "openvino" in name or "check.cpp" in name or "bench_" in name]
     told = json.loads((build / "metadata.json").read_text())
     assert told["name"] == "fff" and told["backend"] == {"type": "cpu"} and told["python-depends"] == []
     assert re.fullmatch(r"_fff_cpu_[0-9a-f]{8}", told["id"]) and (build / f"{told['id']}.so").is_file()
-    hashes = {p: hashlib.sha256(c).digest() for p, c in listing(build).items() if c is not None and p != "metadata.json"}
+    hashes = {
+        p: hashlib.sha256(c).digest() for p, c in listing(build).items() if c is not None and p != "metadata.json"
+    }
     assert told["digest"]["files"] == {path: base64.b64encode(sha).decode() for path, sha in hashes.items()}
 
 
@@ -248,7 +252,9 @@ def test_only_where_it_is_asked_for(hub, published):
 def test_a_kernel_of_something_else(hub, published, layout, tmp_path):
     path = f"build/{kernel.variant()}/_schema.py"
     files = hub.files("kernels/me/fff")
-    changed = files[path].replace(b"Tensor x, Tensor packed, str activation", b"Tensor x, Tensor packed, str activation, int more")
+    changed = files[path].replace(
+        b"Tensor x, Tensor packed, str activation", b"Tensor x, Tensor packed, str activation, int more"
+    )
     other = hub.create("kernels/me/other", files={**files, path: changed})
     told = python(_LOAD, fails=True, **{**published, "HF_FFF_KERNEL_REPO": f"me/other@{other.refs['main']}"})
     assert "fff_packed takes other arguments" in told
@@ -258,10 +264,16 @@ def test_a_kernel_of_something_else(hub, published, layout, tmp_path):
 def test_what_the_hub_does_not_have(hub, published):
     for repo in ("me/none", "me/fff"):
         told = python(_LOAD, fails=True, **{**published, "HF_FFF_KERNEL_REPO": f"{repo}@{COMMIT}"})
-        assert f"HF_FFF_BACKEND=hub, but the cpu library cannot be loaded: the kernel {repo}@{COMMIT} cannot be had" in told
+        assert (
+            f"HF_FFF_BACKEND=hub, but the cpu library cannot be loaded: the kernel {repo}@{COMMIT} cannot be had"
+            in told
+        )
 
 
-@pytest.mark.parametrize("value", [None, "", "me/fff", "me/fff@main", "me/fff@v1", f"fff@{COMMIT}", f"../fff@{COMMIT}", f"me/fff@{COMMIT[:7]}"])
+@pytest.mark.parametrize(
+    "value",
+    [None, "", "me/fff", "me/fff@main", "me/fff@v1", f"fff@{COMMIT}", f"../fff@{COMMIT}", f"me/fff@{COMMIT[:7]}"],
+)
 def test_a_repository_that_is_not_pinned(value, monkeypatch):
     monkeypatch.delenv("HF_FFF_KERNEL_REPO", raising=False)
     if value is not None:

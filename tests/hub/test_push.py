@@ -133,7 +133,9 @@ def test_a_delta_with_a_base_of_the_same_hub(hub, client, new_client, folder, tm
     files = hub.files("me/model")
     assert "fff_delta.safetensors" in files and "model.safetensors" not in files
     card = files["README.md"].decode()
-    assert "base_model: me/dense" in card and "the rest comes from me/dense when it is" in card and "license: mit" in card
+    assert (
+        "base_model: me/dense" in card and "the rest comes from me/dense when it is" in card and "license: mit" in card
+    )
     fresh = new_client("fresh")
     assert fresh(LOAD, "{}") == client(LOAD.replace("me/model", str(delta)), "{}")
     # Another base under the same name is refused by whoever loads it.

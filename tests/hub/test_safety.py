@@ -46,7 +46,12 @@ def test_code_of_a_repository_does_not_run(hub, client, dense, marker, tmp_path,
     config = json.loads(dense["config.json"])
     config |= {"model_type": model_type, "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
     code = EVIL.format(marker=str(marker))
-    files = {**dense, "config.json": json.dumps(config).encode(), "evil.py": code.encode(), "modeling_fastbert.py": code.encode()}
+    files = {
+        **dense,
+        "config.json": json.dumps(config).encode(),
+        "evil.py": code.encode(),
+        "modeling_fastbert.py": code.encode(),
+    }
     hub.create("me/evil", files=files)
     _open_all(client, tmp_path)
     assert not marker.exists() and hub.sent("/me/evil/resolve/")
