@@ -19,6 +19,7 @@ from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from functools import wraps
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -75,6 +76,7 @@ _GIVEN = (
     NotADirectoryError,
     IsADirectoryError,
     PermissionError,
+    UnpicklingError,
 )
 
 
@@ -94,10 +96,12 @@ def reports_errors(command: F) -> F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError) as error:
+        except (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError, UnpicklingError) as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:  # `hf-fff env | head -1`
                 raise
             told = str(error).replace(": name them", ": name them with --text-columns")
+            if isinstance(error, UnpicklingError):  # torch's own text advises to run it
+                told = "the weights are a pickle that is damaged, or that runs code, and are not read: save them as safetensors"
             err.print(f"error: {told}{_kept(error)}", style="red")
             raise typer.Exit(exit_code(error)) from error
         except (KeyboardInterrupt, SystemExit) as error:

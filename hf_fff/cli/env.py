@@ -142,5 +142,6 @@ def _write_layout(folder: Path, output: Path | None, overwrite: bool, as_json: b
     if as_json:
         print(json.dumps({"folder": str(folder), "variant": built.name}, indent=2))
         return
-    told = f"from kernels import get_local_kernel\nkernel = get_local_kernel({json.dumps(str(folder))})"
-    out.print(f"{built}\nTo load it, in Python:\n    " + told.replace("\n", "\n    "), soft_wrap=True)
+    lines = ["from pathlib import Path", "from kernels import get_local_kernel"]
+    lines.append(f"kernel = get_local_kernel(Path({json.dumps(str(folder), ensure_ascii=False)}))")
+    out.print("\n    ".join([f"{built}\nTo load it, in Python:", *lines]), soft_wrap=True)

@@ -391,7 +391,9 @@ class _Handler(BaseHTTPRequestHandler):
             facts = {"_id": "0", "id": name, "modelId": name, "author": repo.owner, "private": repo.private}
             return facts | {"sha": commit.oid, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
         if what == "tree":
-            return self.tree(self.at(repo, rest[1]), "/".join(rest[2:]), self.query.get("recursive", "").lower() == "true")
+            return self.tree(
+                self.at(repo, rest[1]), "/".join(rest[2:]), self.query.get("recursive", "").lower() == "true"
+            )
         if what == "paths-info":
             files = self.at(repo, rest[1]).files
             wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode()).get("paths", [])

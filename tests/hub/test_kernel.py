@@ -14,6 +14,8 @@ from pathlib import Path
 import jinja2
 import pytest
 from command import listing, run, unwrapped
+from hub_client import make_folder
+from transformers.utils import is_kernels_available
 
 from hf_fff.hub import kernel
 from hf_fff.ops import hub_backend, loader
@@ -177,6 +179,27 @@ for mode in (Mode.INFERENCE, Mode.TRAINING, Mode.INFERENCE | Mode.TORCH_COMPILE)
     assert torch.equal(got, wanted) and torch.equal(torch.autograd.grad(got.sum(), layer.weight_in)[0], wanted_grad)
 """
     python(code, layout)
+
+
+@with_kernels
+@pytest.mark.skipif(not is_kernels_available(), reason="this transformers takes another version of kernels")
+def test_a_model_of_transformers_with_use_kernels(layout, tmp_path):
+    code = """
+import sys, torch, hf_fff
+from pathlib import Path
+from kernels import LocalLayerRepository, Mode, replace_kernel_forward_from_hub, use_kernel_mapping
+from transformers import AutoModel
+replace_kernel_forward_from_hub(hf_fff.FFF, "FFF")
+wanted = AutoModel.from_pretrained(sys.argv[2])
+repository = LocalLayerRepository(Path(sys.argv[1]), layer_name="FFF")
+with use_kernel_mapping({"FFF": {"cpu": {Mode.INFERENCE: repository}}}):
+    got = AutoModel.from_pretrained(sys.argv[2], use_kernels=True)
+layers = [module for module in got.modules() if isinstance(module, hf_fff.FFF)]
+assert layers and all(layer.forward.__func__.__module__.startswith("_fff_cpu_") for layer in layers)
+ids = torch.arange(10)[None]
+assert torch.equal(got(ids).last_hidden_state, wanted(ids).last_hidden_state)
+"""
+    python(code, layout, make_folder(tmp_path / "fast", "Model"))
 
 
 @with_kernels

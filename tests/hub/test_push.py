@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 from hub_client import CLI, LOAD, Client, logits_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
@@ -89,7 +90,7 @@ def test_shards(hub, client, folder):
 def test_remote_code_goes_along(hub, client, folder, tmp_path):
     """And opens the model where there is no hf_fff, if it is trusted, and only then; the folder stays as it was."""
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert "8 of 8" not in client.cli("push", folder, "me/model", "--remote-code")
+    assert "7 of 7 files changed" in client.cli("push", folder, "me/model", "--remote-code")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert set(hub.files("me/model")) == FILES | {".gitattributes", "modeling_fastbert.py"}
     assert "trust_remote_code=True" in hub.files("me/model")["README.md"].decode()
@@ -101,7 +102,8 @@ def test_remote_code_goes_along(hub, client, folder, tmp_path):
     told = _in_new_process(client, hub, tmp_path, run, cache, fresh, fails=True)
     assert "trust_remote_code=True" in told and not list((tmp_path / "modules").rglob("modeling*"))
     trusted = json.dumps({"cache_dir": str(tmp_path / "cache"), "trust_remote_code": True})
-    assert _in_new_process(client, hub, tmp_path, run, trusted, fresh) == logits_of(folder)
+    got = _in_new_process(client, hub, tmp_path, run, trusted, fresh)  # in PyTorch
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(logits_of(folder)))
 
 
 WITHOUT_HF_FFF = """
@@ -346,10 +348,10 @@ def test_a_push_that_is_killed(hub, new_client, client, folder):
     AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(folder, max_shard_size="40KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     sizes = [p.stat().st_size for p in folder.glob("*.safetensors")]
-    hub.fault("PUT", "^/lfs/", "hang", skip=len(sizes) - 1, seconds=60)
+    hub.fault("PUT", "^/lfs/", "hang", skip=len(sizes) - 1, seconds=600)
     victim = new_client("victim")
     victim.start(CLI, "push", folder, "me/model")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(hub.sent("^/lfs/")) < len(sizes) and time.monotonic() < deadline:
         time.sleep(0.05)
     victim.process.kill()

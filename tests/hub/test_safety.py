@@ -70,6 +70,8 @@ def _open_all(client, tmp_path):
 def test_a_pickle_does_not_run(hub, client, dense, marker, tmp_path):
     files = {name: content for name, content in dense.items() if name != "model.safetensors"}
     hub.create("me/evil", files={**files, "pytorch_model.bin": pickle.dumps(_Runs(str(marker)))})
+    client(CLI, "convert", "me/evil", tmp_path / "out", "--fff", "2x3", fails=2)
+    assert "pickle" in client.said and "Traceback" not in client.said
     _open_all(client, tmp_path)
     assert not marker.exists() and not (tmp_path / "out").exists()
 
@@ -89,7 +91,7 @@ def test_tokens_are_not_told(hub, new_client, folder, tmp_path):
     loud.cli("push", folder, "me/model")
     said = loud.said
     hub.fault("POST", "/commit/", 401)
-    loud(CLI, "push", folder, "me/model", "--license", "mit", "--revision", "other", fails=2)
+    loud(CLI, "push", folder, "me/other", fails=2)
     assert "me/model" in said and "hf_owner" not in said + loud.said
     everything = [*folder.rglob("*"), *(tmp_path / "loud").rglob("*")]
     assert not [p for p in everything if p.is_file() and b"hf_owner" in p.read_bytes()]
