@@ -48,7 +48,7 @@ def load_from_hub(dispatch_key: str) -> tuple[Path, str]:
     repo, revision = asked_for()
     kernels = kernels_package()
     try:
-        module = kernels.get_kernel(repo, revision=revision, backend=dispatch_key.lower(), trust_remote_code=True)
+        module = _fetched(kernels, repo, revision, dispatch_key.lower())
     except (
         Exception
     ) as error:  # of many kinds: no network, no such repository, no build for this machine, a damaged file
@@ -62,6 +62,19 @@ def load_from_hub(dispatch_key: str) -> tuple[Path, str]:
     for name, found in theirs.items():
         library.impl(name, found, dispatch_key)
     return path, f"hub: {repo}@{revision}"
+
+
+def _fetched(kernels: Any, repo: str, revision: str, backend: str) -> ModuleType:
+    from huggingface_hub import constants
+
+    cache = Path(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE)
+    there = cache / f"kernels--{repo.replace('/', '--')}" / "snapshots" / revision
+    # Offline, kernels 0.17 wants all files of a repository in the cache, where it puts those of one build alone.
+    if constants.HF_HUB_OFFLINE and there.is_dir():
+        found: ModuleType = kernels.get_local_kernel(there, backend=backend)
+        return found
+    got: ModuleType = kernels.get_kernel(repo, revision=revision, backend=backend, trust_remote_code=True)
+    return got
 
 
 def kernels_package() -> Any:

@@ -235,6 +235,8 @@ def test_from_the_hub(hub, published):
     repo = published["HF_FFF_KERNEL_REPO"]
     assert python(_LOAD, **published).split() == ["hub:", repo, "native", *_isa()]
     assert hub.requests and not list(Path(published["HF_FFF_CACHE"]).glob("*"))  # nothing was compiled
+    hub.requests.clear()
+    assert python(_LOAD, **{**published, "HF_HUB_OFFLINE": "1"}).split()[1] == repo and not hub.requests
     # Another commit of the same name is not taken.
     hub.repos["kernels/me/fff"].refs["main"] = COMMIT
     assert python(_LOAD, **published).split()[1] == repo
