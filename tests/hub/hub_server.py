@@ -20,6 +20,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -37,11 +38,11 @@ class File:
     content: bytes
     large: bool
 
-    @property
+    @cached_property  # of 90 MB, on a busy machine, it takes longer than a client waits
     def sha256(self):
         return hashlib.sha256(self.content).hexdigest()
 
-    @property
+    @cached_property
     def blob(self):
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
 
