@@ -41,8 +41,8 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 
 $(VENV_COMPAT)/.stamp: pyproject.toml constraints.txt
 	@mkdir -p "$(VENV_COMPAT)"
-	@sed -E '/^(transformers|huggingface_hub)=/d' constraints.txt > "$(VENV_COMPAT)/constraints.txt"
-	@printf '%s\n' 'transformers==5.17.*' 'huggingface_hub<2' >> "$(VENV_COMPAT)/constraints.txt"
+	@sed -E '/^(transformers|huggingface_hub|kernels)=/d' constraints.txt > "$(VENV_COMPAT)/constraints.txt"
+	@printf '%s\n' 'transformers==5.17.*' 'huggingface_hub<2' 'kernels==0.16.2' >> "$(VENV_COMPAT)/constraints.txt"
 	$(call install,$(VENV_COMPAT),$(VENV_COMPAT)/constraints.txt)
 
 help: ## list the targets

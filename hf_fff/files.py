@@ -1,5 +1,6 @@
 """Output folders, and files in them, that appear whole or not at all."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -81,3 +82,8 @@ def _readable(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(path.stat().st_mode | (0o666 & ~mask))
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether there was no room, on the disk or in what an account may use of it."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

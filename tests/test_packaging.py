@@ -15,8 +15,8 @@ from hf_fff import __version__
 from hf_fff.ops.loader import LIBRARIES
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {".cpp", ".cu", ".cuh", ".h", ".md", ".py", ".toml"}
-EXTRAS = {"train", "peft", "openvino", "onnx", "quant", "hub", "bench", "demo", "dev"}
+SOURCES = {".cpp", ".cu", ".cuh", ".h", ".md", ".nix", ".py", ".toml"}
+EXTRAS = {"train", "peft", "openvino", "onnx", "quant", "hub", "kernels", "bench", "demo", "dev"}
 
 
 def build(kind, source, output):

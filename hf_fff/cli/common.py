@@ -19,6 +19,7 @@ from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from functools import wraps
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -76,6 +77,7 @@ _GIVEN = (
     NotADirectoryError,
     IsADirectoryError,
     PermissionError,
+    UnpicklingError,
 )
 
 
@@ -95,10 +97,13 @@ def reports_errors(command: F) -> F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError) as error:
+        except (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError, UnpicklingError) as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:  # `hf-fff env | head -1`
                 raise
-            err.print(f"error: {_as_typed(str(error), command)}{_kept(error)}", style="red")
+            told = _as_typed(str(error), command)
+            if isinstance(error, UnpicklingError):  # torch's own text advises to run it
+                told = "the weights are a pickle that is damaged, or that runs code, and are not read: save them as safetensors"
+            err.print(f"error: {told}{_kept(error)}", style="red")
             raise typer.Exit(exit_code(error)) from error
         except (KeyboardInterrupt, SystemExit) as error:
             err.print(f"\ninterrupted{_kept(error)}")
@@ -190,7 +195,7 @@ def must_compile() -> bool:
 
     facts = loader.describe()
     key = facts["libraries"]["cpu"].get("key")  # none without a compiler
-    asked = facts["backend_setting"] == "torch" or facts["kernel_path"]
+    asked = facts["backend_setting"] in ("torch", "hub") or facts["kernel_path"]
     return bool(key and not asked and not Path(facts["cache"], f"cpu-{key}").exists())
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Json, app, err, must_compile, out, reports_errors, table_of
+from .common import Json, Overwrite, app, bad_option, err, must_compile, out, reports_errors, table_of
 
 
 @app.command()
@@ -106,13 +106,21 @@ def _no_gpu() -> str | None:
 def build(
     output: Annotated[Path | None, typer.Option(help="Folder to put the library in, for HF_FFF_KERNEL_PATH.")] = None,
     force: Annotated[bool, typer.Option(help="Build even if there is one already.")] = False,
+    kernel_layout: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the kernel as a project of kernel-builder, built for this machine."),
+    ] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Build the CPU kernel now instead of on its first use."""
+    """Build the CPU kernel now instead of on its first use; or write it as a kernel of the Hub, for the package kernels."""
     from dataclasses import asdict
 
     from ..ops import loader
 
+    if kernel_layout is not None:
+        _write_layout(kernel_layout, output, overwrite, as_json)
+        return
     if force or must_compile():
         err.print("compiling the CPU kernel: this takes some seconds")
     status = loader.build("cpu", force=force, output=output)
@@ -122,3 +130,18 @@ def build(
         out.print(f"{status.path} ({status.origin})", soft_wrap=True)
     if not status.loaded:
         raise RuntimeError(status.reason)
+
+
+def _write_layout(folder: Path, output: Path | None, overwrite: bool, as_json: bool) -> None:
+    from ..hub.kernel import write_layout
+
+    if output is not None:
+        raise bad_option("--output", ValueError("is of the library alone, and --kernel-layout writes another folder"))
+    err.print("compiling the CPU kernel: this takes some seconds")
+    built = write_layout(folder, overwrite=overwrite)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "variant": built.name}, indent=2))
+        return
+    lines = ["from pathlib import Path", "from kernels import get_local_kernel"]
+    lines.append(f"kernel = get_local_kernel(Path({json.dumps(str(folder), ensure_ascii=False)}))")
+    out.print("\n    ".join([f"{built}\nTo load it, in Python:", *lines]), soft_wrap=True)

@@ -33,16 +33,16 @@ def push(
     The card is that of hf-fff card, for this name. After an interruption, the same command sends only what the server has not.
     """
     from ..hub import look_through, make_card, push_folder, with_remote_code
-    from ..hub.push import check_repo_id
+    from ..hub.push import check_repo_id, files_of
 
     check_repo_id(repo_id)
-    with working(), TemporaryDirectory() as place:
+    with working(), TemporaryDirectory() as work:
         contents = look_through(folder)
         if remote_code:
-            contents = with_remote_code(contents, Path(place))
+            contents = with_remote_code(contents, Path(work))
         card = make_card(contents, repo_id=repo_id, base_model=base_model, licence=licence)
-        sizes = {name: path.stat().st_size for name, path in contents.files.items()}
-        sizes["README.md"] = len(card.text.encode("utf-8"))
+        sent = files_of(contents, card)
+        sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in sorted(sent.items())}
         done = None
         if not dry_run:
             options = {"private": private, "revision": revision, "create_pr": create_pr}

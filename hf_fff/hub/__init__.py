@@ -1,8 +1,7 @@
 """Model cards, and pushing a model's folder to the Hub."""
 
 from .card import Card, make_card, write_card
-from .code import with_remote_code
-from .contents import Contents, look_through
+from .contents import Contents, look_through, with_remote_code
 from .push import Pushed, push_folder
 from .results import add_results
 

@@ -4,6 +4,7 @@ import html
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..config import FFFConfig
 from ..files import atomic_files
 from ..surgery.record import read_record
 from .contents import CARD, Contents, look_through
-from .results import RESULTS, Results, compared, keep_results
+from .results import BENCHMARKS, RESULTS, Results, benchmark_files, compared, hub_data, is_benchmark, keep_results
 
 NOT_MEASURED = "not measured"
 _MARK = re.compile(r"<!-- hf_fff:(begin|end) ([a-z]+) -->")
@@ -41,16 +42,18 @@ KINDS = {
     "Model": Kind("encoder", "feature-extraction"),
     "ForSequenceClassification": Kind("classifier", "text-classification"),
     "ForTokenClassification": Kind("tagger", "token-classification"),
+    "ForQuestionAnswering": Kind("qa", "question-answering"),
     "ForMaskedLM": Kind("masked-lm", "fill-mask"),
 }
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card, as it is to be written, and its metadata."""
+    """A card, as it is to be written, its metadata, and the files of results that the Hub reads (names -> text)."""
 
     text: str
     metadata: dict[str, Any]
+    benchmarks: dict[str, str]
 
 
 def make_card(
@@ -82,7 +85,8 @@ def make_card(
     kind = kind_of(contents)
     if base_model is None:
         before = front.get("base_model")
-        base_model = (record.get("base") or {}).get("name") or (before if isinstance(before, str) else None)
+        known = contents.delta_base or (record.get("base") or {}).get("name")
+        base_model = known or (before if isinstance(before, str) else None)
     if base_model is not None and not _REPO.fullmatch(base_model):
         raise ValueError(f"base_model={base_model!r} is no name of a model of the Hub (allowed: OWNER/NAME)")
     licences = _licence(record, front, licence)
@@ -95,7 +99,7 @@ def make_card(
         head = f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n"
     text = head + (_merged(body, rendered) if body.strip() else f"\n{rendered.strip()}\n")
     _validate(metadata)
-    return Card(text, metadata)
+    return Card(text, metadata, benchmark_files(results, repo_id))
 
 
 def write_card(root: Path, files: Iterable[Path] = (), **options: Any) -> Card:
@@ -104,6 +108,11 @@ def write_card(root: Path, files: Iterable[Path] = (), **options: Any) -> Card:
     weights, files = contents.folder.weights_digest(), list(files)
     card = make_card(contents, results=keep_results(root, files, weights, write=False), **options)
     keep_results(root, files, weights, write=True)
+    for name in [name for name in contents.files if is_benchmark(name) and name not in card.benchmarks]:
+        (root / name).unlink()
+    with atomic_files(root / BENCHMARKS) if card.benchmarks else nullcontext(root) as work:
+        for name, text in card.benchmarks.items():
+            (work / Path(name).name).write_text(text, encoding="utf-8")
     with atomic_files(root) as work:
         (work / CARD).write_text(card.text, encoding="utf-8")
     return card
@@ -231,12 +240,15 @@ def _model_index(kind: Kind, results: Results, name: str) -> list[dict[str, Any]
     found = []
     for evaluation in results.evaluations:
         data = ", ".join(evaluation["data"]["sources"])
+        known = hub_data(evaluation)
         metrics = [
             {"type": metric, "name": metric, "value": value}
             for metric, value in evaluation["model"]["metrics"].items()
             if isinstance(value, (int, float))
         ]
         about = {"name": data, "type": re.sub(r"[^\w./-]+", "-", data)}
+        if known:
+            about |= {"type": known.name, **({"config": known.config} if known.config else {}), "split": known.split}
         found.append(
             {"task": {"type": kind.pipeline_tag, "name": evaluation["task"]}, "dataset": about, "metrics": metrics}
         )
@@ -324,16 +336,30 @@ def _facts(
         "dtypes": dtypes,
         "weights": weights,
         "code": ", ".join(name for name in contents.files if name.endswith(".py")),
+        "auto": _auto_class(contents),
+        "delta": contents.delta_base,
         "recorded": bool(record),
         "calibration": record.get("calibration"),
         "distillation": record.get("distillation"),
         "recipe": record.get("recipe"),
+        "data": _data(record.get("recipe") or {}),
         "made_with": record.get("hf_fff"),
         "evaluations": [_evaluation(one, results.controls) for one in results.evaluations],
         "timings": [_timing(one, weights, results) for one in results.timings],
         "usage": _usage(results.evaluations),
         "results_folder": _Safe(RESULTS),
     }
+
+
+def _auto_class(contents: Contents) -> str:
+    head = re.search(r"For[A-Z]\w*$", str((contents.config.get("architectures") or [""])[0]))
+    return f"AutoModel{head[0]}" if head else "AutoModel"
+
+
+def _data(recipe: Mapping[str, Any]) -> dict[str, str] | None:
+    """What tells the data of a training from others."""
+    found = [(what, recipe[field]) for field, what in (("texts", "texts"), ("rows", "rows")) if recipe.get(field)]
+    return {"what": found[0][0], "sha256": str(found[0][1])} if found else None
 
 
 def _layers(layers: Mapping[int, FFFConfig]) -> list[dict[str, Any]]:

@@ -2,16 +2,21 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
+from ..models.delta import WEIGHTS as DELTA
+from ..remote import write_remote_code
 from ..surgery.folder import ModelFolder
 
 CARD = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _SKIPPED = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store", ".gitattributes"}
 # Weights in formats that can carry code, or that nobody here checks.
 _NO_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack", ".ot"}
@@ -29,20 +34,24 @@ class Contents:
     def weights(self) -> list[str]:
         return [name for name in self.files if name.endswith(".safetensors")]
 
+    @property
+    def delta_base(self) -> str | None:
+        """What a delta is to be put together with: a repository of the Hub. None of whole models."""
+        return str(self.config["fff_delta"]["base"]) if "fff_delta" in self.config else None
+
 
 def look_through(root: Path) -> Contents:
     """The files of a converted model's folder.
 
     Raises:
-        ValueError: no model of ours; weights that are missing, damaged or no safetensors; code that the config does not name; a
-            name that leaves the folder, or that the Hub could not hold.
+        ValueError: no model of ours; weights that are missing, damaged or no safetensors; a delta of a model that only this machine
+            has; code that the config does not name; a name that leaves the folder, or that the Hub could not hold.
     """
     if not root.is_dir():
         raise ValueError(f"{root} is no folder: what is pushed is the folder of a converted model")
     _check_modules(root)
     folder = ModelFolder.find(str(root))
     config = _json(folder.transformer / "config.json")
-    # A delta checkpoint would be told apart here, and be composed with its base by whoever loads it.
     if not isinstance(config.get("fff"), dict):
         raise ValueError(f"{root} is no model of hf_fff: its config.json has no fff (hf-fff convert makes one)")
     files = {name: path for name, path in _walk(root) if name != CARD}
@@ -57,8 +66,31 @@ def look_through(root: Path) -> Contents:
             raise ValueError(f"{name} is code that no auto_map of config.json names: remove it from {root}")
         if path.suffix == ".safetensors":
             _keys(path)
-    _check_weights(folder.transformer, "" if inner == "." else f"{inner}/", files)
+    prefix = "" if inner == "." else f"{inner}/"
+    if "fff_delta" in config:
+        _check_delta(folder.transformer, config["fff_delta"], f"{prefix}{DELTA}" in files)
+    else:
+        _check_weights(folder.transformer, prefix, files)
     return Contents(folder, config, dict(sorted(files.items())))
+
+
+def with_remote_code(contents: Contents, work: Path) -> Contents:
+    """The same with the file that opens the model where hf_fff is not installed, and a config that names it; both lie in ``work``,
+    and the model's folder stays as it is.
+
+    Raises:
+        ValueError: a delta, or a model of no family of the table.
+    """
+    if contents.delta_base is not None:
+        raise ValueError("--remote-code is for whole models: a delta is put together by hf_fff alone")
+    transformer = contents.folder.transformer
+    shutil.copy(transformer / "config.json", work)
+    code = write_remote_code(AutoConfig.from_pretrained(transformer), work)
+    inner = transformer.relative_to(contents.folder.root)
+    files = {(inner / path.name).as_posix(): path for path in (code, work / "config.json")}
+    return replace(
+        contents, config=_json(work / "config.json"), files=dict(sorted({**contents.files, **files}.items()))
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -115,6 +147,18 @@ def _keys(path: Path) -> set[str]:
             return set(file.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no safetensors file, or not a whole one: {error}") from error
+
+
+def _check_delta(transformer: Path, about: Any, there: bool) -> None:
+    base = about.get("base") if isinstance(about, dict) else None
+    if not there:
+        raise ValueError(f"{transformer} is a delta checkpoint without its {DELTA}: there are no weights to push")
+    if not isinstance(base, str) or not _HUB_ID.fullmatch(base) or Path(base).exists():
+        raise ValueError(
+            f"fff_delta.base={base!r} in {transformer / 'config.json'} is no repository of the Hub, so nobody else could load this "
+            'delta: push the base, and save the delta with delta="OWNER/NAME" (or convert OWNER/NAME with --delta), or push the '
+            "whole model"
+        )
 
 
 def _check_weights(transformer: Path, prefix: str, files: dict[str, Path]) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..files import disk_is_full
 from ..surgery.folder import sha256_of
 from .card import Card, make_card
 from .contents import CARD, Contents, look_through
+from .results import BENCHMARKS, RESULTS, is_benchmark
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,8 +24,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 _TRIES = 4
-# Weights of before that would be loaded in place of the new ones, or with them.
-_STALE = ("*.safetensors", "*.safetensors.index.json", "*pytorch_model*.bin", "*pytorch_model.bin.index.json")
+# Weights of before that would be loaded in place of the new ones, or with them, and what was measured of them.
+_STALE = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*pytorch_model*.bin",
+    "*pytorch_model.bin.index.json",
+    f"{RESULTS}/*.json",
+    f"{BENCHMARKS}/eval-*.yaml",
+)
 
 
 @dataclass(frozen=True)
@@ -85,9 +94,16 @@ def push_folder(
 
     if not get_token():
         raise ValueError("there is no token for the Hub: `hf auth login` asks for one and keeps it, or set HF_TOKEN")
-    files: dict[str, Path | bytes] = {**contents.files, CARD: card.text.encode("utf-8")}
+    files = files_of(contents, card)
     with _explained(repo_id):
         return _Push(HfApi(), repo_id, revision or "main", files, timeout).run(contents, private, create_pr)
+
+
+def files_of(contents: Contents, card: Card) -> dict[str, Path | bytes]:
+    """All that a push sends."""
+    made = {CARD: card.text, **card.benchmarks}
+    kept = {name: path for name, path in contents.files.items() if not is_benchmark(name)}
+    return kept | {name: text.encode("utf-8") for name, text in made.items()}
 
 
 class _Push:
@@ -294,6 +310,12 @@ def _explained(repo_id: str) -> "Iterator[None]":
     except OfflineModeIsEnabled as error:
         raise ValueError("HF_HUB_OFFLINE is set: nothing can be pushed") from error
     except Exception as error:
+        if full := next((c for c in _causes(error) if disk_is_full(c)), None):
+            where = getattr(full, "filename", None)
+            told = f" ({where})" if where else ""
+            raise RuntimeError(
+                f"this machine's disk is full{told}, and {repo_id} is as it was: make room, and {again}"
+            ) from error
         status = _status(error)
         messages = [getattr(cause, "server_message", None) for cause in _causes(error)]
         first = next((str(message) for message in messages if message), "")

@@ -3,14 +3,19 @@ weights that they are of. No number in a card comes from anywhere else."""
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import yaml
 
 from ..files import atomic_files
 
 RESULTS = "fff_results"
+BENCHMARKS = ".eval_results"  # where the Hub looks for scores on its data sets
+_DATA = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?:([\w\[\]%+-]+)")
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,54 @@ class Results:
     evaluations: list[dict[str, Any]]
     controls: list[dict[str, Any]]
     timings: list[dict[str, Any]]
+
+
+class HubData(NamedTuple):
+    """A part of a data set of the Hub."""
+
+    name: str
+    config: str | None
+    split: str
+
+
+def hub_data(evaluation: Mapping[str, Any]) -> HubData | None:
+    """What an evaluation was measured on, if that is one data set of the Hub, with an owner."""
+    sources = evaluation["data"]["sources"]
+    found = _DATA.fullmatch(sources[0]) if len(sources) == 1 else None
+    return HubData(found[1], found[2], found[3]) if found else None
+
+
+def is_benchmark(name: str) -> bool:
+    """Whether a file of a folder is one of ``benchmark_files``."""
+    return re.fullmatch(rf"{re.escape(BENCHMARKS)}/eval-[\w-]+\.yaml", name) is not None
+
+
+def benchmark_files(results: Results, repo_id: str) -> dict[str, str]:
+    """The main score of each evaluation on a data set of the Hub, as files for ``.eval_results``: names -> text."""
+    from huggingface_hub import EvalResultEntry, constants, eval_result_entries_to_yaml
+
+    from ..tasks import get_task
+
+    files = {}
+    for evaluation in results.evaluations:
+        known, scores = hub_data(evaluation), evaluation["model"]["metrics"]
+        metric = get_task(evaluation["task"]).main_metric
+        if known is None or metric not in scores or evaluation["task"] == "embeddings":  # no score of the data set
+            continue
+        kept = _name(evaluation)
+        where = f"{constants.ENDPOINT}/{repo_id}/blob/main/{RESULTS}/{kept}" if "/" in repo_id else None
+        weights = evaluation["model"]["weights"]
+        entry = EvalResultEntry(
+            dataset_id=known.name,
+            task_id=known.config or "default",
+            value=scores[metric],
+            source_url=where,
+            source_name="hf-fff eval" if where else None,
+            notes=f"{metric} on {evaluation['rows']} rows of {known.split}; weights {weights[:12]}; {RESULTS}/{kept}",
+        )
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+        files[f"{BENCHMARKS}/{Path(kept).stem}.yaml"] = text
+    return files
 
 
 def add_results(root: Path, files: Iterable[Path], weights: str) -> Results:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
+
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "identity")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -19,7 +21,7 @@ PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHTS = "Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, int n_trees, str activation"
 _ROUTING = "float routing_gradient=0.0, float routing_temperature=1.0"
 
-library = torch.library.Library("hf_fff", "DEF")
+library = torch.library.Library(add_op_namespace_prefix("fff").split("::")[0], "DEF")
 library.define(f"fff({_WEIGHTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 library.define(f"fff_train({_WEIGHTS}, {_ROUTING}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 library.define(
@@ -73,13 +75,13 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("hf_fff::fff", lib=library)
+@torch.library.register_fake(add_op_namespace_prefix("fff"), lib=library)
 def _(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, n_trees: int, activation: str) -> Tensor:
     check_arguments(x, weight_in, bias_in, weight_out, n_trees)
     return _empty(x)
 
 
-@torch.library.register_fake("hf_fff::fff_train", lib=library)
+@torch.library.register_fake(add_op_namespace_prefix("fff_train"), lib=library)
 def _(
     x: Tensor,
     weight_in: Tensor,
@@ -96,7 +98,7 @@ def _(
     return _empty(x), path, torch.empty(visits, dtype=logits_dtype(x), device=x.device)
 
 
-@torch.library.register_fake("hf_fff::fff_backward", lib=library)
+@torch.library.register_fake(add_op_namespace_prefix("fff_backward"), lib=library)
 def _(
     grad_y: Tensor,
     x: Tensor,
@@ -119,7 +121,7 @@ def _(
     return gradient(x, need_x), into_in, into_bias, into_out
 
 
-@torch.library.register_fake("hf_fff::pack", lib=library)
+@torch.library.register_fake(add_op_namespace_prefix("pack"), lib=library)
 def _(weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, n_trees: int, rows: str) -> Tensor:
     from .packed_backend import Layout
 
@@ -128,7 +130,7 @@ def _(weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, n_trees: int, rows
     return weight_in.new_empty(layout.bytes, dtype=torch.uint8)
 
 
-@torch.library.register_fake("hf_fff::fff_packed", lib=library)
+@torch.library.register_fake(add_op_namespace_prefix("fff_packed"), lib=library)
 def _(x: Tensor, packed: Tensor, activation: str) -> Tensor:
     return _empty(x)
 
@@ -139,7 +141,7 @@ def _no_backward(ctx: Any, grad_y: Tensor) -> None:
     )
 
 
-torch.library.register_autograd("hf_fff::fff_packed", _no_backward, lib=library)
+torch.library.register_autograd(add_op_namespace_prefix("fff_packed"), _no_backward, lib=library)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -153,11 +155,13 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad_y: Tensor, _grad_path: Any, _grad_logits: Any) -> tuple[Tensor | None, ...]:
     need_x, *need_weights = ctx.needs_input_grad[:4]
     saved = ctx.saved_tensors  # once: checkpointing recomputes at every look
-    grads = torch.ops.hf_fff.fff_backward(
+    grads = ops.fff_backward(
         grad_y.to(saved[0].dtype), *saved, *ctx.settings, need_x=need_x, need_weights=any(need_weights)
     )
     wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:4], strict=True)]
     return (*wanted, *[None] * len(ctx.settings))
 
 
-torch.library.register_autograd("hf_fff::fff_train", _backward, setup_context=_setup_context, lib=library)
+torch.library.register_autograd(
+    add_op_namespace_prefix("fff_train"), _backward, setup_context=_setup_context, lib=library
+)

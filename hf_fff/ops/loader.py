@@ -2,7 +2,8 @@
 
 Order: ``HF_FFF_KERNEL_PATH``, the library that the wheel bundles, the cache, a compilation into the cache (or, where
 the cache cannot be used, into a private temporary folder). Nothing here fails for want of a compiler: one warning a
-process says why the slower path is taken. ``HF_FFF_BACKEND=native`` makes that an error, ``torch`` loads nothing.
+process says why the slower path is taken. ``HF_FFF_BACKEND=native`` makes that an error, ``torch`` loads nothing, ``hub`` takes the kernel
+that ``HF_FFF_KERNEL_REPO`` names, or it is an error.
 """
 
 import atexit
@@ -32,7 +33,7 @@ from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = ("auto", "native", "torch")
+SETTINGS = ("auto", "native", "torch", "hub")
 _TIMEOUT = 300.0  # seconds that a compiler may take
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SOURCE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
@@ -100,7 +101,9 @@ class Status:
     library: str
     loaded: bool = False
     path: Path | None = None
-    origin: str | None = None  # "HF_FFF_KERNEL_PATH", "bundled", "cache", "built" or "built (temporary)"
+    origin: str | None = (
+        None  # "HF_FFF_KERNEL_PATH", "bundled", "cache", "built", "built (temporary)" or "hub: NAME@REVISION"
+    )
     reason: str = ""
     build_seconds: float | None = None
 
@@ -138,10 +141,10 @@ def load(name: str = "cpu") -> Status:
 
     Raises:
         ValueError: ``HF_FFF_BACKEND`` or ``name`` is none of those known.
-        RuntimeError: it cannot be loaded and is required, by itself or by ``HF_FFF_BACKEND=native``.
+        RuntimeError: it cannot be loaded and is required, by itself or by ``HF_FFF_BACKEND=native`` or ``hub``.
     """
     library = _library(name)
-    wanted = "native" if library.required else setting()
+    wanted = _wanted(library)
     if name not in _statuses:
         with _lock:
             if name not in _statuses:
@@ -149,8 +152,8 @@ def load(name: str = "cpu") -> Status:
                 if found.reason and (found.loaded or wanted == "auto"):
                     _warn(found)
     status = _statuses[name]
-    if wanted == "native" and not status.loaded:
-        why = "" if library.required else "HF_FFF_BACKEND=native, but "
+    if wanted in ("native", "hub") and not status.loaded:
+        why = "" if library.required else f"HF_FFF_BACKEND={wanted}, but "
         raise RuntimeError(f"{why}the {name} library cannot be loaded: {status.reason}")
     return status
 
@@ -244,11 +247,27 @@ def _library(name: str) -> Library:
 
 def setting() -> str:
     value = os.environ.get("HF_FFF_BACKEND") or "auto"
-    if value == "hub":
-        raise NotImplementedError(f"HF_FFF_BACKEND='hub' is not available yet (allowed now: {', '.join(SETTINGS)})")
     if value not in SETTINGS:
         raise ValueError(f"HF_FFF_BACKEND={value!r} is not known (allowed: {', '.join(SETTINGS)})")
     return value
+
+
+def _wanted(library: Library) -> str:
+    """``HF_FFF_BACKEND``, as far as it is about this library: the Hub has the CPU's alone."""
+    if library.required:
+        return "native"
+    wanted = setting()
+    return "auto" if wanted == "hub" and library.name != "cpu" else wanted
+
+
+def _from_hub(library: Library) -> Status:
+    from .hub_backend import load_from_hub
+
+    try:
+        path, origin = load_from_hub(library.dispatch_key)
+    except (OSError, RuntimeError) as error:
+        return Status(library.name, reason=str(error))
+    return Status(library.name, loaded=True, path=path, origin=origin)
 
 
 def _warn(status: Status) -> None:
@@ -260,6 +279,8 @@ def _warn(status: Status) -> None:
 def _find(library: Library, wanted: str) -> Status:
     if wanted == "torch":
         return Status(library.name, reason="HF_FFF_BACKEND=torch")
+    if wanted == "hub":
+        return _from_hub(library)
     if given := os.environ.get("HF_FFF_KERNEL_PATH"):
         path = Path(given).expanduser().absolute()
         if path.name not in {other.file_name for other in LIBRARIES.values() if other != library}:

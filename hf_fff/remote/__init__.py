@@ -72,14 +72,15 @@ class DeltaMixin:
 def save_remote_code(model: Any, folder: Path) -> Path:
     """Puts the file beside a model that was saved in ``folder``, and says so in its ``config.json``; returns the file's place.
 
-    Args:
-        model: the model, or its config.
-
     Raises:
         ValueError: as ``remote_code``.
     """
-    code = remote_code(model)
-    config = getattr(model, "config", model)
+    return write_remote_code(model.config, folder)
+
+
+def write_remote_code(config: Any, folder: Path) -> Path:
+    """The same for a model's config."""
+    code = _code_for(config)
     place = folder / f"modeling_{config.model_type.replace('-', '_')}.py"
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names = {"AutoConfig": type(config).__name__, **_autos(config.dense_model_type)}
@@ -93,33 +94,31 @@ def save_remote_code(model: Any, folder: Path) -> Path:
 def remote_code(model: Any) -> str:
     """The source of the file for a model's family, with all its heads.
 
-    Args:
-        model: the model, or its config.
-
     Raises:
         ValueError: the model is of no family of the table, or its dense classes are not transformers' own.
     """
-    model_config = getattr(model, "config", model)
-    kind = getattr(model_config, "dense_model_type", None)
-    if (kind not in FAMILIES and kind != crammed.FastCrammedBertConfig.dense_model_type) or not hasattr(
-        model_config, "fff"
-    ):
+    return _code_for(model.config)
+
+
+def _code_for(config: Any) -> str:
+    kind = getattr(config, "dense_model_type", None)
+    if (kind not in FAMILIES and kind != crammed.FastCrammedBertConfig.dense_model_type) or not hasattr(config, "fff"):
         raise ValueError(
-            f"there is no remote code for {type(model).__name__}: it is no converted model of transformers"
+            f"there is no remote code for a model of {type(config).__name__}: it is no converted model of transformers"
         )
     source = _Source()
     for module, names in _PARTS:
         source.take(module, names)
     source.text.append(_OPERATOR)
     if kind in FAMILIES:
-        source.text += _classes(kind, type(model_config), source)
+        source.text += _classes(kind, type(config), source)
     else:
         from ..models.fastcrammedbert import modeling_fastcrammedbert as modeling
 
         source.text.append(_CRAMMED)
         source.take(crammed, ("POOLINGS", "FastCrammedBertConfig"))
         source.take(modeling, ())
-    dense = type(model_config).__name__.removeprefix("Fast").removesuffix("Config")
+    dense = type(config).__name__.removeprefix("Fast").removesuffix("Config")
     head = _HEAD.format(dense=dense, version=__version__)
     return "\n".join([head, *sorted(source.imports), *source.text]).rstrip() + "\n"
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..config import FFFConfig, LayersLike
-from ..files import atomic_folder
+from ..files import atomic_folder, disk_is_full
 from ..memory import memory_explained
 from ..models import known_types
 from ..models.classes import model_classes
@@ -52,6 +52,10 @@ class ModelFolder:
         modules = root / "modules.json"
         if modules.is_file():
             transformer = root / _transformer_path(modules)
+            if not transformer.resolve().is_relative_to(root.resolve()):  # of a repository, anybody may have written it
+                raise ValueError(
+                    f"{modules} says that the transformer is in {transformer}, which lies outside of {root}"
+                )
         if not (transformer / "config.json").is_file():
             raise ValueError(f"{source} is no model: there is no config.json in {transformer}")
         return cls(root, transformer)
@@ -167,7 +171,14 @@ def _fetch(source: str) -> Path:
         raise ValueError(
             f"there is no folder {source}, and a model of the Hub has a name such as NAME or OWNER/NAME"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except OSError as error:
+        if disk_is_full(error):
+            raise RuntimeError(
+                f"the disk is full, and {source} was not fetched whole: make room in {constants.HF_HUB_CACHE} (or set HF_HOME to another "
+                "place), and the same command goes on from there"
+            ) from error
+        if not isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError)):
+            raise
         if isinstance(error, GatedRepoError):
             why = "its owner must let you in first (see its page there, then `hf auth login`)"
         elif isinstance(error, RepositoryNotFoundError):

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/fff.h"
+#include "torch-ext/namespace.h"
 
 namespace {
 
@@ -217,7 +218,7 @@ Tensor fff_packed(Tensor x, Tensor packed, Text activation) {
   return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(hf_fff, CPU, m) {
+HF_FFF_IMPLEMENTS(CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("fff_packed", TORCH_BOX(&fff_packed));
   m.impl("fff", TORCH_BOX(&fff));

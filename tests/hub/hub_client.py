@@ -69,17 +69,21 @@ class Client:
 
     def __call__(self, code, *args, token="hf_owner", fails=False):
         """What ``code`` calls ``tell`` with; where it is to fail, what it printed. ``fails`` may be an exit code."""
+        self.start(code, *args, token=token)
+        failed, told = json.loads(self.process.stdout.readline())
+        everything = self._said.read_text(encoding="utf-8")
+        self.said, self._read = everything[self._read :], len(everything)
+        assert failed == fails and (failed is True) == (fails is True), f"{failed}: {self.said}"
+        return self.said if fails else told
+
+    def start(self, code, *args, token="hf_owner"):
+        """The same, without waiting for the end."""
         who = (
             f"import os\nos.environ['HF_TOKEN'] = {token!r}\n"
             if token
             else "import os\nos.environ.pop('HF_TOKEN', 0)\n"
         )
         print(json.dumps({"code": who + code, "args": [str(a) for a in args]}), file=self.process.stdin, flush=True)
-        failed, told = json.loads(self.process.stdout.readline())
-        everything = self._said.read_text(encoding="utf-8")
-        self.said, self._read = everything[self._read :], len(everything)
-        assert failed == fails and (failed is True) == (fails is True), f"{failed}: {self.said}"
-        return self.said if fails else told
 
     def cli(self, *args, **options):
         """The command line: what it printed."""

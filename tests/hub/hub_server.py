@@ -1,4 +1,5 @@
-"""A small Hub for tests, and for trying things without a network: the part of the protocol that huggingface_hub uses for models.
+"""A small Hub for tests, and for trying things without a network: the part of the protocol that huggingface_hub uses for models, and
+for reading kernels, whose names here begin with ``kernels/``.
 
     python tests/hub/hub_server.py [--port 8080]        # prints what to set before a client is started
 
@@ -19,6 +20,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -36,11 +38,11 @@ class File:
     content: bytes
     large: bool
 
-    @property
+    @cached_property  # of 90 MB, on a busy machine, it takes longer than a client waits
     def sha256(self):
         return hashlib.sha256(self.content).hexdigest()
 
-    @property
+    @cached_property
     def blob(self):
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
 
@@ -342,11 +344,14 @@ class _Handler(BaseHTTPRequestHandler):
             return validate_card(json.loads(body)["content"])
         if p[:2] == ["api", "models"]:
             return self.of_model("/".join(p[2:4]), p[4:], body)
+        if p[:2] == ["api", "kernels"]:
+            return self.of_model("/".join(p[1:4]), p[4:], body)
         if p[0] == "lfs":
             return self.store(p[1:], body)
-        if p[2:3] == ["resolve"]:
-            commit = self.at(self.repo("/".join(p[:2])), p[3])
-            path = "/".join(p[4:])
+        if "resolve" in p[2:4]:
+            at = p.index("resolve", 2)
+            commit = self.at(self.repo("/".join(p[:at])), p[at + 1])
+            path = "/".join(p[at + 2 :])
             if path not in commit.files:
                 raise Refused(404, f"{path} does not exist", "EntryNotFound")
             return commit.files[path]
@@ -387,7 +392,9 @@ class _Handler(BaseHTTPRequestHandler):
             facts = {"_id": "0", "id": name, "modelId": name, "author": repo.owner, "private": repo.private}
             return facts | {"sha": commit.oid, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
         if what == "tree":
-            return self.tree(self.at(repo, rest[1]), "/".join(rest[2:]), "recursive" in self.query)
+            return self.tree(
+                self.at(repo, rest[1]), "/".join(rest[2:]), self.query.get("recursive", "").lower() == "true"
+            )
         if what == "paths-info":
             files = self.at(repo, rest[1]).files
             wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode()).get("paths", [])

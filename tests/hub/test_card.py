@@ -1,21 +1,29 @@
 """Model cards: what they say is in the folder or was measured, their snippets run, and what is written by hand stays."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from command import listing, run, unwrapped
 from hub_client import make_folder
 from safetensors.torch import load_file, save_file
 from task_rows import rows_of, tiny_tokenizer
 from tiny import HEADS, tiny_bert
+from transformers import AutoModel
 
 from hf_fff.hub import card as cards
 from hf_fff.hub import look_through, make_card, write_card
+from hf_fff.remote import save_remote_code
 from hf_fff.surgery.folder import ModelFolder, convert_folder
 
 SECTIONS = ["about", "use", "layers", "training", "results", "speed", "limits", "citation"]
@@ -58,6 +66,7 @@ KINDS = {
         "token-classification",
         "transformers",
     ),
+    "qa": (lambda path: make_folder(path, "ForQuestionAnswering"), "question-answering", "transformers"),
     "masked-lm": (lambda path: make_folder(path, "ForMaskedLM"), "fill-mask", "transformers"),
 }
 
@@ -85,13 +94,60 @@ def test_sections_and_metadata(carded):
         assert len({row.count("|") for row in table.splitlines()}) == 1, table
 
 
-def test_snippets_run(carded):
-    """Each against a local copy, in a scope of its own."""
-    folder, card, _, _ = carded
-    snippets = re.findall(r"^```python\n(.*?)^```", card.text, re.DOTALL | re.MULTILINE)
+def snippets_of(text, folder):
+    """The Python of a card, with a local copy in the place of the repository."""
+    snippets = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert snippets and all('"me/fast"' in snippet for snippet in snippets)
+    return [snippet.replace('"me/fast"', repr(str(folder))) for snippet in snippets]
+
+
+def test_snippets_run(carded):
+    """Each in a scope of its own."""
+    folder, card, _, library = carded
+    snippets = snippets_of(card.text, folder)
+    assert "trust_remote_code" not in card.text and "is code." in card.text
+    assert any("hf_fff.openvino" in s for s in snippets) and any("sentence_transformers" in s for s in snippets) == (
+        library == "sentence-transformers"
+    )
     for snippet in snippets:
-        exec(snippet.replace('"me/fast"', repr(str(folder))), {"__name__": "snippet"})
+        if "openvino" in snippet and find_spec("openvino") is None:
+            continue
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="this CPU has no bfloat16")
+            exec(snippet, {"__name__": "snippet"})
+
+
+_ALONE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] == "hf_fff":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocker())
+for snippet in sys.argv[1:]:
+    exec(snippet, {"__name__": "snippet"})
+"""
+
+
+@pytest.mark.parametrize("kind", ["classifier", "embedder"])
+def test_snippets_of_remote_code_run_where_there_is_no_hf_fff(kind, tmp_path):
+    folder = KINDS[kind][0](tmp_path / "fast")
+    save_remote_code(AutoModel.from_pretrained(folder), folder)
+    text = write_card(folder, repo_id="me/fast").text
+    assert "modeling\\_fastbert.py here is code" in text and "Nothing in this repository is code" not in text
+    (snippet,) = (s for s in snippets_of(text, folder) if "trust_remote_code=True" in s)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", _ALONE, snippet],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
@@ -212,10 +268,37 @@ def test_results_with_the_dense_model_and_both_controls(copy, measured):
     assert {m["type"]: m["value"] for m in result["metrics"]} == told["fast"]["model"]["metrics"]
     loaded = huggingface_hub.ModelCard(card.text, ignore_metadata_errors=False).data
     assert {r.metric_type for r in loaded.eval_results} == set(told["fast"]["model"]["metrics"])
+    assert not card.benchmarks and not (folder / ".eval_results").exists()  # rows.jsonl is no data set of the Hub
     # They are kept, without paths of this machine, and the next card has them.
     kept = sorted((folder / "fff_results").glob("*.json"))
     assert len(kept) == 2 and not any(str(files["fast"].parent) in path.read_text() for path in kept)
     assert write_card(folder).text == card.text == write_card(folder, [files["fast"]]).text
+
+
+def test_scores_on_data_sets_of_the_hub(copy):
+    """Are also written as the Hub reads them, and go when they are measured no more."""
+    folder, files = copy
+    result = json.loads(files["fast"].read_text())
+    result["data"]["sources"] = ["somebody/reviews:small:test"]
+    given = folder.parent / "hub.json"
+    given.write_text(json.dumps(result))
+    card = write_card(folder, [given], repo_id="me/fast")
+    (path,) = (folder / ".eval_results").iterdir()
+    (entry,) = huggingface_hub.parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    assert (entry.dataset_id, entry.task_id) == ("somebody/reviews", "small")
+    assert entry.value == result["model"]["metrics"]["accuracy"]
+    assert entry.notes.startswith("accuracy on 12 rows of test; weights ") and "/me/fast/blob/main/" in entry.source_url
+    assert (folder / "fff_results" / entry.source_url.rsplit("/", 1)[1]).is_file()
+    (listed,) = card.metadata["model-index"][0]["results"]
+    about = {"name": "somebody/reviews:small:test", "type": "somebody/reviews", "config": "small", "split": "test"}
+    assert listed["dataset"] == about
+    assert write_card(folder).text == card.text
+    told = json.loads(run("push", folder, "me/fast", "--dry-run", "--json").stdout)
+    assert f".eval_results/{path.name}" in told["files"]
+    for kept in (folder / "fff_results").iterdir():
+        kept.unlink()
+    write_card(folder)
+    assert not list((folder / ".eval_results").iterdir())
 
 
 def test_what_was_not_measured_says_so(copy):

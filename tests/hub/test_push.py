@@ -2,9 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 
 import pytest
-from hub_client import CLI, LOAD, logits_of
+import torch
+from hub_client import CLI, LOAD, Client, logits_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -83,6 +87,88 @@ def test_shards(hub, client, folder):
     )
 
 
+def test_remote_code_goes_along(hub, client, folder, tmp_path):
+    """And opens the model where there is no hf_fff, if it is trusted, and only then; the folder stays as it was."""
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert "7 of 7 files changed" in client.cli("push", folder, "me/model", "--remote-code")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert set(hub.files("me/model")) == FILES | {".gitattributes", "modeling_fastbert.py"}
+    assert "trust_remote_code=True" in hub.files("me/model")["README.md"].decode()
+    cache = json.dumps({"cache_dir": str(tmp_path / "cache")})
+    alone = tmp_path / "alone.py"
+    alone.write_text(WITHOUT_HF_FFF + "\nsys.argv = ['', *sys.argv[1:]]\n" + LOAD.replace("torch, hf_fff", "torch"))
+    run = f"exec(compile(open({str(alone)!r}).read(), 'alone', 'exec'), globals())"
+    fresh = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    told = _in_new_process(client, hub, tmp_path, run, cache, fresh, fails=True)
+    assert "trust_remote_code=True" in told and not list((tmp_path / "modules").rglob("modeling*"))
+    trusted = json.dumps({"cache_dir": str(tmp_path / "cache"), "trust_remote_code": True})
+    got = _in_new_process(client, hub, tmp_path, run, trusted, fresh)  # in PyTorch
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(logits_of(folder)))
+
+
+WITHOUT_HF_FFF = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] == "hf_fff":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def _in_new_process(client, hub, tmp_path, code, argument, variables, fails=False):
+    made = Client(hub, tmp_path / "home", **variables)
+    try:
+        return made(code, argument, fails=fails)
+    finally:
+        made.close()
+
+
+def test_a_delta_with_a_base_of_the_same_hub(hub, client, new_client, folder, tmp_path):
+    dense = folder.with_name(f"{folder.name}-dense")
+    client(UPLOAD, dense)
+    delta = tmp_path / "delta"
+    client.cli("convert", "me/dense", delta, "--fff", "2x3", "--delta")
+    client.cli("push", delta, "me/model")
+    files = hub.files("me/model")
+    assert "fff_delta.safetensors" in files and "model.safetensors" not in files
+    card = files["README.md"].decode()
+    assert (
+        "base_model: me/dense" in card and "the rest comes from me/dense when it is" in card and "license: mit" in card
+    )
+    fresh = new_client("fresh")
+    assert fresh(LOAD, "{}") == client(LOAD.replace("me/model", str(delta)), "{}")
+    # Another base under the same name is refused by whoever loads it.
+    changed = load_file(dense / "model.safetensors")
+    changed["classifier.bias"] += 1
+    save_file(changed, dense / "model.safetensors", {"format": "pt"})
+    client(UPLOAD, dense)
+    assert "is not the base that the delta" in new_client("other")(LOAD, "{}", fails=True)
+    # Remote code cannot put it together.
+    client(CLI, "push", delta, "me/model", "--remote-code", fails=2)
+    assert "is for whole models" in " ".join(client.said.split())
+
+
+UPLOAD = """
+from huggingface_hub import HfApi
+HfApi().create_repo("me/dense", exist_ok=True)
+HfApi().upload_folder(repo_id="me/dense", folder_path=sys.argv[1])
+"""
+
+
+def test_a_delta_of_a_model_that_only_this_machine_has(hub, client, folder, tmp_path):
+    dense, delta = folder.with_name(f"{folder.name}-dense"), tmp_path / "delta"
+    client.cli("convert", dense, delta, "--fff", "2x3", "--delta")
+    client(CLI, "push", delta, "me/model", fails=2)
+    told = " ".join(client.said.split())
+    assert "is no repository of the Hub, so nobody else could load this delta" in told and not hub.requests
+    (delta / "fff_delta.safetensors").unlink()
+    client(CLI, "push", delta, "me/model", fails=2)
+    assert "a delta checkpoint without its fff_delta.safetensors" in " ".join(client.said.split())
+
+
 def test_push_to_hub_of_a_model(hub, client, folder):
     code = """
 import hf_fff
@@ -94,34 +180,6 @@ AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).push_to_hub("me/
 
 
 # Blocks hf_fff wherever it is installed.
-_WITHOUT = """
-import torch
-class Blocker:
-    def find_spec(self, name, *_):
-        if name.split(".")[0] == "hf_fff":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-assert not any(name.split(".")[0] == "hf_fff" for name in sys.modules)
-sys.meta_path.insert(0, Blocker())
-from transformers import AutoModelForSequenceClassification
-model = AutoModelForSequenceClassification.from_pretrained("me/model", trust_remote_code=True)
-tell([type(model).__module__, model(torch.arange(5, 15)[None]).logits.tolist()])
-"""
-
-
-def test_remote_code(hub, client, new_client, folder):
-    """Put beside the weights on the way; the folder stays as it is, and who has no hf_fff gets the same numbers."""
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    client.cli("push", folder, "me/model", "--remote-code")
-    assert set(hub.files("me/model")) == {*FILES, ".gitattributes", "modeling_fastbert.py"}
-    assert "opens the model with modeling\\_fastbert.py" in hub.files("me/model")["README.md"].decode()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    module, logits = new_client("elsewhere")(_WITHOUT)
-    assert module.startswith("transformers_modules.")
-    assert logits == [pytest.approx(row, abs=1e-5) for row in logits_of(folder)]
-    assert client(LOAD, "{}") == logits_of(folder)
-    assert "1 removed" not in client.cli("push", folder, "me/model", "--remote-code")
-
-
 # Bad input: an error before anything is sent
 
 
@@ -284,6 +342,68 @@ def test_of_several_files_only_the_missing_one_is_sent_again(hub, client, folder
     hub.requests.clear()
     client.cli("push", folder, "me/model")
     assert 0 < uploads(hub) == sum(sizes) - kept < sum(sizes)
+
+
+def test_a_push_that_is_killed(hub, new_client, client, folder):
+    """In the middle of its last file: the second run sends that one alone."""
+    AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    sizes = [p.stat().st_size for p in folder.glob("*.safetensors")]
+    hub.fault("PUT", "^/lfs/", "hang", skip=len(sizes) - 1, seconds=600)
+    victim = new_client("victim")
+    victim.start(CLI, "push", folder, "me/model")
+    deadline = time.monotonic() + 300
+    while len(hub.sent("^/lfs/")) < len(sizes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    victim.process.kill()
+    kept = sum(map(len, hub.objects.values()))
+    assert titles(hub) == ["initial commit"] and 0 < kept < sum(sizes)
+    hub.requests.clear()
+    client.cli("push", folder, "me/model")
+    assert uploads(hub) == sum(sizes) - kept and len(titles(hub)) == 2
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system with room for 200 kB."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_while_downloading(hub, client, new_client, folder, full_disk, tmp_path):
+    """An error that says so, nothing that loads in parts; with room, the same command goes on."""
+    client.cli("push", folder, "me/model")
+    filler = full_disk / "filler"
+    filler.write_bytes(b"x" * 150_000)
+    poor = new_client("poor", HF_HUB_CACHE=str(full_disk / "hub"))
+    export = ("eval", "me/model", "--task", "classification", "--data", tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
+    poor(CLI, *export, fails=1)
+    told = " ".join(poor.said.split())
+    assert "the disk is full, and me/model was not fetched whole" in told and "Traceback" not in told
+    poor(LOAD, "{}", fails=True)
+    assert not list((full_disk / "hub").rglob("*.safetensors"))
+    filler.unlink()
+    assert poor(LOAD, "{}") == logits_of(folder)
+
+
+def test_a_full_disk_while_pushing(hub, client, folder, full_disk):
+    """Where another config.json has to be looked at."""
+    hub.create("me/model", files={"config.json": b'{"fff": {}, "x": "' + 100_000 * b"y" + b'"}'})
+    (full_disk / "filler").write_bytes(b"x" * 150_000)
+    code = f"import tempfile\ntempfile.tempdir = {str(full_disk)!r}\n" + CLI
+    client(code, "push", folder, "me/model", fails=1)
+    told = " ".join(client.said.split())
+    assert "this machine's disk is full" in told and "the same command again" in told and len(titles(hub)) == 1
+    assert not uploads(hub)
+    (full_disk / "filler").unlink()
+    client(code, "push", folder, "me/model")
+    assert len(titles(hub)) == 2
 
 
 @pytest.mark.parametrize("path", ["^/lfs/", "/commit/"])

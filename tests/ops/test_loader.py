@@ -443,13 +443,15 @@ def test_backend_native_raises_instead_of_falling_back(root, compiler, monkeypat
 
 def test_backend_unknown(root, monkeypatch):
     monkeypatch.setenv("HF_FFF_BACKEND", "bogus")
-    with pytest.raises(ValueError, match=r"HF_FFF_BACKEND='bogus'.*auto, native, torch"):
-        fresh_loader(root).load("tiny")
-    monkeypatch.setenv("HF_FFF_BACKEND", "hub")
-    with pytest.raises(NotImplementedError, match="not available yet"):
+    with pytest.raises(ValueError, match=r"HF_FFF_BACKEND='bogus'.*auto, native, torch, hub"):
         fresh_loader(root).load("tiny")
     with pytest.raises(ValueError, match=r"'huge' is not known.*tiny"):
         fresh_loader(root).status("huge")
+
+
+def test_backend_hub_is_about_the_cpu_library_alone(root, monkeypatch):
+    monkeypatch.setenv("HF_FFF_BACKEND", "hub")
+    assert load_quietly(fresh_loader(root)).origin == "built"
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
