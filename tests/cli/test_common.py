@@ -113,6 +113,18 @@ BAD_CALLS = {
         (("{model}", "me/model"), "is no model of hf_fff"),
         (("{model}", "model"), "allowed: OWNER/NAME"),
     ],
+    **{
+        f"train {command}": [
+            (("{tmp}/nowhere", "--data", "{tmp}/train.tsv", "--out", "{tmp}/out"), "there is no folder"),
+            (("{model}", "--data", "{tmp}/no.tsv", "--out", "{tmp}/out"), "there is no file"),
+            (("{model}", "--data", "{tmp}/bad.tsv", "--out", "{tmp}/out"), "1 fields, but"),
+            (("{model}", "--data", "{tmp}/few.tsv", "--out", "{tmp}/out"), "name them with --text-columns"),
+            (("{model}", "--data", "{tmp}/few.tsv", "--out", "{tmp}/full"), "is not empty"),
+            (("{model}", "--data", "{tmp}/few.tsv", "--out", "{model}", "--overwrite"), "is the source"),
+            (("{model}", "--data", "{tmp}/few.tsv", "--out", "{tmp}/out", "--set", "x"), "is not of the form name=value"),
+        ]
+        for command in ("classify", "regress", "tokens", "qa", "mlm")
+    },
     "env": [(("--frobnicate",), "--frobnicate")],
     "build": [(("--output",), "--output")],
     "bench layer": [(("--fff", "2y3"), "--fff"), (("--tokens", "0"), "--tokens")],
@@ -131,6 +143,7 @@ def places(model, text, tmp_path):
     (tmp_path / "empty").write_text("")
     (tmp_path / "short.txt").write_text("word1 word2")
     (tmp_path / "bad.tsv").write_text("text\tlabel\nword1\n")
+    (tmp_path / "train.tsv").write_text("text\tlabel\n" + "word1\t1\nword2\t2\n" * 10)
     (tmp_path / "few.tsv").write_text("words\tlabel\n" + "word1\t1\n" * 20)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("precious")
