@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import Trainer
 
@@ -17,6 +18,7 @@ from ..layers import FFF, MLP, NoFFN, OutputBias
 from ..tasks import get_task
 from ..tasks.evaluate import check_teacher
 from .arguments import DistillationArguments
+from .checkpoints import SafeCheckpoints
 from .data import ByLength, check_rows
 from .objectives import OBJECTIVES, Objective, get_objective, visible
 
@@ -24,7 +26,7 @@ _SCALE_ROWS = 1024  # on which the teacher's standard deviations are measured
 _LABELS = {"label", "label_ids", *(name for objective in OBJECTIVES.values() for name in objective.labels)}
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(SafeCheckpoints, Trainer):
     """Trains a student to give the hidden states of a teacher, and its embeddings (general distillation) or the logits of its
     head (distillation of a task).
 
@@ -57,7 +59,8 @@ class DistillationTrainer(Trainer):
 
     Raises:
         ValueError: student and teacher differ in shape or share parameters, a data set is too small, the loss looks at logits
-            and there is no task, or a model has no head for it.
+            and there is no task, or a model has no head for it; it would run under FSDP or DeepSpeed; from ``train`` as
+            ``SafeCheckpoints``.
         FloatingPointError: from ``train``: the loss is not finite. This is looked at when something is logged or saved, and at
             the end; the last checkpoint is from before.
     """
@@ -82,6 +85,7 @@ class DistillationTrainer(Trainer):
         check_rows("train_dataset", kwargs.get("train_dataset"), args.train_batch_size * args.world_size)
         check_rows("eval_dataset", kwargs.get("eval_dataset"), 1)
         super().__init__(model=model if self.objective else model.base_model, args=args, **kwargs)
+        _check_whole(self, model)
         self.student = model
         self.teacher = (teacher if self.objective else teacher.base_model).to(args.device).eval()
         self._watched: Any = self.teacher
@@ -163,6 +167,10 @@ class DistillationTrainer(Trainer):
         if not _internal_call and self.args.should_save and self.student is not self.model:
             self.student.save_pretrained(output_dir or self.args.output_dir)
 
+    def _described(self) -> dict[str, Any]:
+        names = ("fff_learning_rate", "hidden_weight", "embedding_weight", "logits_weight", "label_weight", "temperature")
+        return {**super()._described(), **{name: getattr(self.args, name) for name in names}}
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._seen:
             self._checked()
@@ -176,7 +184,8 @@ class DistillationTrainer(Trainer):
         lengths = getattr(self.train_dataset if train_dataset is None else train_dataset, "lengths", None)
         if lengths is None:
             return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # Of all processes, so that the order does not depend on how many there are.
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return ByLength(lengths, size, self.args.seed)
 
     @contextmanager
@@ -437,6 +446,18 @@ def _check_pair(student: Any, teacher: Any) -> None:
         raise ValueError(
             "student and teacher share parameters, as a converted model does with its source: the teacher would move with "
             "the student, and the loss would fall falsely. Give teacher=copy.deepcopy(teacher)"
+        )
+
+
+def _check_whole(trainer: Any, student: Any) -> None:
+    """Steps in units of inputs and outputs are kept by parameter, and would silently be others where each process holds a part."""
+    how = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
+    if how is None and any(isinstance(p, DTensor) for p in student.parameters()):
+        how = "fully_shard"
+    if how:
+        raise ValueError(
+            f"distillation does not run under {how}: it trains what replaced the FFNs in units of its inputs and outputs, and needs "
+            "whole parameters in each process. Use DDP (see examples/accelerate)"
         )
 
 
