@@ -25,6 +25,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..files import flush, settle
+from .processes import check_processes
 from .routing import RoutingMetrics
 
 _MANIFEST, _STATE, _SCHEDULER = "manifest.json", "trainer_state.json", "scheduler.pt"
@@ -51,7 +52,7 @@ class SafeCheckpoints(Trainer):
     ``SystemExit(143)``; a second one ends it at once. Several processes agree on the step.
 
     Raises:
-        ValueError: FSDP is asked for on a CPU; from ``train``: a checkpoint is not whole, or of another training.
+        ValueError: as ``check_processes``; from ``train``: a checkpoint is not whole, or of another training.
         RuntimeError: from ``train``: a checkpoint cannot be written.
     """
 
@@ -63,7 +64,7 @@ class SafeCheckpoints(Trainer):
     _collate: Any = None
 
     def __init__(self, model: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
-        check_sharding(args)
+        check_processes(args)
         super().__init__(model, args, *more, **kwargs)
         self._training: dict[str, Any] = {}
 
@@ -237,17 +238,6 @@ class SafeCheckpoints(Trainer):
         self._signal = number
         if self.args.process_index == 0:
             print("\nending after this step, with a checkpoint; once more to end at once", file=sys.stderr, flush=True)
-
-
-def check_sharding(args: Any) -> None:
-    """Raises ``ValueError`` where FSDP is asked for, by arguments or by ``accelerate launch``, and there is no GPU: Accelerate would run DDP there and
-    not say so."""
-    asked = getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and args is not None and args.device.type == "cpu":
-        raise ValueError(
-            f"fsdp={getattr(args, 'fsdp', None)!r}: Accelerate does not shard on a CPU, and would run DDP without saying so. Leave it out, "
-            "or train on GPUs (torch's fully_shard itself works on a CPU)"
-        )
 
 
 def last_checkpoint(folder: Path) -> Path | None:

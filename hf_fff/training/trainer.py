@@ -21,6 +21,7 @@ from .arguments import DistillationArguments
 from .checkpoints import SafeCheckpoints
 from .data import ByLength, check_rows
 from .objectives import OBJECTIVES, Objective, get_objective, visible
+from .routing import RoutingMetrics
 
 _SCALE_ROWS = 1024  # on which the teacher's standard deviations are measured
 _LABELS = {"label", "label_ids", *(name for objective in OBJECTIVES.values() for name in objective.labels)}
@@ -86,6 +87,8 @@ class DistillationTrainer(SafeCheckpoints, Trainer):
         check_rows("eval_dataset", kwargs.get("eval_dataset"), 1)
         super().__init__(model=model if self.objective else model.base_model, args=args, **kwargs)
         _check_whole(self, model)
+        if not any(isinstance(callback, RoutingMetrics) for callback in self.callback_handler.callbacks):
+            self.add_callback(RoutingMetrics())
         self.student = model
         self.teacher = (teacher if self.objective else teacher.base_model).to(args.device).eval()
         self._watched: Any = self.teacher
