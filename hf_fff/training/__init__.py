@@ -1,10 +1,12 @@
 """Recipes: subclasses of transformers.Trainer."""
 
 from .arguments import DistillationArguments, FinetuningArguments, arguments_for
+from .checkpoints import SafeCheckpoints, last_checkpoint
 from .data import StreamedPieces, TaskMix, TextPieces, TextStream, TokenisedTexts
 from .distil import DistillationReport, distil_task, distil_texts
 from .finetuning import FinetuningTrainer, MaskingCollator, set_routing_gradient
 from .objectives import get_objective
+from .routing import RoutingMetrics
 from .settings import PRESETS, finetuning_arguments, parse_settings, preset, read_settings
 from .train import TrainingReport, TrainingRows, train_folder
 from .trainer import DistillationTrainer
@@ -18,6 +20,8 @@ __all__ = [
     "FinetuningArguments",
     "FinetuningTrainer",
     "MaskingCollator",
+    "RoutingMetrics",
+    "SafeCheckpoints",
     "StreamedPieces",
     "TaskMix",
     "TaskRows",
@@ -32,6 +36,7 @@ __all__ = [
     "distil_texts",
     "finetuning_arguments",
     "get_objective",
+    "last_checkpoint",
     "parse_settings",
     "preset",
     "read_settings",

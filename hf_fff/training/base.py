@@ -7,26 +7,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from ..layers import FFF, MLP, NoFFN, OutputBias
+from ..tasks.evaluate import on_device
 from .arguments import FastArguments
+from .checkpoints import SafeCheckpoints, _SeededCollator
 from .data import ByLength, check_rows
 from .objectives import OBJECTIVES
+from .routing import RoutingMetrics
 
 MEASURED_ROWS = 1024  # on which standard deviations are measured
 _LABELS = {"label", "label_ids", *(name for objective in OBJECTIVES.values() for name in objective.labels)}
 
 
-class FastTrainer(Trainer):
-    """A ``Trainer`` for models with FFFs. Subclasses fill ``_seen``: for each step its number and, as a tensor on the device, the
+class FastTrainer(SafeCheckpoints):
+    """A ``Trainer`` for models with FFFs, with ``SafeCheckpoints`` and ``RoutingMetrics``. Subclasses fill ``_seen``: for each step its number and, as a tensor on the device, the
     parts by which it is told where a loss is not finite, see ``_place``.
 
     The loss is a mean over the batch, so that gradient accumulation and processes take means of means. Data sets with an attribute
     ``lengths`` are batched by length, unless ``train_sampling_strategy`` asks for another order.
 
     Raises:
-        ValueError: a data set is empty.
+        ValueError: a data set is empty; as ``SafeCheckpoints``.
         FloatingPointError: from ``train``: the loss is not finite. This is looked at when something is logged or saved, and at
             the end; the last checkpoint is from before.
     """
@@ -37,7 +39,9 @@ class FastTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # else DataParallel, slower than one GPU; several are for accelerate launch
         check_rows("train_dataset", kwargs.get("train_dataset"), 1)
         check_rows("eval_dataset", kwargs.get("eval_dataset"), 1)
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, **kwargs)
+        if not any(isinstance(callback, RoutingMetrics) for callback in self.callback_handler.callbacks):
+            self.add_callback(RoutingMetrics())
         self.model_accepts_loss_kwargs = False  # some heads take them, and do not heed them
         self._units: dict[nn.Parameter, Tensor] = {}
         self._seen: list[tuple[int, Tensor]] = []  # since the last log
@@ -94,6 +98,9 @@ class FastTrainer(Trainer):
             self._seen = []
         super().log(logs, start_time)
 
+    def _described(self) -> dict[str, Any]:
+        return {**super()._described(), "fff_learning_rate": self.args.fff_learning_rate}
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._seen:
             self._checked()
@@ -109,7 +116,8 @@ class FastTrainer(Trainer):
         lengths = getattr(self.train_dataset if train_dataset is None else train_dataset, "lengths", None)
         if lengths is None or self.args.train_sampling_strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # Of all processes, so that the order does not depend on how many there are.
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return ByLength(lengths, size, self.args.seed)
 
     @contextmanager
@@ -205,9 +213,9 @@ class FastTrainer(Trainer):
         size = self.args.train_batch_size
         items = (data[i] for i in range(len(data))) if hasattr(data, "__len__") else iter(data)
         items = islice(items, rows)
-        collate = self._get_collator_with_removed_columns(self.data_collator)
-        while part := list(islice(items, size)):
-            yield without_labels(self._prepare_inputs(collate(part)))
+        collate = _SeededCollator(self._get_collator_with_removed_columns(self.data_collator), self.args.seed)
+        while part := list(islice(items, size)):  # Accelerate moves a model to its device only when it shards it
+            yield on_device(without_labels(self._prepare_inputs(collate(part))), self.model)
 
 
 def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,25 +229,26 @@ def _local(p: Any) -> Tensor:
 
 def _take_steps_in(units: Mapping[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Multiplies an optimizer's steps, those of each parameter by its units."""
-    places = [  # not the parameters: FSDP2 puts shards, by rows, where they are
-        (g, i, units[p])
+    places = {  # not by parameter: FSDP2 puts shards, by rows, where they are
+        (g, i): units[p]
         for g, group in enumerate(optimizer.param_groups)
         for i, p in enumerate(group["params"])
         if p in units
-    ]
+    }
     before: list[Tensor] = []
 
     def at(optimizer: torch.optim.Optimizer, g: int, i: int) -> Tensor:
         return _local(optimizer.param_groups[g]["params"][i]).detach()
 
     def remember(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        before[:] = [at(optimizer, g, i).clone() for g, i, _ in places]
+        before[:] = [at(optimizer, g, i).clone() for g, i in places]
 
     @torch.no_grad()
     def stretch(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for (g, i, unit), old in zip(places, before, strict=True):
-            new = at(optimizer, g, i)
-            new.copy_(torch.addcmul(old, new - old, unit))
+        for (place, unit), old in zip(places.items(), before, strict=True):
+            new = at(optimizer, *place)
+            places[place] = unit.to(new.device)
+            new.copy_(torch.addcmul(old, new - old, places[place]))
         before.clear()
 
     if places:

@@ -1,7 +1,6 @@
 """Finetuning and masked-LM pretraining, of dense and converted models: ``Trainer`` with rates for what replaced the FFNs, and scores."""
 
 import time
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,13 +8,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import DataCollatorForLanguageModeling, TrainerCallback
+from transformers import DataCollatorForLanguageModeling
 from transformers.trainer_utils import speed_metrics
 
 from ..config import layers_to_json
 from ..layers import FFF
 from ..modes import evaluating
 from ..tasks import Encoded, get_task
+from ..tasks.data import IGNORED
 from ..tasks.evaluate import batches, on_device
 from ..tasks.kinds import Task
 from .arguments import FinetuningArguments
@@ -52,7 +52,6 @@ class FinetuningTrainer(FastTrainer):
         if not isinstance(args, FinetuningArguments):
             raise ValueError(f"args must be FinetuningArguments, not {type(args).__name__}")
         self.task: Task | None = None
-        callbacks: list[Any] = []
         if task is not None:
             self._objective = get_objective(task)
             self.task = get_task(task)
@@ -63,16 +62,10 @@ class FinetuningTrainer(FastTrainer):
                     raise ValueError(f"task={task!r} makes its batches with a tokenizer: give processing_class")
                 kwargs["data_collator"] = collator(task, tokenizer, args)
             self._collate = self.task.collator(tokenizer) if tokenizer is not None else kwargs["data_collator"]
-        if isinstance(kwargs.get("data_collator"), MaskingCollator):
-            callbacks.append(_Epochs(kwargs["data_collator"]))
+        self._drops_out = args.dropout
         if args.routing_gradient is not None:
             set_routing_gradient(model, args.routing_gradient)
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), *callbacks]
         super().__init__(model, args, **kwargs)
-
-    @property
-    def _drops_out(self) -> bool:  # type: ignore[override]
-        return self.args.dropout
 
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -85,6 +78,10 @@ class FinetuningTrainer(FastTrainer):
         sums = [h.detach().sum(dtype=torch.float32) for h in out.get("hidden_states") or ()]
         self._seen.append((self.state.global_step + 1, torch.stack([*sums, loss.detach().float()])))
         return (loss, out) if return_outputs else loss
+
+    def _described(self) -> dict[str, Any]:
+        names = ("routing_gradient", "dropout", "mlm_probability")
+        return {**super()._described(), **{name: getattr(self.args, name) for name in names}}
 
     def _learned_from(self, out: Any) -> list[Tensor]:
         return [t for t in out.values() if isinstance(t, Tensor)]
@@ -162,41 +159,30 @@ def set_routing_gradient(model: Any, alpha: float) -> None:
 
 
 class MaskingCollator(DataCollatorForLanguageModeling):
-    """transformers' collator for masked language models, whose masks depend on ``seed``, ``epoch`` and the rows of the batch alone:
-    so whoever resumes, or takes workers, finds the same ones. A batch has at least one token that is masked.
+    """transformers' collator for masked language models: of the tokens that are masked, 80 % are replaced by the mask token and 10 % by
+    others. A batch has at least one, since the loss of none is NaN.
 
     Args:
-        share: of the tokens that are masked; of these 80 % are replaced by the mask token, 10 % by others.
+        share: of the tokens that are masked.
 
     Raises:
         ValueError: the tokenizer has no mask token.
     """
 
-    def __init__(self, tokenizer: Any, share: float = 0.25, seed: int = 0) -> None:
+    def __init__(self, tokenizer: Any, share: float = 0.25) -> None:
         super().__init__(tokenizer=tokenizer, mlm_probability=share)
-        self.masked_by, self.epoch = seed, 0
         self._special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
 
     def torch_mask_tokens(self, inputs: Any, special_tokens_mask: Any = None, **kwargs: Any) -> tuple[Any, Any]:
         special = torch.isin(inputs, self._special)
-        begun = zlib.crc32(f"{self.masked_by} {self.epoch}".encode())
-        self.generator = torch.Generator().manual_seed(zlib.crc32(inputs.numpy().tobytes(), begun))
         while True:
             masked, labels = super().torch_mask_tokens(inputs.clone(), special_tokens_mask=special, **kwargs)
-            if bool((labels != -100).any()) or bool(special.all()):
+            if bool((labels != IGNORED).any()) or bool(special.all()):
                 return masked, labels
-
-
-class _Epochs(TrainerCallback):
-    def __init__(self, collate: MaskingCollator) -> None:
-        self._collate = collate
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._collate.epoch = int(state.epoch or 0)
 
 
 def collator(task: str, tokenizer: Any, args: FinetuningArguments) -> Any:
     """What makes batches of a task to train on."""
     if task == "mlm":
-        return MaskingCollator(tokenizer, args.mlm_probability, args.seed)
+        return MaskingCollator(tokenizer, args.mlm_probability)
     return get_task(task).collator(tokenizer)

@@ -26,13 +26,15 @@ from ..tasks import Columns, Encoded, evaluate, get_task
 from ..tasks.data import Row
 from ..tasks.kinds import Task, class_of
 from .arguments import FinetuningArguments
+from .checkpoints import last_checkpoint
 from .data import StreamedPieces, TextPieces, TextStream, calibration_batches
 from .finetuning import FinetuningTrainer
 from .objectives import get_objective
 from .progress import tell_progress
-from .work import OPTIONS, START, check_folders, check_work, digest, last_checkpoint
+from .work import OPTIONS, START, check_folders, check_work, digest
 
-_FREE = {  # what changes nothing of the result, and may be another when a training goes on
+_FREE = {  # what may be another when a training goes on: it changes nothing, or a checkpoint tells whether it does
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
     *("output_dir", "report_to", "run_name", "disable_tqdm", "save_total_limit"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "log_level"),
 }
@@ -111,8 +113,8 @@ def train_folder(
 
     Raises:
         ValueError: as ``Task.encode`` and ``convert_ffn_to_fff``; labels that are missing, all the same, or in the rows to evaluate on
-            alone; a metric that the task does not have; the work folder was made with another model, other data or arguments, another
-            number of processes, or is none.
+            alone; a metric that the task does not have; the work folder was made with another model, other data or arguments, or is none;
+            as ``SafeCheckpoints``, which refuses steps of another number of rows.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
         FloatingPointError: the loss is not finite.
         RuntimeError: out of memory.
@@ -156,9 +158,9 @@ def train_folder(
             callbacks=[EarlyStoppingCallback(patience)] if patience else [],
         )
         tell_progress(trainer, "training", ("loss", f"eval_{kind.main_metric}"))
-        done = trainer.train(resume_from_checkpoint=last_checkpoint(work))
+        checkpoint = last_checkpoint(work)
+        done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         scores = trainer.evaluate() if evaluation is not None else {}
-    names = {*_names(kind, scores)}
     report = TrainingReport(
         task=kind.name,
         rows=len(train) if hasattr(train, "__len__") else None,
@@ -166,7 +168,7 @@ def train_folder(
         steps=done.global_step,
         seconds=time.monotonic() - start,
         loss=done.training_loss,
-        scores={name: scores[f"eval_{name}"] for name in sorted(names)},
+        scores={name: scores[f"eval_{name}"] for name in _names(scores)},
         best_step=trainer.state.best_global_step if args.load_best_model_at_end else None,
         cut=cut,
         new_head=new_head,
@@ -361,9 +363,11 @@ def _check_metric(
         raise ValueError(f"best={wanted!r} is no metric of {kind.name} (allowed: {', '.join(sorted(names))})")
 
 
-def _names(kind: Task, scores: Mapping[str, float]) -> list[str]:
-    hidden = ("runtime", "samples_per_second", "steps_per_second")
-    return [name.removeprefix("eval_") for name in scores if name.startswith("eval_") and not name.endswith(hidden)]
+def _names(scores: Mapping[str, float]) -> list[str]:
+    """Of the metrics, without times and what the trees did."""
+    other = re.compile(r"runtime|\w+_per_second|agreeing_paths_\d+")
+    names = [name.removeprefix("eval_") for name in scores if name.startswith("eval_")]
+    return [name for name in names if not other.fullmatch(name)]
 
 
 # Resuming
@@ -396,7 +400,6 @@ def _options(
         "columns": {"text": text, "label": columns.label},
         "max_length": longest,
         "seed": args.seed,
-        "processes": args.world_size,
         "arguments": given,
     }
     return dict(json.loads(json.dumps(options, default=str)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ..tasks import get_task
@@ -51,7 +52,8 @@ class DistillationTrainer(FastTrainer):
 
     Raises:
         ValueError: student and teacher differ in shape or share parameters, a data set is too small, the loss looks at logits
-            and there is no task, or a model has no head for it.
+            and there is no task, or a model has no head for it; it would run under FSDP or DeepSpeed; from ``train`` as
+            ``SafeCheckpoints``.
         FloatingPointError: from ``train``: the loss is not finite. This is looked at when something is logged or saved, and at
             the end; the last checkpoint is from before.
     """
@@ -74,6 +76,7 @@ class DistillationTrainer(FastTrainer):
         self.objective: Objective | None = _objective(task, model, teacher) if args.needs_task else None
         check_rows("train_dataset", kwargs.get("train_dataset"), args.train_batch_size * args.world_size)
         super().__init__(model if self.objective else model.base_model, args, **kwargs)
+        _check_whole(self, model)
         self.student = model
         self.teacher = (teacher if self.objective else teacher.base_model).to(args.device).eval()
         self._watched: Any = self.teacher
@@ -105,6 +108,10 @@ class DistillationTrainer(FastTrainer):
         super().save_model(output_dir, _internal_call)
         if not _internal_call and self.args.should_save and self.student is not self.model:
             self.student.save_pretrained(output_dir or self.args.output_dir)
+
+    def _described(self) -> dict[str, Any]:
+        names = ("hidden_weight", "embedding_weight", "logits_weight", "label_weight", "temperature")
+        return {**super()._described(), **{name: getattr(self.args, name) for name in names}}
 
     def _learned_from(self, out: Any) -> list[Tensor]:
         logits = [out[name] for name in self.objective.logits] if self.objective else []
@@ -255,6 +262,18 @@ def _check_pair(student: Any, teacher: Any) -> None:
         raise ValueError(
             "student and teacher share parameters, as a converted model does with its source: the teacher would move with "
             "the student, and the loss would fall falsely. Give teacher=copy.deepcopy(teacher)"
+        )
+
+
+def _check_whole(trainer: Any, student: Any) -> None:
+    """What it has to do with the teacher is not made for parameters of which each process holds a part."""
+    how = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
+    if how is None and any(isinstance(p, DTensor) for p in student.parameters()):
+        how = "fully_shard"
+    if how:
+        raise ValueError(
+            f"distillation does not run under {how}: it trains what replaced the FFNs in units of its inputs and outputs, and needs "
+            "whole parameters in each process. Use DDP (see examples/accelerate)"
         )
 
 

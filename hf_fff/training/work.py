@@ -20,6 +20,7 @@ from ..surgery.record import read_record, record_of, write_record
 from ..surgery.text import shuffled
 from ..tasks import Columns, evaluate, get_task
 from .arguments import DistillationArguments
+from .checkpoints import last_checkpoint
 from .data import calibration_batches
 from .distil import distil_task, distil_texts, length_for, mixed_rows, split_rows, split_texts
 from .objectives import get_objective
@@ -138,7 +139,8 @@ def distil_folder(
     student: Any = fast_class(type(dense)).from_pretrained(work / START)
     dtype = student.dtype
     dense.float()
-    plan.distil(student.float(), last_checkpoint(work))  # small steps vanish in half precision
+    checkpoint = last_checkpoint(work)
+    plan.distil(student.float(), str(checkpoint) if checkpoint else None)  # small steps vanish in half precision
     how = {name: part for name, part in read_record(work / START).items() if name == "calibration"}
     how["recipe"] = {name: value for name, value in options.items() if name not in ("source", "start")}  # paths
     write_folder(source, output, lambda: student.to(dtype), overwrite=overwrite, how=how)
@@ -290,9 +292,3 @@ def check_options(work: Path, made_with: Mapping[str, Any], options: Mapping[str
     if differing:
         told = ", ".join(f"{k}: {made_with.get(k)!r} there, {options[k]!r} now" for k in differing)
         raise ValueError(f"the work folder {work} was made with other options ({told}); --no-resume starts anew")
-
-
-def last_checkpoint(work: Path) -> str | None:
-    """The last one that is complete: the state is what the Trainer writes last."""
-    found = {int(p.parent.name.split("-")[1]): p.parent for p in work.glob("checkpoint-*/trainer_state.json")}
-    return str(found[max(found)]) if found else None

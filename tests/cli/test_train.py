@@ -165,10 +165,8 @@ def test_it_goes_on_where_it_was_interrupted(encoder, tmp_path, monkeypatch):
     ):
         result = train("mlm", model, tmp_path / "out", data, *options, **{**settings, **changed})
         assert result.exit_code == 2 and f"made with other options ({told}" in unwrapped(result.stderr), result.output
-    monkeypatch.setattr("hf_fff.training.arguments.FinetuningArguments.world_size", 2)
-    result = train("mlm", encoder, tmp_path / "out", data, *options, **settings)
-    monkeypatch.undo()
-    assert result.exit_code == 2 and "processes: 1 there, 2 now" in unwrapped(result.stderr)
+    result = train("mlm", encoder, tmp_path / "out", data, *options, **settings, per_device_train_batch_size=4)
+    assert result.exit_code == 2 and "rows of a step is 8 there, 4 now" in unwrapped(result.stderr), result.output
     assert listing(work) == kept and not (tmp_path / "out").exists()
     result = train("mlm", encoder, tmp_path / "out", data, *options, "--resume", **settings)
     assert result.exit_code == 0, result.output

@@ -155,28 +155,19 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, tokenizer):
 
 
 def test_masks(tokenizer):
-    """A quarter, no special tokens; the same for whoever resumes, others in another epoch."""
+    """A quarter, no special tokens, never none."""
     rows = [{"input_ids": [2, *range(5, 45), 3], "attention_mask": [1] * 42} for _ in range(50)]
     rows.append({"input_ids": [2, 7, 3], "attention_mask": [1] * 3})
-    collate = MaskingCollator(tokenizer, 0.25, seed=1)
-    state = torch.get_rng_state()
+    collate = MaskingCollator(tokenizer, 0.25)
     batch = collate(copy.deepcopy(rows))
-    assert torch.equal(torch.get_rng_state(), state)
     hidden = batch["labels"] != -100
     assert not hidden[:, 0].any() and not hidden[50, 2:].any() and batch["input_ids"].shape == (51, 42)
-    share = hidden[:50].float().sum() / (50 * 40)
-    assert 0.2 < share < 0.3
+    assert 0.2 < hidden[:50].float().sum() / (50 * 40) < 0.3
     masked = batch["input_ids"][hidden] == tokenizer.mask_token_id
     assert 0.7 < masked.float().mean() < 0.9
-    again = MaskingCollator(tokenizer, 0.25, seed=1)(copy.deepcopy(rows))
-    assert all(torch.equal(batch[name], again[name]) for name in batch)
-    for other in (MaskingCollator(tokenizer, 0.25, seed=2), collate):
-        collate.epoch = 1
-        assert not torch.equal(other(copy.deepcopy(rows))["labels"], batch["labels"])
+    assert torch.equal(torch.where(hidden, batch["labels"], batch["input_ids"])[0], torch.tensor(rows[0]["input_ids"]))
     tiny = [{"input_ids": [2, 7, 3], "attention_mask": [1, 1, 1]}]
-    for epoch in range(20):  # never none, of which the loss would be NaN
-        collate.epoch = epoch
-        assert (collate(copy.deepcopy(tiny))["labels"] != -100).sum() == 1
+    assert all((collate(copy.deepcopy(tiny))["labels"] != -100).sum() == 1 for _ in range(20))
 
 
 def test_the_masks_of_epochs(tmp_path, tokenizer):
@@ -186,10 +177,7 @@ def test_the_masks_of_epochs(tmp_path, tokenizer):
     model.register_forward_pre_hook(lambda m, _, given: seen.append(given) if m.training else None, with_kwargs=True)
     t.train()
     assert len(seen) == 3
-    masks = {tuple(sorted((row["labels"] != -100).sum(1).tolist())) for row in seen} | {
-        tuple(row["labels"].flatten().tolist()) for row in seen
-    }
-    assert len(masks) >= 4
+    assert len({tuple(row["labels"].sum(1).tolist()) for row in seen}) == 3
 
 
 def test_long_texts_go_into_pieces(tokenizer):
