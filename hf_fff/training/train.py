@@ -133,6 +133,8 @@ def train_folder(
     first = args.process_index == 0
     with args.main_process_first(local=False):
         if not check_work(work, options, resume=resume or not first, doing="training"):
+            if not first:
+                raise RuntimeError("the first process, which begins, has failed")
             begun = _load(kind, source, config, from_scratch, args.seed).to(args.device)
             _check_metric(kind, begun, data, tokenizer, args, longest)
             with (
@@ -173,7 +175,9 @@ def train_folder(
         cut=cut,
         new_head=new_head,
     )
-    trainer.save_model(str(work / "final"))  # by all processes, which may each hold a part of it
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # by all processes, which may each hold a part of it
+    if first:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(work / "final", state_dict=state)
     with args.main_process_first(local=False):
         if first:
             _write(kind, source, output, work, tokenizer, report, options, overwrite=overwrite)

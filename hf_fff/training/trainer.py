@@ -272,8 +272,8 @@ def _check_whole(trainer: Any, student: Any) -> None:
         how = "fully_shard"
     if how:
         raise ValueError(
-            f"distillation does not run under {how}: it trains what replaced the FFNs in units of its inputs and outputs, and needs "
-            "whole parameters in each process. Use DDP (see examples/accelerate)"
+            f"distillation does not run under {how}: beside its teacher it needs whole parameters in each process. "
+            "Use DDP (see examples/accelerate)"
         )
 
 
