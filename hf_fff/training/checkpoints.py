@@ -61,7 +61,7 @@ class SafeCheckpoints(Trainer):
     _signal = 0  # that ends the training
     _ending = False  # all processes know
     _hosts: Any = None  # processes, without their GPUs
-    _collate: Any = None
+    _seeded: Any = None
 
     def __init__(self, model: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
         check_processes(args)
@@ -183,15 +183,15 @@ class SafeCheckpoints(Trainer):
     def get_train_dataloader(self) -> Any:
         """As ``Trainer`` has it, with a collator that draws the same for the same rows of an epoch."""
         collate = self.data_collator
-        self._collate = self.data_collator = _SeededCollator(collate, self.args.seed)
+        self._seeded = self.data_collator = _SeededCollator(collate, self.args.seed)
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = collate
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        if self._collate is not None:
-            self._collate.epoch = int(self.state.epoch or 0)
+        if self._seeded is not None:
+            self._seeded.epoch = int(self.state.epoch or 0)
         return super()._run_epoch(*args, **kwargs)
 
     # Ending early

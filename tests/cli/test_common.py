@@ -130,6 +130,13 @@ BAD_CALLS = {
     "bench layer": [(("--fff", "2y3"), "--fff"), (("--tokens", "0"), "--tokens")],
     "bench scaling": [(("--threads", "0"), "--threads"), (("--sizes", "nowhere"), "--sizes")],
     "bench serve": [(("--threads", "0"), "--threads"), (("--engines", "abacus"), "--engines")],
+    "bench train": [
+        (("--batch", "16"), "ROWSxTOKENS"),
+        (("--size", "bert-giant"), "bert-giant"),
+        (("--fff", "8y8"), "8y8"),
+        (("--device", "abacus"), "no device of this machine"),
+        (("--size", "bert-tiny", "--batch", "1x600", "--no-memory"), "longer than the model takes, 512"),
+    ],
     "bench model": [
         (("{tmp}/nowhere",), "there is no folder"),
         (("{model}", "--text", "{tmp}/empty.txt", "--batch", "1"), "has no text in it"),
