@@ -327,6 +327,7 @@ def _facts(
         "recorded": bool(record),
         "calibration": record.get("calibration"),
         "distillation": record.get("distillation"),
+        "training": record.get("training"),
         "recipe": record.get("recipe"),
         "made_with": record.get("hf_fff"),
         "evaluations": [_evaluation(one, results.controls) for one in results.evaluations],

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -113,7 +114,7 @@ _READERS = {
     ".csv": _table,
     ".jsonl": _json_lines,
     ".json": _json,
-    ".txt": lambda path: ({"text": text} for text in read_texts(path)),
+    ".txt": lambda path: ({"text": text} for text in read_texts(path, max_chars=sys.maxsize)),
     ".parquet": lambda path: _of_datasets("parquet", data_files=str(path), split="train"),
 }
 

@@ -61,7 +61,7 @@ class FinetuningTrainer(FastTrainer):
                 if tokenizer is None:
                     raise ValueError(f"task={task!r} makes its batches with a tokenizer: give processing_class")
                 kwargs["data_collator"] = collator(task, tokenizer, args)
-            self._collate = self.task.collator(tokenizer) if tokenizer is not None else kwargs["data_collator"]
+            self._pad = self.task.collator(tokenizer) if tokenizer is not None else kwargs["data_collator"]
         self._drops_out = args.dropout
         if args.routing_gradient is not None:
             set_routing_gradient(model, args.routing_gradient)
@@ -87,10 +87,9 @@ class FinetuningTrainer(FastTrainer):
         return [t for t in out.values() if isinstance(t, Tensor)]
 
     def _place(self, part: int) -> str:
-        if part == 0:
-            return "the embeddings are"
-        layers = self._seen[0][1].numel() - 2
-        return f"layer {part - 1} is the first whose hidden state is" if part <= layers else "the loss of the head alone is"
+        if part == self._seen[0][1].numel() - 1:
+            return "the loss of the head alone is"
+        return f"layer {part - 1} is the first whose hidden state is" if part else "the embeddings are"
 
     # Evaluation
 
@@ -118,7 +117,7 @@ class FinetuningTrainer(FastTrainer):
         task, args = self.task, self.args
         assert task is not None
         model: Any = self.model
-        steps = list(batches(data, self._collate, args.eval_batch_size))
+        steps = list(batches(data, self._pad, args.eval_batch_size))
         turns = range(0, len(steps), args.world_size)
         self.callback_handler.eval_dataloader = turns
         kept: list[tuple[int, Tensor]] = []

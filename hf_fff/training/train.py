@@ -180,7 +180,7 @@ def train_folder(
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(work / "final", state_dict=state)
     with args.main_process_first(local=False):
         if first:
-            _write(kind, source, output, work, tokenizer, report, options, overwrite=overwrite)
+            _write(kind, source, output, work, tokenizer, report, options, args, overwrite=overwrite)
     trained = kind.auto_class.from_pretrained(output)
     trained.training_report = report
     return trained
@@ -194,20 +194,27 @@ def _write(
     tokenizer: Any,
     report: TrainingReport,
     options: Mapping[str, Any],
+    args: FinetuningArguments,
     *,
     overwrite: bool,
 ) -> None:
     """The output: the model in the number format of its source, tokenizer, a record of how it was made, and tensorboard's logs."""
     trained = kind.auto_class.from_pretrained(work / "final", dtype=torch.float32)
-    dtype = getattr(AutoConfig.from_pretrained(source.transformer), "dtype", None)
-    how = {name: part for name, part in read_record(work / START).items() if name == "calibration"}
-    recipe = {name: value for name, value in options.items() if name != "weights"}
+    dtype = getattr(AutoConfig.from_pretrained(source.transformer), "dtype", None) or torch.float32
+    earlier, begun = read_record(source.root), read_record(work / START)  # a source that was converted says how
+    how = {name: earlier[name] for name in ("base", "calibration", "distillation") if name in earlier}
+    how |= {name: part for name, part in begun.items() if name == "calibration"}
+    recipe = {name: value for name, value in options.items() if name != "weights"} | {
+        "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "learning_rate": args.learning_rate,
+        "fff_learning_rate": args.rate_of(next((c.kind for c in getattr(trained.config, "fff_layers", {}).values()), "bias")),
+    }
     with atomic_folder(output, overwrite=overwrite) as new:
-        trained.to(dtype or torch.float32).save_pretrained(new)
+        trained.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).save_pretrained(new)
         tokenizer.save_pretrained(new)
         if (work / "runs").is_dir():
             shutil.copytree(work / "runs", new / "runs")
-        write_record(new, record_of(source, trained, **how, training=asdict(report), recipe=recipe))
+        write_record(new, {**record_of(source, trained), **how, "training": asdict(report), "recipe": recipe})
     shutil.rmtree(work)
 
 
@@ -300,6 +307,8 @@ def _labels(kind: Task, rows: Sequence[Row], columns: Columns | None) -> list[st
     numbers = all(re.fullmatch(r"[-+]?\d+(\.\d*)?", name) for name in names)
     if numbers and any("." in name for name in names):
         raise ValueError(f"the column {column!r} holds numbers, such as {min(names)}, not classes: the task is regression")
+    if numbers and names and kind.name == "tokens":
+        raise ValueError(f"the column {column!r} holds numbers, not tags such as O and B-person: entities need names")
     if column and len(names) < 2:
         raise ValueError(f"the column {column!r} of the training data holds nothing but {sorted(names)}: no two classes")
     return sorted(names, key=lambda name: (name != "O", int(name) if numbers else 0, name))
