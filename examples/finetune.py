@@ -43,7 +43,9 @@ def main() -> dict[str, float]:
         fit = {"steps": 5, "max_tokens": 512}
         train_rows, eval_rows = sentences("calibrate", 64), sentences("eval", 20)
     else:
-        train_rows, eval_rows = ([row for source in part for row in read_rows(source)] for part in (given.data, given.eval))
+        train_rows, eval_rows = (
+            [row for source in part for row in read_rows(source)] for part in (given.data, given.eval)
+        )
 
     # A model with a head for the labels, and rows as it takes them
     labels = sorted({str(row["label"]) for row in train_rows})

@@ -54,12 +54,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--fff", nargs="+", default=list(KINDS), help="what takes the place of the FFNs; dense leaves them")
+    parser.add_argument(
+        "--fff", nargs="+", default=list(KINDS), help="what takes the place of the FFNs; dense leaves them"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--limit", type=int, default=10_000, help="rows to train on at most, the first ones of a shuffle")
+    parser.add_argument(
+        "--limit", type=int, default=10_000, help="rows to train on at most, the first ones of a shuffle"
+    )
     parser.add_argument("--calibration-steps", type=int, default=1000)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; for GPUs")
-    parser.add_argument("--quick", action="store_true", help="64 rows, one epoch, one seed: tells nothing but that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="64 rows, one epoch, one seed: tells nothing but that it runs"
+    )
     parser.add_argument("--report", action="store_true", help="write the page and the picture")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args()
@@ -181,7 +187,9 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
 
     first = rows[0]
     steps = max((row["calibration_steps"] or 0 for row in rows), default=0)
-    text = HEAD.format(model=", ".join(sorted({row["model"] for row in rows})), steps=steps, limit=f"{first['limit']:,}")
+    text = HEAD.format(
+        model=", ".join(sorted({row["model"] for row in rows})), steps=steps, limit=f"{first['limit']:,}"
+    )
     columns = [f"{TASKS[task][0]}, {TASKS[task][2]}" for task in tasks]
     text += f"| | neurons used | seeds | {' | '.join(columns)} | kept |\n|{'---|' * (len(tasks) + 4)}\n"
     for kind in kinds:

@@ -3,4 +3,17 @@
 from . import bench, card, choose, convert, distill, env, evaluate, export, importing, push, train
 from .common import app
 
-__all__ = ["app", "bench", "card", "choose", "convert", "distill", "env", "evaluate", "export", "importing", "push", "train"]
+__all__ = [
+    "app",
+    "bench",
+    "card",
+    "choose",
+    "convert",
+    "distill",
+    "env",
+    "evaluate",
+    "export",
+    "importing",
+    "push",
+    "train",
+]

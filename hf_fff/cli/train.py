@@ -31,7 +31,8 @@ from .common import (
 )
 
 train = typer.Typer(
-    help="Finetune dense and converted models, or pretrain them: transformers' Trainer, on Accelerate.", no_args_is_help=True
+    help="Finetune dense and converted models, or pretrain them: transformers' Trainer, on Accelerate.",
+    no_args_is_help=True,
 )
 app.add_typer(train, name="train")
 
@@ -47,7 +48,9 @@ Model = Annotated[
 ]
 Data = Annotated[
     list[str],
-    typer.Option(help="Rows to train on: .tsv, .csv, .json(l), .parquet, or NAME[:CONFIG]:SPLIT of the Hub; may be repeated."),
+    typer.Option(
+        help="Rows to train on: .tsv, .csv, .json(l), .parquet, or NAME[:CONFIG]:SPLIT of the Hub; may be repeated."
+    ),
 ]
 Texts = Annotated[list[str], typer.Option(help="As of the others, or .txt with a paragraph a line; may be repeated.")]
 Evaluation = Annotated[list[str] | None, typer.Option("--eval", help="Rows to evaluate on; may be repeated.")]
@@ -65,14 +68,13 @@ Set = Annotated[
 ]
 Best = Annotated[str | None, typer.Option(help="Metric of --eval by which the best model is kept, not the last one.")]
 Patience = Annotated[
-    int | None, typer.Option(min=1, help="Evaluations without a better one that end the training; by --best or the task's metric.")
+    int | None,
+    typer.Option(min=1, help="Evaluations without a better one that end the training; by --best or the task's metric."),
 ]
 MaxLength = Annotated[int, typer.Option(min=4, help="Tokens at which a row is cut.")]
 Truncate = Annotated[bool, typer.Option(help="Whether rows may be cut.")]
 Budget = Annotated[float, typer.Option(min=1, help="Seconds for the calibration after --fff.")]
-CalibrationSteps = Annotated[
-    int | None, typer.Option(min=1, help="Steps a layer instead of a budget: reproducible.")
-]
+CalibrationSteps = Annotated[int | None, typer.Option(min=1, help="Steps a layer instead of a budget: reproducible.")]
 MaxTokens = Annotated[int, typer.Option(min=256, help="Tokens to calibrate on at most.")]
 Resume = Annotated[bool, typer.Option(help="Continue from the work folder if there is one.")]
 Work = Annotated[Path | None, typer.Option(help="Folder for checkpoints, removed in the end; OUT.work by default.")]
@@ -125,7 +127,8 @@ def mlm(
         bool, typer.Option(help="Begin with new weights: of MODEL, config and tokenizer are taken alone.")
     ] = False,
     stream: Annotated[
-        bool, typer.Option(help="Read --data as it is wanted, not into memory; wants max_steps, and the package datasets.")
+        bool,
+        typer.Option(help="Read --data as it is wanted, not into memory; wants max_steps, and the package datasets."),
     ] = False,
     preset: Preset = None,
     config: Config = None,

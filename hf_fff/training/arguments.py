@@ -54,7 +54,8 @@ class FinetuningArguments(FastArguments):
     """
 
     routing_gradient: float | None = field(
-        default=None, metadata={"help": "Of the trees, 0 for none (the paper's training); what the model has by default."}
+        default=None,
+        metadata={"help": "Of the trees, 0 for none (the paper's training); what the model has by default."},
     )
     dropout: bool = field(default=True, metadata={"help": "Train with the model's dropout."})
     mlm_probability: float = field(default=0.25, metadata={"help": "Share of the tokens that are masked, of mlm."})

@@ -107,9 +107,13 @@ class FastTrainer(SafeCheckpoints):
         trained: Any = self.model
         names, parameters = zip(*(pair for pair in trained.named_parameters() if pair[1].requires_grad), strict=True)
         wrong = torch.stack([~_local(p).isfinite().all() for p in parameters]).int()
-        found = self.accelerator.gather(wrong.unsqueeze(0)).any(0).nonzero().flatten().tolist()  # the same in all processes
+        found = (
+            self.accelerator.gather(wrong.unsqueeze(0)).any(0).nonzero().flatten().tolist()
+        )  # the same in all processes
         if found:
-            raise FloatingPointError(f"after step {self.state.global_step} the weights {names[found[0]]} are not finite")
+            raise FloatingPointError(
+                f"after step {self.state.global_step} the weights {names[found[0]]} are not finite"
+            )
         super()._save_checkpoint(model, trial)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -146,7 +150,7 @@ class FastTrainer(SafeCheckpoints):
         parameters = [p for p in trained.parameters() if p.requires_grad]
         with torch.enable_grad():
             out = trained.eval()(**next(self._first_batches(1)), output_hidden_states=True)
-            total = sum(t.float().sum() for t in self._learned_from(out))
+            total = torch.stack([t.float().sum() for t in self._learned_from(out)]).sum()
             gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 

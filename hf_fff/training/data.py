@@ -141,7 +141,9 @@ class TextStream:
                 part = datasets.load_dataset(hub[1], hub[2], split=hub[3], streaming=True)
             else:
                 known = ", ".join(_STREAMED)
-                raise ValueError(f"{source} is neither a file of a known kind ({known}) nor NAME[:CONFIG]:SPLIT of the Hub")
+                raise ValueError(
+                    f"{source} is neither a file of a known kind ({known}) nor NAME[:CONFIG]:SPLIT of the Hub"
+                )
             first = next(iter(part), None)
             if first is None:
                 raise ValueError(f"{source} has no rows")
@@ -150,7 +152,9 @@ class TextStream:
                 raise ValueError(f"{source}: there is no column {name or 'text'!r}; the columns are {list(first)}")
             if not isinstance(first[name], str):
                 raise ValueError(f"{source}: {name}={first[name]!r} is no text")
-            parts.append(part.select_columns(name).rename_column(name, "text") if name != "text" else part.select_columns(name))
+            parts.append(
+                part.select_columns(name).rename_column(name, "text") if name != "text" else part.select_columns(name)
+            )
         self._rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
         if buffer > 1:
             self._rows = self._rows.shuffle(seed=seed, buffer_size=buffer)

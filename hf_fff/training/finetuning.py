@@ -172,10 +172,12 @@ class MaskingCollator(DataCollatorForLanguageModeling):
         super().__init__(tokenizer=tokenizer, mlm_probability=share)
         self._special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
 
-    def torch_mask_tokens(self, inputs: Any, special_tokens_mask: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+    def torch_mask_tokens(
+        self, inputs: Any, special_tokens_mask: Any = None, offset_mapping: Any = None
+    ) -> tuple[Any, Any]:
         special = torch.isin(inputs, self._special)
         while True:
-            masked, labels = super().torch_mask_tokens(inputs.clone(), special_tokens_mask=special, **kwargs)
+            masked, labels = super().torch_mask_tokens(inputs.clone(), special, offset_mapping)
             if bool((labels != IGNORED).any()) or bool(special.all()):
                 return masked, labels
 

@@ -175,11 +175,11 @@ def _as_type(name: str, value: Any, hint: Any) -> Any:
                 continue
             if math.isfinite(number):
                 return number
-    for kind in (dict, list):
-        if Any in kinds or kind in (get_origin(k) or k for k in kinds):
-            if isinstance(value, kind):
+    for container, begun in ((dict, "{"), (list, "[")):
+        if Any in kinds or container in (get_origin(k) or k for k in kinds):
+            if isinstance(value, container):
                 return value
-            if word.startswith("{" if kind is dict else "["):
+            if word.startswith(begun):
                 try:
                     return json.loads(word)
                 except ValueError as error:

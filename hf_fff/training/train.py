@@ -18,7 +18,6 @@ from transformers.utils import logging
 from ..config import LayersLike
 from ..files import atomic_folder
 from ..memory import memory_explained
-from ..models import fast_class
 from ..surgery import Calibration, convert_ffn_to_fff
 from ..surgery.folder import ModelFolder
 from ..surgery.record import read_record, record_of, write_record
@@ -175,7 +174,9 @@ def train_folder(
         cut=cut,
         new_head=new_head,
     )
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # by all processes, which may each hold a part of it
+    state = trainer.accelerator.get_state_dict(
+        trainer.model_wrapped
+    )  # by all processes, which may each hold a part of it
     if first:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(work / "final", state_dict=state)
     with args.main_process_first(local=False):
@@ -202,12 +203,14 @@ def _write(
     trained = kind.auto_class.from_pretrained(work / "final", dtype=torch.float32)
     dtype = getattr(AutoConfig.from_pretrained(source.transformer), "dtype", None) or torch.float32
     earlier, begun = read_record(source.root), read_record(work / START)  # a source that was converted says how
-    how = {name: earlier[name] for name in ("base", "calibration", "distillation") if name in earlier}
+    how: dict[str, Any] = {name: part for name, part in earlier.items() if name in ("base", "calibration", "distillation")}
     how |= {name: part for name, part in begun.items() if name == "calibration"}
     recipe = {name: value for name, value in options.items() if name != "weights"} | {
         "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
-        "fff_learning_rate": args.rate_of(next((c.kind for c in getattr(trained.config, "fff_layers", {}).values()), "bias")),
+        "fff_learning_rate": args.rate_of(
+            next((c.kind for c in getattr(trained.config, "fff_layers", {}).values()), "bias")
+        ),
     }
     with atomic_folder(output, overwrite=overwrite) as new:
         trained.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).save_pretrained(new)
@@ -289,7 +292,9 @@ def _config_for(kind: Task, source: ModelFolder, data: TrainingRows) -> tuple[An
     if fits and _knows(kind, config, names):
         return config, False
     if fits:
-        warnings.warn(f"the head of {source.root.name} is for other labels than {names}: it gets a new one", stacklevel=3)
+        warnings.warn(
+            f"the head of {source.root.name} is for other labels than {names}: it gets a new one", stacklevel=3
+        )
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     config.problem_type = None
     return config, True
@@ -306,11 +311,15 @@ def _labels(kind: Task, rows: Sequence[Row], columns: Columns | None) -> list[st
     names = {str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in found if v not in (None, "")}
     numbers = all(re.fullmatch(r"[-+]?\d+(\.\d*)?", name) for name in names)
     if numbers and any("." in name for name in names):
-        raise ValueError(f"the column {column!r} holds numbers, such as {min(names)}, not classes: the task is regression")
+        raise ValueError(
+            f"the column {column!r} holds numbers, such as {min(names)}, not classes: the task is regression"
+        )
     if numbers and names and kind.name == "tokens":
         raise ValueError(f"the column {column!r} holds numbers, not tags such as O and B-person: entities need names")
     if column and len(names) < 2:
-        raise ValueError(f"the column {column!r} of the training data holds nothing but {sorted(names)}: no two classes")
+        raise ValueError(
+            f"the column {column!r} of the training data holds nothing but {sorted(names)}: no two classes"
+        )
     return sorted(names, key=lambda name: (name != "O", int(name) if numbers else 0, name))
 
 
@@ -403,7 +412,9 @@ def _options(
     plan = calibration and {name: getattr(calibration, name) for name in ("budget", "steps", "max_tokens")}
     options = {
         "weights": source.weights_digest(),
-        "config": digest([json.dumps(AutoConfig.from_pretrained(source.transformer).to_dict(), sort_keys=True, default=str)]),
+        "config": digest(
+            [json.dumps(AutoConfig.from_pretrained(source.transformer).to_dict(), sort_keys=True, default=str)]
+        ),
         "fff": fff if fff is None or isinstance(fff, str) else str(fff),
         "calibration": plan if fff is not None else None,
         "from_scratch": from_scratch,

@@ -121,7 +121,10 @@ BAD_CALLS = {
             (("{model}", "--data", "{tmp}/few.tsv", "--out", "{tmp}/out"), "name them with --text-columns"),
             (("{model}", "--data", "{tmp}/few.tsv", "--out", "{tmp}/full"), "is not empty"),
             (("{model}", "--data", "{tmp}/few.tsv", "--out", "{model}", "--overwrite"), "is the source"),
-            (("{model}", "--data", "{tmp}/few.tsv", "--out", "{tmp}/out", "--set", "x"), "is not of the form name=value"),
+            (
+                ("{model}", "--data", "{tmp}/few.tsv", "--out", "{tmp}/out", "--set", "x"),
+                "is not of the form name=value",
+            ),
         ]
         for command in ("classify", "regress", "tokens", "qa", "mlm")
     },

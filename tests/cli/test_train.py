@@ -67,7 +67,10 @@ def test_it_learns(encoder, tmp_path, command, fff, least):
     converted = ("--fff", fff, "--calibration-steps", 3) if fff else ()
     result = train(
         *(command, encoder, tmp_path / "out", data, "--eval", others, *converted),
-        **{"max_steps": 200, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "eval_strategy": "no"},
+        max_steps=200,
+        per_device_train_batch_size=16,
+        learning_rate=3e-3,
+        eval_strategy="no",
     )
     assert result.exit_code == 0, result.output
     assert listing(encoder) == before and not (tmp_path / "out.work").exists()
@@ -82,7 +85,9 @@ def test_it_learns(encoder, tmp_path, command, fff, least):
     assert record["recipe"]["arguments"]["learning_rate"] == 3e-3 and ("calibration" in record) == bool(fff)
     if command != "qa":  # long enough alone
         scores = run("eval", tmp_path / "out", "--task", OF[command], "--data", others, "--json", "--device", "cpu")
-        assert json.loads(scores.stdout)["model"]["metrics"][metric] == pytest.approx(told["training"]["scores"][metric])
+        assert json.loads(scores.stdout)["model"]["metrics"][metric] == pytest.approx(
+            told["training"]["scores"][metric]
+        )
 
 
 def test_a_converted_model_stays_one(encoder, tmp_path):
@@ -118,7 +123,9 @@ def test_the_best_model_and_patience(encoder, tmp_path):
     data, others = write(tmp_path / "data.jsonl", rows), write(tmp_path / "o.jsonl", learnable("classification", 30, 1))
     result = train(
         *("classify", encoder, tmp_path / "out", data, "--eval", others, "--best", "accuracy", "--patience", 2),
-        **{"max_steps": 60, "eval_steps": 2, "learning_rate": 1e-9},  # nothing gets better
+        max_steps=60,
+        eval_steps=2,
+        learning_rate=1e-9,  # nothing gets better
     )
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)["training"]
@@ -204,11 +211,17 @@ WRONG = {
     "no config": (["--config", "{0}/nowhere.yaml"], "--config"),
     "best of nothing": (["--best", "f1"], "needs something to evaluate on (--eval)"),
     "patience with nothing": (["--patience", "2"], "needs something to evaluate on (--eval)"),
-    "best of another": (["--best", "rouge", "--eval", "{0}/data.tsv"], "best='rouge' is no metric of classification (allowed: accuracy"),
+    "best of another": (
+        ["--best", "rouge", "--eval", "{0}/data.tsv"],
+        "best='rouge' is no metric of classification (allowed: accuracy",
+    ),
     "column": (["--text-columns", "a"], "there is no column 'a'; the columns are ['sentence1', 'sentence2', 'label']"),
     "label column": (["--label-column", "verdict"], "there is no column 'verdict'; the columns are ['sentence1'"),
     "no labels": (["--data", "{0}/bare.tsv"], "there is no column 'label'"),
-    "labels of nothing": (["--eval", "{0}/bare.tsv"], "the evaluation data has no labels: none of the columns ['sentence1', 'sentence2']"),
+    "labels of nothing": (
+        ["--eval", "{0}/bare.tsv"],
+        "the evaluation data has no labels: none of the columns ['sentence1', 'sentence2']",
+    ),
     "new label": (["--eval", "{0}/wrong.tsv"], "the evaluation data: row 1: label='7' is no label (allowed: 0 to 2"),
     "no evaluation": (["--eval", "{0}/none.tsv"], "none.tsv has no rows"),
     "length": (["--max-length", "3"], "--max-length"),
@@ -238,7 +251,11 @@ def test_used_wrongly(model, tmp_path, name):
 @pytest.mark.parametrize(
     ("command", "rows", "message"),
     [
-        ("classify", [{"text": "word1", "label": v} for v in ("0.5", "1.25", "3")], "holds numbers, such as 0.5, not classes"),
+        (
+            "classify",
+            [{"text": "word1", "label": v} for v in ("0.5", "1.25", "3")],
+            "holds numbers, such as 0.5, not classes",
+        ),
         ("classify", [{"text": "word1", "label": "a"}] * 9, "holds nothing but ['a']: no two classes"),
         ("regress", [{"text": "word1", "score": "much"}] * 9, "the training data: row 1: score='much' is no number"),
         ("tokens", [{"tokens": ["word1"], "tags": ["O", "B-x"]}] * 9, "must be a list of 1 tags"),

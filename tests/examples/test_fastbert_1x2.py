@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "experiments"))
 
-import fastbert_1x2 as experiment  # noqa: E402
+import fastbert_1x2 as experiment
 
 SCORES = {"dense": 0.9, "1x2": 0.8, "none": 0.7}
 
@@ -40,7 +40,20 @@ def test_what_is_there_is_left(path, monkeypatch, tmp_path):
     experiment.append(path, row("dense", quick=True))
     experiment.append(path, row("none"))  # not quick: of another experiment
     path.write_bytes(path.read_bytes() + b'{"model": "m", "ta')  # whoever wrote this was killed
-    options = ("--model", "m", "--data", tmp_path, "--results", path, "--tasks", "sst2", "--fff", "dense", "none", "--quick")
+    options = (
+        "--model",
+        "m",
+        "--data",
+        tmp_path,
+        "--results",
+        path,
+        "--tasks",
+        "sst2",
+        "--fff",
+        "dense",
+        "none",
+        "--quick",
+    )
     call(monkeypatch, *options)
     assert asked == [("sst2", "none", 0)]
     call(monkeypatch, *options)
