@@ -80,13 +80,14 @@ class DistillationTrainer(SafeCheckpoints, Trainer):
         args = DistillationArguments() if args is None else args
         if not isinstance(args, DistillationArguments):
             raise ValueError(f"args must be DistillationArguments, not {type(args).__name__}")
+        _check_whole(model)
         _check_pair(model, teacher)
         args._n_gpu = min(args.n_gpu, 1)  # else DataParallel, slower than one GPU; several are for accelerate launch
         self.objective: Objective | None = _objective(task, model, teacher) if args.needs_task else None
         check_rows("train_dataset", kwargs.get("train_dataset"), args.train_batch_size * args.world_size)
         check_rows("eval_dataset", kwargs.get("eval_dataset"), 1)
         super().__init__(model=model if self.objective else model.base_model, args=args, **kwargs)
-        _check_whole(self, model)
+        _check_whole(model, self)
         if not any(isinstance(callback, RoutingMetrics) for callback in self.callback_handler.callbacks):
             self.add_callback(RoutingMetrics())
         self.student = model
@@ -171,7 +172,14 @@ class DistillationTrainer(SafeCheckpoints, Trainer):
             self.student.save_pretrained(output_dir or self.args.output_dir)
 
     def _described(self) -> dict[str, Any]:
-        names = ("fff_learning_rate", "hidden_weight", "embedding_weight", "logits_weight", "label_weight", "temperature")
+        names = (
+            "fff_learning_rate",
+            "hidden_weight",
+            "embedding_weight",
+            "logits_weight",
+            "label_weight",
+            "temperature",
+        )
         return {**super()._described(), **{name: getattr(self.args, name) for name in names}}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -452,11 +460,11 @@ def _check_pair(student: Any, teacher: Any) -> None:
         )
 
 
-def _check_whole(trainer: Any, student: Any) -> None:
-    """Steps in units of inputs and outputs are kept by parameter, and would silently be others where each process holds a part."""
-    how = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
-    if how is None and any(isinstance(p, DTensor) for p in student.parameters()):
-        how = "fully_shard"
+def _check_whole(student: Any, trainer: Any = None) -> None:
+    """Raises ``ValueError`` where each process holds a part of the parameters."""
+    how = "fully_shard" if any(isinstance(p, DTensor) for p in student.parameters()) else None
+    if trainer is not None:
+        how = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else how
     if how:
         raise ValueError(
             f"distillation does not run under {how}: it trains what replaced the FFNs in units of its inputs and outputs, and needs "
