@@ -300,11 +300,13 @@ def test_checkpointed_activations(model):
         torch.testing.assert_close(grads[1][name], grad)
 
 
-@pytest.mark.parametrize("options", [{}, {"target_parameters": None, "modules_to_save": ["intermediate"]}], ids=["lora", "saved"])
+@pytest.mark.parametrize(
+    "options", [{}, {"target_parameters": None, "modules_to_save": ["intermediate"]}], ids=["lora", "saved"]
+)
 def test_usage_is_that_of_the_adapted_trees(model, options):
     wrapped = filled(model, **options)
     with torch.no_grad():
-        for name, p in wrapped.named_parameters():
+        for p in wrapped.parameters():
             if p.requires_grad:
                 p += 0.1 * torch.randn_like(p)
     told = fff_usage(wrapped, [tiny_inputs(model)])

@@ -124,7 +124,9 @@ class Training:
         torch.manual_seed(seed)
         config = bert(size).config
         if tokens > config.max_position_embeddings:
-            raise ValueError(f"rows of {tokens} tokens are longer than the model takes, {config.max_position_embeddings}")
+            raise ValueError(
+                f"rows of {tokens} tokens are longer than the model takes, {config.max_position_embeddings}"
+            )
         self.model: Any = BertForSequenceClassification(config)
         if system.fff is not None:
             kind = FFFConfig.from_shorthand(system.fff)
@@ -136,7 +138,10 @@ class Training:
         self.device, self._bf16, self._next = torch.device(device), bf16, 0
         work: Workload = random_ids(rows, tokens, config.vocab_size, seed=seed)
         self._batches = [
-            {**{name: value.to(device) for name, value in batch.items()}, "labels": torch.arange(rows, device=device) % 2}
+            {
+                **{name: value.to(device) for name, value in batch.items()},
+                "labels": torch.arange(rows, device=device) % 2,
+            }
             for batch in work.batches
         ]
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)

@@ -474,7 +474,9 @@ def bench_serve(
 @bench_app.command("train")
 @reports_errors
 def bench_train(
-    size: Annotated[str, typer.Option(help="A BERT of this size with random weights, such as bert-base.")] = "bert-base",
+    size: Annotated[
+        str, typer.Option(help="A BERT of this size with random weights, such as bert-base.")
+    ] = "bert-base",
     fff: Annotated[str, typer.Option(help="What takes the place of the FFNs, comma-separated.")] = "1x11,8x8",
     batch: Annotated[str, typer.Option(help="Rows x tokens of a step.")] = "16x128",
     bf16: Annotated[bool, typer.Option(help="Under autocast in bfloat16.")] = False,
@@ -528,7 +530,9 @@ def bench_train(
     if as_json:
         print(json.dumps(told, indent=1))
         return
-    table = _table("model", "ms a step", "tokens/s", "x dense", "peak MB", "dead nodes", title=f"a step of {batch}, {size}")
+    table = _table(
+        "model", "ms a step", "tokens/s", "x dense", "peak MB", "dead nodes", title=f"a step of {batch}, {size}"
+    )
     for line in lines:
         dead = "-" if line["dead"] is None else f"{100 * line['dead']:.0f} %"
         cells = (_number(line[name]) for name in ("milliseconds", "tokens_per_second"))

@@ -56,7 +56,11 @@ def _tell_processes(as_json: bool) -> None:
         print(json.dumps(told, indent=2))
         return
     table = table_of("what", "value", show_header=False)
-    labels = {"told_by": "told by", "how": "runs as", "mixed_precision": "mixed precision, unless bf16 or fp16 are given"}
+    labels = {
+        "told_by": "told by",
+        "how": "runs as",
+        "mixed_precision": "mixed precision, unless bf16 or fp16 are given",
+    }
     for name, value in told.items():
         if name != "notes":
             table.add_row(labels.get(name, name), "\n".join(value) if isinstance(value, list) else str(value or "none"))

@@ -74,7 +74,9 @@ class FFF(Neurons):
     """
 
     kind = "tree"
-    watch: Callable[[Tensor], None] | None = None  # is given the paths of each forward pass, as ``ops.fff_train`` gives them
+    watch: Callable[[Tensor], None] | None = (
+        None  # is given the paths of each forward pass, as ``ops.fff_train`` gives them
+    )
 
     @property
     def n_trees(self) -> int:

@@ -46,7 +46,7 @@ class SafeCheckpoints(Trainer):
     - One of another model, config or training is refused, with the field. One of another number of processes is taken where a step
       has as many rows as there.
     - What goes on from one gives what it would have given without the interruption, to the bit where computing is deterministic: what a
-      collator draws, such as masked tokens, depends on the seed, the epoch and the rows alone.
+      collator draws, such as masked tokens, depends on the seed, the epoch and the rows alone; in evaluations it is always the same.
 
     SIGINT (ctrl-C) and SIGTERM end the training after the step, and after one more checkpoint, with ``KeyboardInterrupt`` or
     ``SystemExit(143)``; a second one ends it at once. Several processes agree on the step.
@@ -169,7 +169,9 @@ class SafeCheckpoints(Trainer):
         told = {
             "model": type(model).__name__.removeprefix("FSDP"),
             **{f"config.{k}": v for k, v in config.items() if k not in _NOT_COMPARED and not k.startswith("_")},
-            **{f"weights.{n}": f"{p.dtype} {list(p.shape)}".removeprefix("torch.") for n, p in model.named_parameters()},
+            **{
+                f"weights.{n}": f"{p.dtype} {list(p.shape)}".removeprefix("torch.") for n, p in model.named_parameters()
+            },
             "rows of train_dataset": rows,
             "rows of a step": size * accumulated * args.world_size,
             "steps of an epoch": steps,
@@ -182,10 +184,20 @@ class SafeCheckpoints(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """As ``Trainer`` has it, with a collator that draws the same for the same rows of an epoch."""
-        collate = self.data_collator
-        self._seeded = self.data_collator = _SeededCollator(collate, self.args.seed)
-        try:
+        with self._seeded_collator() as self._seeded:
             return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer`` has it, with a collator that draws the same in each evaluation."""
+        with self._seeded_collator():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _seeded_collator(self) -> Iterator["_SeededCollator"]:
+        collate = self.data_collator
+        self.data_collator = seeded = _SeededCollator(collate, self.args.seed)
+        try:
+            yield seeded
         finally:
             self.data_collator = collate
 

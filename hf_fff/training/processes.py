@@ -53,9 +53,13 @@ def what_would_run() -> dict[str, Any]:
         )
         count = 1
     if kind in _SHARDED and not gpus:
-        notes.append(f"{kind} needs GPUs: on a CPU Accelerate would run DDP without saying so, and our trainers refuse.")
+        notes.append(
+            f"{kind} needs GPUs: on a CPU Accelerate would run DDP without saying so, and our trainers refuse."
+        )
     if launched and count > 1 and not gpus and not cpu:
-        notes.append("There is no GPU: give use_cpu=True to the training, or each process would train alone; our trainers refuse.")
+        notes.append(
+            "There is no GPU: give use_cpu=True to the training, or each process would train alone; our trainers refuse."
+        )
     here = count // told.pop("machines")
     if gpus and here > gpus:
         notes.append(f"{here} processes on this machine are more than its {gpus} GPUs.")
@@ -70,7 +74,9 @@ def what_would_run() -> dict[str, Any]:
         how = f"FSDP{version}"
     if kind == "DEEPSPEED" and gpus:
         how = f"DeepSpeed ZeRO-{version}"
-    devices = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(min(here, gpus))] if gpus else ["cpu"] * here
+    devices = (
+        [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(min(here, gpus))] if gpus else ["cpu"] * here
+    )
     return {
         "told_by": told["told_by"],
         "processes": count,

@@ -72,11 +72,12 @@ class DistillationTrainer(FastTrainer):
         args = DistillationArguments() if args is None else args
         if not isinstance(args, DistillationArguments):
             raise ValueError(f"args must be DistillationArguments, not {type(args).__name__}")
+        _check_whole(model)
         _check_pair(model, teacher)
         self.objective: Objective | None = _objective(task, model, teacher) if args.needs_task else None
         check_rows("train_dataset", kwargs.get("train_dataset"), args.train_batch_size * args.world_size)
         super().__init__(model if self.objective else model.base_model, args, **kwargs)
-        _check_whole(self, model)
+        _check_whole(model, self)
         self.student = model
         self.teacher = (teacher if self.objective else teacher.base_model).to(args.device).eval()
         self._watched: Any = self.teacher
@@ -265,11 +266,11 @@ def _check_pair(student: Any, teacher: Any) -> None:
         )
 
 
-def _check_whole(trainer: Any, student: Any) -> None:
-    """What it has to do with the teacher is not made for parameters of which each process holds a part."""
-    how = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
-    if how is None and any(isinstance(p, DTensor) for p in student.parameters()):
-        how = "fully_shard"
+def _check_whole(student: Any, trainer: Any = None) -> None:
+    """Raises ``ValueError`` where each process holds a part of the parameters."""
+    how = "fully_shard" if any(isinstance(p, DTensor) for p in student.parameters()) else None
+    if trainer is not None:
+        how = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else how
     if how:
         raise ValueError(
             f"distillation does not run under {how}: beside its teacher it needs whole parameters in each process. "

@@ -65,7 +65,7 @@ def test_what_is_written(whole):
     mask = os.umask(0)
     os.umask(mask)
     assert (folder / "checkpoint-4" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
-    assert last_checkpoint(folder) == folder / f"checkpoint-{STEPS}" and len(whole[2]) == STEPS + 2
+    assert last_checkpoint(folder) == folder / f"checkpoint-{STEPS}" and len(whole[2]) == STEPS + 3
 
 
 @pytest.mark.parametrize("step", [2, 4, 10], ids=str)  # in the first epoch, before its end, at the end of the second
@@ -101,7 +101,9 @@ def test_killed_at_two_steps(whole, processes, tmp_path):
         process.join(120)
         assert process.exitcode == (-signal.SIGKILL if event else 0)
     finished(tmp_path, whole)
-    assert (tmp_path / "steps").read_text().split() == [str(n) for n in (*range(1, 6), *range(5, 9), *range(9, STEPS + 1))]
+    assert (tmp_path / "steps").read_text().split() == [
+        str(n) for n in (*range(1, 6), *range(5, 9), *range(9, STEPS + 1))
+    ]
 
 
 @pytest.mark.full
@@ -158,7 +160,9 @@ def test_a_torn_one_is_left_out(whole, tmp_path, damage):
     act(tmp_path / "checkpoint-8")
     with pytest.warns(UserWarning, match=f"checkpoint-8 is left out, it is torn: {message}"):
         assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-    with pytest.raises(ValueError, match=f"checkpoint-8 is torn: {message}.*others there: checkpoint-6|no whole checkpoint"):
+    with pytest.raises(
+        ValueError, match=f"checkpoint-8 is torn: {message}.*others there: checkpoint-6|no whole checkpoint"
+    ):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
@@ -174,7 +178,10 @@ def test_it_goes_on_before_a_torn_one(whole, tmp_path):
 
 def test_nothing_to_go_on_from(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.warns(UserWarning, match="checkpoint-3 is left out"), pytest.raises(ValueError, match="no whole checkpoint in"):
+    with (
+        pytest.warns(UserWarning, match="checkpoint-3 is left out"),
+        pytest.raises(ValueError, match="no whole checkpoint in"),
+    ):
         trainer(tmp_path).train(resume_from_checkpoint=True)
     assert last_checkpoint(tmp_path / "none") is None
 
@@ -225,7 +232,9 @@ def test_a_disk_that_fills(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill = At(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard)))
     try:
-        with pytest.raises(RuntimeError, match="checkpoint of step 4 cannot be written to .*checkpoint-2 is the last one that was"):
+        with pytest.raises(
+            RuntimeError, match="checkpoint of step 4 cannot be written to .*checkpoint-2 is the last one that was"
+        ):
             trainer(tmp_path, callbacks=[fill], save_total_limit=1).train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -274,7 +283,9 @@ def test_the_best_model_is_where_it_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-@pytest.mark.parametrize("step", [3, 4, 5])  # in between, where a checkpoint is due, where an evaluation and an epoch's end are
+@pytest.mark.parametrize(
+    "step", [3, 4, 5]
+)  # in between, where a checkpoint is due, where an evaluation and an epoch's end are
 def test_interrupted_and_continued(whole, tmp_path, number, raised, step):
     before = signal.getsignal(number)
     t = trainer(tmp_path, callbacks=[At(step, lambda: os.kill(os.getpid(), number))])

@@ -39,7 +39,14 @@ def bare(monkeypatch, tmp_path):
 def test_nothing_is_launched(bare):
     told = what_would_run()
     assert told.pop("told_by").startswith("nothing")
-    want = {"processes": 1, "how": "one process", "backend": None, "devices": ["cpu"], "mixed_precision": "no", "notes": []}
+    want = {
+        "processes": 1,
+        "how": "one process",
+        "backend": None,
+        "devices": ["cpu"],
+        "mixed_precision": "no",
+        "notes": [],
+    }
     assert told == want
 
 
@@ -60,7 +67,12 @@ def test_our_configs(bare, name):
         bare.setattr(torch.cuda, "get_device_name", lambda i: "a GPU")
     told = what_would_run()
     assert told["told_by"].endswith(f"{name}.yaml")
-    assert (told["processes"], told["how"], told["backend"], told["mixed_precision"]) == (count, how, backend, precision)
+    assert (told["processes"], told["how"], told["backend"], told["mixed_precision"]) == (
+        count,
+        how,
+        backend,
+        precision,
+    )
     assert len(told["devices"]) == count and told["notes"] == notes
 
 
@@ -71,7 +83,12 @@ def test_every_config_is_described():
 
 
 NOTES = {
-    "MULTI_CPU": ({"distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True}, 1, "one process", "without mpirun"),
+    "MULTI_CPU": (
+        {"distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True},
+        1,
+        "one process",
+        "without mpirun",
+    ),
     "FSDP": ({"distributed_type": "FSDP", "num_processes": 2, "use_cpu": True}, 2, "DDP", "FSDP needs GPUs"),
 }
 
@@ -154,7 +171,11 @@ def test_two_processes(tmp_path):
     process with the same rows a step; what one of them was asked to end, both end at the same step, and go on to the bit."""
     config = ROOT / "examples" / "accelerate" / "cpu_2.yaml"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'training'}"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'training'}",
+    }
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         environment.pop(name, None)
     told = subprocess.run(

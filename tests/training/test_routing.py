@@ -3,7 +3,7 @@
 import oracle
 import pytest
 import torch
-from resuming import Plain, trainer
+from resuming import Plain
 from test_distillation import pair
 from test_distillation import trainer as distillation
 from tiny import HEADS, tiny_bert, tiny_inputs
@@ -107,7 +107,7 @@ def test_agreeing_paths(tmp_path, size):
     logs = [row for row in t.state.log_history if "eval_loss" in row]
     assert len(logs) == len(move.kept) == 3 and not any("agreeing" in name for name in logs[0])
     paths = [walked(state, stacked(rows(20, seed=1)[: min(16, size)])) for state in move.kept]
-    for row, before, now in zip(logs[1:], paths, paths[1:], strict=True):
+    for row, before, now in zip(logs[1:], paths[:-1], paths[1:], strict=True):
         for i in LAYERS:
             want = (before[i][..., -1] == now[i][..., -1]).mean()
             assert 0 < want < 1 and row[f"eval_agreeing_paths_{i}"] == pytest.approx(want)
@@ -116,14 +116,22 @@ def test_agreeing_paths(tmp_path, size):
 def test_several_evaluation_sets(tmp_path):
     """Each is compared with itself."""
     sets = {"one": rows(20, seed=1), "other": rows(20, seed=2)}
-    args = {"output_dir": str(tmp_path), "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1e-30}
+    args = {
+        "output_dir": str(tmp_path),
+        "max_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "learning_rate": 1e-30,
+    }
     args |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     t = Plain(
         classifier(), TrainingArguments(**args), train_dataset=rows(), eval_dataset=sets, callbacks=[RoutingMetrics()]
     )
     t.train()
     told = [{k: v for k, v in row.items() if "agreeing" in k} for row in t.state.log_history if row["step"] == 2]
-    assert [found for found in told if found] == [{f"eval_{name}_agreeing_paths_{i}": 1.0 for i in LAYERS} for name in sets]
+    assert [found for found in told if found] == [
+        {f"eval_{name}_agreeing_paths_{i}": 1.0 for i in LAYERS} for name in sets
+    ]
 
 
 def test_they_are_metrics_as_others(tmp_path):
@@ -204,14 +212,25 @@ def test_counting_waits_for_no_device():
             watch.stop()
     added = sets[1] - sets[0]
     assert "scatter_add_" in added
-    assert not added & {"_local_scalar_dense", "nonzero", "bincount", "unique", "_unique2", "masked_select", "is_nonzero", "equal"}
+    assert not added & {
+        "_local_scalar_dense",
+        "nonzero",
+        "bincount",
+        "unique",
+        "_unique2",
+        "masked_select",
+        "is_nonzero",
+        "equal",
+    }
 
 
 @pytest.mark.full
 def test_compiled(tmp_path):
     logs = []
     for compiled in (False, True):
-        t = train(tmp_path, classifier(), torch_compile=compiled, torch_compile_backend="aot_eager" if compiled else None)
+        t = train(
+            tmp_path, classifier(), torch_compile=compiled, torch_compile_backend="aot_eager" if compiled else None
+        )
         logs.append([{k: v for k, v in r.items() if k.startswith(("dead", "visit"))} for r in t.state.log_history])
     assert logs[0] == logs[1] and any(logs[0])
 
