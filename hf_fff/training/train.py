@@ -203,7 +203,9 @@ def _write(
     trained = kind.auto_class.from_pretrained(work / "final", dtype=torch.float32)
     dtype = getattr(AutoConfig.from_pretrained(source.transformer), "dtype", None) or torch.float32
     earlier, begun = read_record(source.root), read_record(work / START)  # a source that was converted says how
-    how: dict[str, Any] = {name: part for name, part in earlier.items() if name in ("base", "calibration", "distillation")}
+    how: dict[str, Any] = {
+        name: part for name, part in earlier.items() if name in ("base", "calibration", "distillation")
+    }
     how |= {name: part for name, part in begun.items() if name == "calibration"}
     recipe = {name: value for name, value in options.items() if name != "weights"} | {
         "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,

@@ -273,7 +273,7 @@ def _check_whole(student: Any, trainer: Any = None) -> None:
         how = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else how
     if how:
         raise ValueError(
-            f"distillation does not run under {how}: beside its teacher it needs whole parameters in each process. "
+            f"distillation does not run under {how}: nobody has tried its teacher and its units there. "
             "Use DDP (see examples/accelerate)"
         )
 
