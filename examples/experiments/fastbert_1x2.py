@@ -88,6 +88,7 @@ def main() -> None:
 def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, Any]:
     """Converts, calibrates and finetunes one model; what that gave."""
     import torch
+    from transformers.utils import logging
 
     from hf_fff.surgery import Calibration
     from hf_fff.surgery.folder import ModelFolder
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, A
     from hf_fff.tasks import Columns, read_rows
     from hf_fff.training import TrainingRows, finetuning_arguments, preset, train_folder
 
+    logging.disable_progress_bar()  # of a second, for each model that is read or written
     task, gpu = TASKS[name][1], torch.cuda.is_available()
     train, dev = (read_rows(args.data / name / f"{part}.tsv") for part in ("train", "dev"))
     rows = shuffled(train, 0)[: args.limit]  # the same for all seeds
