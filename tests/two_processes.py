@@ -37,7 +37,9 @@ def trainers(folder, shares):
         model = convert_ffn_to_fff(tiny_bert(HEADS["ForSequenceClassification"], **dropout), "2x3")
         args = TrainingArguments(output_dir=str(Path(folder) / "plain"), **usual)
         t = Plain(model, args, train_dataset=rows(), callbacks=[RoutingMetrics(), *callbacks])
-        t.model_accepts_loss_kwargs = False  # BERT's classifier takes them, and does not heed them: see docs/training.md
+        t.model_accepts_loss_kwargs = (
+            False  # BERT's classifier takes them, and does not heed them: see docs/training.md
+        )
         return t
 
     def distillation(*callbacks):
