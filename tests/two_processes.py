@@ -1,4 +1,4 @@
-"""Trainings on two processes, for ``accelerate launch``, and the same on one."""
+"""Trainings for ``accelerate launch``: on two processes, and the same on one; under FSDP2."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from resuming import Plain
 from tiny import HEADS, tiny_bert
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_fff import DistillationArguments, DistillationTrainer, convert_ffn_to_fff
@@ -25,19 +26,21 @@ def rows(count=64, tokens=9, seed=0):
     return [{"input_ids": row, "attention_mask": [1] * tokens, "labels": i % 2} for i, row in enumerate(ids)]
 
 
-def trainers(folder, shares):
+def trainers(folder, shares, **options):
     """Functions that make trainings of 16 rows a step, in two accumulated parts, of which each process takes its ``1/processes``; ``shares`` is
     how many processes' parts this one takes."""
     usual = {"max_steps": STEPS, "per_device_train_batch_size": 4 * shares, "gradient_accumulation_steps": 2}
     usual |= {"logging_steps": 1, "save_steps": 100, "learning_rate": 1e-3, "disable_tqdm": True, "use_cpu": True}
-    usual |= {"report_to": "none", "ddp_find_unused_parameters": False}
+    usual |= {"report_to": "none", "ddp_find_unused_parameters": False, **options}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
     def plain(*callbacks):
         model = convert_ffn_to_fff(tiny_bert(HEADS["ForSequenceClassification"], **dropout), "2x3")
         args = TrainingArguments(output_dir=str(Path(folder) / "plain"), **usual)
         t = Plain(model, args, train_dataset=rows(), callbacks=[RoutingMetrics(), *callbacks])
-        t.model_accepts_loss_kwargs = False  # BERT's classifier takes them, and does not heed them: see docs/training.md
+        t.model_accepts_loss_kwargs = (
+            False  # BERT's classifier takes them, and does not heed them: see docs/training.md
+        )
         return t
 
     def distillation(*callbacks):
@@ -88,5 +91,19 @@ def main(folder):
     os._exit(0)  # torch's threads abort about one process in ten where the interpreter takes itself down
 
 
+def sharded(folder):
+    """Trained under FSDP2, continued from a checkpoint, saved."""
+    told = {}
+    for name, checkpoint in (("whole", None), ("continued", f"{folder}/plain/checkpoint-3")):
+        t = trainers(folder, 2, use_cpu=False, save_steps=3)["plain"]()
+        t.train(resume_from_checkpoint=checkpoint)
+        told[name] = [row["loss"] for row in t.state.log_history if "loss" in row]
+    assert all(isinstance(p, DTensor) for p in t.model.parameters())
+    t.save_model(f"{folder}/saved")
+    if t.args.process_index == 0:
+        Path(folder, "sharded.json").write_text(json.dumps(told))
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    (sharded if sys.argv[2:] else main)(sys.argv[1])

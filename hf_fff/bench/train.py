@@ -92,7 +92,14 @@ def bench_train(
         ValueError: a size or a kind that is not known, rows longer than the model takes.
         RuntimeError: a loss is not finite; a process that measures memory ended.
     """
-    options = {"size": size, "rows": rows, "tokens": tokens, "bf16": bf16, "device": device, "seed": seed}
+    options: dict[str, Any] = {
+        "size": size,
+        "rows": rows,
+        "tokens": tokens,
+        "bf16": bf16,
+        "device": device,
+        "seed": seed,
+    }
     chosen = systems(kinds)
     peaks: dict[System, int | None] = {}
     for system in chosen if memory else []:  # before this process takes memory for the timings

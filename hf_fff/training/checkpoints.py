@@ -194,7 +194,7 @@ class SafeCheckpoints(Trainer):
 
     @contextmanager
     def _seeded_collator(self) -> Iterator["_SeededCollator"]:
-        collate = self.data_collator
+        collate: Any = self.data_collator
         self.data_collator = seeded = _SeededCollator(collate, self.args.seed)
         try:
             yield seeded

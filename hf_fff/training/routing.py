@@ -61,7 +61,7 @@ class RoutingMetrics(TrainerCallback):
         if not counts:
             return {}
         _sum_over_processes(counts)
-        told = {}
+        told: dict[str, float] = {}
         for number, found in watch.summary().items():
             told |= {f"dead_nodes_{number}": found["dead"], f"visit_entropy_{number}": found["entropy"]}
         for visits in watch.every():

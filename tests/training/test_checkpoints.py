@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import time
-import warnings
 from pathlib import Path
 
 import pytest
@@ -338,7 +337,9 @@ def test_collators_leave_the_generators_alone():
     assert other != first and other[2] == 2
 
 
-def test_no_warnings_of_ours(whole):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert last_checkpoint(whole[0]) is not None
+def test_evaluations_mask_the_same(whole):
+    """So that their losses can be compared, and their paths."""
+    told = json.loads((whole[0] / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_agreeing_paths_0" in row for row in told) == 2  # of three
+    t = trainer(whole[0])
+    assert t.evaluate()["eval_loss"] == t.evaluate()["eval_loss"]

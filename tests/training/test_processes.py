@@ -15,7 +15,7 @@ from resuming import Plain
 from test_distillation import pair
 from test_distillation import trainer as distillation
 from torch.distributed.fsdp import fully_shard
-from transformers import TrainingArguments
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 from two_processes import STEPS, rate, trainers
 
 from hf_fff.training.processes import what_would_run
@@ -165,23 +165,23 @@ def test_a_distillation_of_shards_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
+def launch(config, *words, options=()):
+    """``two_processes`` by ``accelerate launch``."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "examples" / "accelerate" / f"{config}.yaml"), *options, "-m", "two_processes"]
+    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        environment.pop(name, None)
+    told = subprocess.run([*command, *map(str, words)], env=environment, capture_output=True, text=True, timeout=600)
+    assert told.returncode == 0, told.stderr[-3000:]
+
+
 @pytest.mark.full
 def test_two_processes(tmp_path):
     """``accelerate launch`` with our config: DDP without a search for unused parameters, with accumulation, reaches the losses of one
     process with the same rows a step; what one of them was asked to end, both end at the same step, and go on to the bit."""
-    config = ROOT / "examples" / "accelerate" / "cpu_2.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'training'}",
-    }
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        environment.pop(name, None)
-    told = subprocess.run(
-        [*launch, "-m", "two_processes", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert told.returncode == 0, told.stderr[-3000:]
+    launch("cpu_2", tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for name in ("plain", "distillation"):
         assert first[name]["weights"] == second[name]["weights"], f"{name}: the processes have different models"
@@ -208,3 +208,21 @@ def test_two_processes(tmp_path):
     assert rate(t)["losses"] == pytest.approx(first["plain"]["losses"], rel=1e-4)
     with pytest.raises(ValueError, match="rows of a step is 16 there, 8 now"):
         trainers(tmp_path / "alone", 1)["plain"]().train(resume_from_checkpoint=str(tmp_path / "plain"))
+
+
+@pytest.mark.full
+@pytest.mark.gpu
+def test_fsdp2_on_one_gpu(tmp_path):
+    """The way through Accelerate and the Trainer, which does not shard on a CPU: with one NCCL process the losses of one process, to go
+    on from a checkpoint, and a model that opens."""
+    launch("gpu_8_fsdp2", tmp_path, "sharded", options=["--num_processes", "1", "--mixed_precision", "no"])
+    told = json.loads((tmp_path / "sharded.json").read_text())
+    t = trainers(tmp_path / "alone", 2, use_cpu=False)["plain"]()
+    t.train()
+    alone = [row["loss"] for row in t.state.log_history if "loss" in row]
+    assert told["whole"] == pytest.approx(alone, rel=1e-3), f"sharded {told['whole']}, alone {alone}"
+    assert told["continued"] == pytest.approx(told["whole"], rel=1e-3)
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert type(opened) is type(t.model)
+    for name, p in t.model.named_parameters():
+        torch.testing.assert_close(opened.get_parameter(name), p.cpu(), rtol=1e-2, atol=1e-3)
