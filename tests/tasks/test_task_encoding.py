@@ -79,7 +79,9 @@ def test_which_rows_are_cut(tokenizer, name):
     rows = {
         "classification": [{"sentence": " ".join(w), "label": 0} for w in words],
         "tokens": [{"tokens": w, "tags": ["O"] * len(w)} for w in words],
-        "qa": [{"question": "word1", "context": " ".join(w), "answers": [{"text": w[0], "answer_start": 0}]} for w in words],
+        "qa": [
+            {"question": "word1", "context": " ".join(w), "answers": [{"text": w[0], "answer_start": 0}]} for w in words
+        ],
     }[name]
     task = get_task(name)
     data = task.encode(rows, tokenizer, labelled(*BIO), max_length=32)
