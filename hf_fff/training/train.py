@@ -199,7 +199,8 @@ def _write(
     *,
     overwrite: bool,
 ) -> None:
-    """The output: the model in the number format of its source, tokenizer, a record of how it was made, and tensorboard's logs."""
+    """The output: the model in the number format of its source, tokenizer, a record of how it was made, with no paths of this machine,
+    and tensorboard's logs."""
     trained = kind.auto_class.from_pretrained(work / "final", dtype=torch.float32)
     dtype = getattr(AutoConfig.from_pretrained(source.transformer), "dtype", None) or torch.float32
     earlier, begun = read_record(source.root), read_record(work / START)  # a source that was converted says how
@@ -208,6 +209,8 @@ def _write(
     }
     how |= {name: part for name, part in begun.items() if name == "calibration"}
     recipe = {name: value for name, value in options.items() if name != "weights"} | {
+        "rows": [Path(name).name for name in options["rows"]] if isinstance(options["rows"], list) else options["rows"],
+        "arguments": {k: v for k, v in options["arguments"].items() if not isinstance(v, dict) and "/" not in str(v)},
         "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
         "fff_learning_rate": args.rate_of(

@@ -278,6 +278,7 @@ def test_a_stream(encoder, tmp_path):
     result = train("mlm", encoder, tmp_path / "out", data, "--stream", "--fff", "1x2", "--calibration-steps", 2)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["training"]["rows"] is None
+    assert json.loads((tmp_path / "out" / "hf_fff.json").read_text())["recipe"]["rows"] == ["data.txt"]
     result = train("mlm", encoder, tmp_path / "no", data, "--stream", max_steps=-1)
     assert result.exit_code == 2 and "has no end: give --set max_steps=N" in unwrapped(result.stderr)
 
