@@ -51,6 +51,7 @@ about trees.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a pretrained model, or a repository of the Hub")
+    parser.add_argument("--name", help="of the model in the results; its folder's by default")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
@@ -80,7 +81,7 @@ def main() -> None:
     for task in args.tasks:
         for seed in args.seeds:
             for fff in args.fff:
-                key = (Path(args.model).name, task, fff, seed, args.limit, args.quick)
+                key = (args.name or Path(args.model).name, task, fff, seed, args.limit, args.quick)
                 if key not in done:
                     append(args.results, dict(zip(KEY, key, strict=True)) | run(args, task, fff, seed))
 
