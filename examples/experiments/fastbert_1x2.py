@@ -221,6 +221,7 @@ def draw(scores: dict[tuple[str, str], list[float]], kinds: list[str], tasks: li
         spread = [stdev(v) if len(v) > 1 else 0.0 for _, v in there]
         axes.errorbar(places, [mean(v) for _, v in there], spread, fmt="o", capsize=3, label=kind)
     axes.set_xticks(range(len(tasks)), [f"{TASKS[task][0]}\n{TASKS[task][2]}" for task in tasks])
+    axes.set_xlim(-0.5, len(tasks) - 0.5)
     axes.set_ylabel("score on the dev rows")
     axes.legend(ncols=3)
     with atomic_file(path) as new:
