@@ -81,7 +81,8 @@ def test_distill_goes_on_where_it_was_interrupted(model, text, tmp_path, monkeyp
 @pytest.mark.parametrize(("sent", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_distill_ends_the_step_where_it_is_interrupted(model, text, tmp_path, monkeypatch, sent, exit_code):
     """With a checkpoint of it, from which the same command goes on to the same result."""
-    assert distill(model, text, tmp_path / "whole").exit_code == 0
+    whole = distill(model, text, tmp_path / "whole", "--steps", 40)
+    assert whole.exit_code == 0 and not json.loads(whole.stdout)["distillation"]["undone"]
     step = DistillationTrainer.training_step
 
     def interrupted(self, *args):
@@ -92,11 +93,11 @@ def test_distill_ends_the_step_where_it_is_interrupted(model, text, tmp_path, mo
     work = tmp_path / "fast.work"
     with monkeypatch.context() as patch:
         patch.setattr(DistillationTrainer, "training_step", interrupted)
-        result = distill(model, text, tmp_path / "fast")
+        result = distill(model, text, tmp_path / "fast", "--steps", 40)
     assert result.exit_code == exit_code and "ending after this step" in result.stderr, result.output
     assert f"What is done is kept in {work}: the same command goes on from there" in unwrapped(result.stderr)
     assert {p.name for p in work.iterdir()} == {"start", "options.json", "checkpoint-4"}
-    assert distill(model, text, tmp_path / "fast").exit_code == 0
+    assert distill(model, text, tmp_path / "fast", "--steps", 40).exit_code == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "fast")]
     assert weights[0] == weights[1]
 
