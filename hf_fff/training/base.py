@@ -194,7 +194,9 @@ class FastTrainer(SafeCheckpoints):
             sums[module] = sums.get(module, 0) + seen
 
         layers = [m for m in trained.modules() if isinstance(m, (FFF, MLP))]
-        encoder = trained if self.is_fsdp_enabled else trained.base_model  # without a head, which may cost more than all else
+        encoder = (
+            trained if self.is_fsdp_enabled else trained.base_model
+        )  # without a head, which may cost more than all else
         handles = [m.register_forward_hook(look) for m in layers]
         try:
             trained.eval()
