@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .surgery import save_fff as save_fff
     from .training import DistillationArguments as DistillationArguments
     from .training import DistillationTrainer as DistillationTrainer
+    from .training import FinetuningArguments as FinetuningArguments
+    from .training import FinetuningTrainer as FinetuningTrainer
 
 _HOME = {
     "FFF": "layers",
@@ -39,6 +41,8 @@ _HOME = {
     "register_family": "models",
     "save_fff": "surgery",
     "DistillationArguments": "training",
+    "FinetuningArguments": "training",
+    "FinetuningTrainer": "training",
     "DistillationTrainer": "training",
 }
 

@@ -75,6 +75,26 @@ def atomic_file(path: Path) -> Iterator[Path]:
         yield work / path.name
 
 
+def settle(folder: Path) -> None:
+    """Gives the files of a folder their rights, and has the disk hold them and their names: after that, renaming the folder is safe even
+    where the power fails."""
+    _readable(folder)
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Has the disk hold a file, or the names in a folder, where the system can do that."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder, on Windows
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _readable(folder: Path) -> None:
     """Gives files the rights of any new file: safetensors writes weights that nobody else can read."""
     mask = os.umask(0)

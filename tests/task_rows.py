@@ -1,5 +1,7 @@
 """Small data of each task, for the tiny models."""
 
+import random
+
 from tiny import tiny_config
 from transformers import BertTokenizer
 
@@ -34,6 +36,40 @@ def rows_of(task, count, seed=0):
         "mlm": lambda n: {"text": text(n, 5 + n % 9)},
     }[task]
     return [made(n) for n in range(count)]
+
+
+def learnable(task, count, seed=0):
+    """Rows in which one thing tells all: whether or where one of the first ten words stands, or which word all others are."""
+    g = random.Random(seed)
+
+    def text(length):
+        return [g.choice(WORDS[50:]) for _ in range(length)]
+
+    def with_word(length, word):
+        words = text(length)
+        place = g.randrange(length)
+        return [*words[:place], word, *words[place + 1 :]], place
+
+    made = []
+    for n in range(count):
+        word = g.choice(WORDS[:10])
+        if task == "classification":
+            words, _ = with_word(6, WORDS[n % 2])
+            made.append({"sentence": " ".join(words), "label": ["left", "right"][n % 2]})
+        elif task == "regression":
+            words, _ = with_word(6, WORDS[n % 4])
+            made.append({"sentence": " ".join(words), "score": n % 4 / 2})
+        elif task == "tokens":
+            words, place = with_word(6, word)
+            made.append({"tokens": words, "tags": ["B-x" if i == place else "O" for i in range(6)]})
+        elif task == "qa":
+            words, place = with_word(8, word)
+            start = sum(len(w) + 1 for w in words[:place])
+            answers = [{"text": word, "answer_start": start}]
+            made.append({"question": "word20 word21", "context": " ".join(words), "answers": answers})
+        else:
+            made.append({"text": " ".join([word] * 8)})
+    return made
 
 
 def encode(task, rows, tokenizer):

@@ -11,7 +11,7 @@ from tiny import HEADS, tiny_bert, tiny_inputs, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
 
-from hf_fff import convert_ffn_to_fff, fff_target_parameters, ops
+from hf_fff import convert_ffn_to_fff, fff_target_parameters, fff_usage, ops
 from hf_fff.layers import FFF
 
 peft = pytest.importorskip("peft", reason="the package peft is not installed")
@@ -337,3 +337,17 @@ def test_checkpointed_activations(model):
     assert grads[0].keys() == grads[1].keys() and any("intermediate" in name for name in grads[0])
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"target_parameters": None, "modules_to_save": ["intermediate"]}], ids=["lora", "saved"]
+)
+def test_usage_is_that_of_the_adapted_trees(model, options):
+    wrapped = filled(model, **options)
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn_like(p)
+    told = fff_usage(wrapped, [tiny_inputs(model)])
+    assert set(told) == {0, 1, 2} and told != fff_usage(model, [tiny_inputs(model)])
+    assert told == fff_usage(wrapped.merge_and_unload(), [tiny_inputs(model)])

@@ -283,10 +283,10 @@ def _finish(told: Mapping[str, Any], name: str) -> None:
     command, environment = _command(told, "make")
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     if ran.returncode:
-        raise RuntimeError(f"{name} cannot be made: {_last(ran.stderr)}")
+        raise RuntimeError(f"{name} cannot be made: {last_line(ran.stderr)}")
 
 
-def _last(text: str) -> str:
+def last_line(text: str) -> str:
     return next((line for line in reversed(text.splitlines()) if line.strip()), "its process ended")
 
 
@@ -315,7 +315,7 @@ class _Server:
         if not line:
             self.process.wait()
             self.errors.seek(0)
-            raise RuntimeError(f"the process of {self.name} ended: {_last(self.errors.read())}")
+            raise RuntimeError(f"the process of {self.name} ended: {last_line(self.errors.read())}")
         return json.loads(line)
 
 
@@ -459,12 +459,12 @@ def _serve(told: Mapping[str, Any], answers: Any) -> None:
                 times.append(time.perf_counter() - start)
             answer(times)
         elif what == "memory":
-            answer(_peak_memory())
+            answer(peak_memory())
         else:
             answer(_vectors(call, _examples(root, told["source"])))
 
 
-def _peak_memory() -> int | None:
+def peak_memory() -> int | None:
     """Bytes of this process, or None. What getrusage tells begins with the memory of the process that started this one."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()

@@ -249,10 +249,7 @@ def bench_model(
     from ..tasks.data import Collator
     from ..training import TokenisedTexts
 
-    try:
-        place = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
-        raise bad_option("--device", ValueError(f"{device!r} is no device of this machine")) from error
+    place = _place(device)
     texts = read_text([text] if text else None)
     ops.load()
     if size is not None:
@@ -474,6 +471,76 @@ def bench_serve(
     _caption(told, [*notes, *(f"{name} was left out: {why}." for name, why in left_out.items())])
 
 
+@bench_app.command("train")
+@reports_errors
+def bench_train(
+    size: Annotated[
+        str, typer.Option(help="A BERT of this size with random weights, such as bert-base.")
+    ] = "bert-base",
+    fff: Annotated[str, typer.Option(help="What takes the place of the FFNs, comma-separated.")] = "1x11,8x8",
+    batch: Annotated[str, typer.Option(help="Rows x tokens of a step.")] = "16x128",
+    bf16: Annotated[bool, typer.Option(help="Under autocast in bfloat16.")] = False,
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory too, in a process for each model.")] = True,
+    rounds: Rounds = 5,
+    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
+    seed: Seed = 0,
+    patience: Patience = 0,
+    csv_file: Csv = None,
+    as_json: Json = False,
+) -> None:
+    """Time steps of a finetuning (forward, backward, AdamW) of a dense model and of converted ones, without and with the routing gradient."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", batch):
+        raise bad_option("--batch", ValueError(f"{batch!r} is not of the form ROWSxTOKENS, such as 16x128"))
+    _check_files(csv_file, None)
+
+    import torch
+
+    from .. import ops
+    from ..bench import train
+    from ..bench.load import Patience
+    from ..bench.shapes import size_of
+
+    rows, tokens = (int(n) for n in batch.split("x"))
+    kinds = [part.strip() for part in fff.split(",") if part.strip()]
+    try:
+        size_of(size)
+        train.systems(kinds)
+    except ValueError as error:
+        raise bad_option("--size or --fff", error) from error
+    _place(device)
+    ops.load()
+    waiting = Patience(patience)
+    found = train.bench_train(
+        size,
+        kinds,
+        rows,
+        tokens,
+        bf16=bf16,
+        device=device,
+        rounds=rounds,
+        seed=seed,
+        memory=memory,
+        patience=waiting,
+        tell=lambda words: err.print(words),
+    )
+    lines = train.records(found, rows, tokens)
+    on = {"device": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}
+    told = _told("train", waiting, {**on, "size": size, "bf16": bf16, "rounds": rounds, "rows": lines})
+    _write(told, lines, csv_file, None)
+    if as_json:
+        print(json.dumps(told, indent=1))
+        return
+    table = _table(
+        "model", "ms a step", "tokens/s", "x dense", "peak MB", "dead nodes", title=f"a step of {batch}, {size}"
+    )
+    for line in lines:
+        dead = "-" if line["dead"] is None else f"{100 * line['dead']:.0f} %"
+        cells = (_number(line[name]) for name in ("milliseconds", "tokens_per_second"))
+        table.add_row(line["model"], *cells, f"{line['times_as_fast']:.2f}x", _number(line["peak_mb"]), dead)
+    out.print(table)
+    _caption(told, ["Weights are random: nothing here tells of quality."])
+
+
 _MODEL_LIMIT = 60.0  # seconds for the rounds of a workload, if three are done by then
 
 
@@ -481,6 +548,15 @@ def _per_call(workload: str, tokens: int) -> float:
     """What part of a workload, which has several batches, one batch of ``ROWSxTOKENS`` is; of real rows, all."""
     rows, _, length = workload.partition("x")
     return int(rows) * int(length) / tokens if length else 1.0
+
+
+def _place(device: str) -> Any:
+    import torch
+
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+        raise bad_option("--device", ValueError(f"{device!r} is no device of this machine")) from error
 
 
 def _numbers(option: str, text: str) -> list[int]:

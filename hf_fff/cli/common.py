@@ -299,7 +299,7 @@ def facts_of(model: Any, output: Path) -> dict[str, Any]:
     return {
         "output": str(output),
         "model_class": type(model).__name__,
-        "layers": {str(i): c.shorthand for i, c in model.config.fff_layers.items()},
+        "layers": {str(i): c.shorthand for i, c in getattr(model.config, "fff_layers", {}).items()},
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 

@@ -13,8 +13,19 @@ from .common import Json, Overwrite, app, bad_option, err, must_compile, out, re
 
 @app.command()
 @reports_errors
-def env(as_json: Json = False) -> None:
+def env(
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed", help="Instead, what a training would run on: under `accelerate launch`, or by its config."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Say what is installed, which kernels run, and why; and what is slow or missing here."""
+    if distributed:
+        _tell_processes(as_json)
+        return
     from ..bench.machine import report
 
     with warnings.catch_warnings():
@@ -32,6 +43,30 @@ def env(as_json: Json = False) -> None:
         out.print(f"- {problem}", soft_wrap=True)
     if not problems:
         out.print("Nothing is slow or missing.")
+
+
+def _tell_processes(as_json: bool) -> None:
+    """Of several processes, the first one does."""
+    from ..training.processes import what_would_run
+
+    told = what_would_run()
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    table = table_of("what", "value", show_header=False)
+    labels = {
+        "told_by": "told by",
+        "how": "runs as",
+        "mixed_precision": "mixed precision, unless bf16 or fp16 are given",
+    }
+    for name, value in told.items():
+        if name != "notes":
+            table.add_row(labels.get(name, name), "\n".join(value) if isinstance(value, list) else str(value or "none"))
+    out.print(table)
+    for note in told["notes"]:
+        out.print(f"- {note}", soft_wrap=True)
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -341,6 +341,7 @@ def _facts(
         "recorded": bool(record),
         "calibration": record.get("calibration"),
         "distillation": record.get("distillation"),
+        "training": record.get("training"),
         "recipe": record.get("recipe"),
         "data": _data(record.get("recipe") or {}),
         "made_with": record.get("hf_fff"),

@@ -18,6 +18,7 @@ from ..surgery.folder import ModelFolder
 CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _SKIPPED = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store", ".gitattributes"}
+_SKIPPED |= {"runs"}  # tensorboard's logs, whose names have the name of the machine
 # Weights in formats that can carry code, or that nobody here checks.
 _NO_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack", ".ot"}
 

@@ -1,5 +1,6 @@
 """The fast feedforward layer as a module."""
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -73,6 +74,7 @@ class FFF(Neurons):
     """
 
     kind = "tree"
+    watch: Callable[[Tensor], None] | None = None  # is given the paths of each forward pass, [..., n_trees, depth + 1]
 
     @property
     def n_trees(self) -> int:
@@ -81,17 +83,13 @@ class FFF(Neurons):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden_size] -> [..., hidden_size]``."""
-        c = self.config
-        return ops.fff(
-            x,
-            self.weight_in,
-            self.bias_in,
-            self.weight_out,
-            self.n_trees,
-            c.activation,
-            c.routing_gradient,
-            c.routing_temperature,
-        )
+        c, w_in, b_in, w_out = self.config, self.weight_in, self.bias_in, self.weight_out
+        routing = (c.routing_gradient, c.routing_temperature)
+        if self.watch is None:
+            return ops.fff(x, w_in, b_in, w_out, self.n_trees, c.activation, *routing)
+        y, path, _ = ops.fff_train(x, w_in, b_in, w_out, self.n_trees, c.activation, *routing)
+        self.watch(path)
+        return y
 
 
 class OutputBias(nn.Module):

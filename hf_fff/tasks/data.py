@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -47,8 +48,8 @@ def read_rows(source: str | Path) -> list[Row]:
         ValueError: another kind of file, one that is not what its name says, or one without rows.
     """
     path = Path(source)
-    if not path.exists() and (hub := _HUB.fullmatch(str(source))):
-        rows = list(optional("datasets", "datasets").load_dataset(hub[1], hub[2], split=hub[3]))
+    if not path.exists() and (hub := HUB.fullmatch(str(source))):
+        rows = _of_datasets(hub[1], hub[2], split=hub[3])
     elif path.suffix not in _READERS:
         known = ", ".join(_READERS)
         raise ValueError(f"{source} is neither a file of a known kind ({known}) nor NAME[:CONFIG]:SPLIT of the Hub")
@@ -62,7 +63,7 @@ def read_rows(source: str | Path) -> list[Row]:
     return rows
 
 
-_HUB = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?:([\w\[\]%+-]+)")
+HUB = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?:([\w\[\]%+-]+)")
 
 
 def _table(path: Path, **dialect: Any) -> Iterator[Row]:
@@ -96,15 +97,25 @@ def _json_lines(path: Path) -> Iterator[Row]:
         yield from _objects(path, (json.loads(line) for line in file if line.strip()))
 
 
+def _of_datasets(*args: Any, **kwargs: Any) -> list[Row]:
+    """Rows as the package ``datasets`` reads them; lists of classes, which are tags, by their names."""
+    datasets = optional("datasets", "datasets")
+    data = datasets.load_dataset(*args, **kwargs)
+    names = {
+        column: inner.names
+        for column, feature in data.features.items()
+        if isinstance(inner := getattr(feature, "feature", None), datasets.ClassLabel)
+    }
+    return [{**row, **{column: [tags[i] for i in row[column]] for column, tags in names.items()}} for row in data]
+
+
 _READERS = {
     ".tsv": lambda path: _table(path, delimiter="\t", quoting=csv.QUOTE_NONE),
     ".csv": _table,
     ".jsonl": _json_lines,
     ".json": _json,
-    ".txt": lambda path: ({"text": text} for text in read_texts(path)),
-    ".parquet": lambda path: optional("datasets", "datasets").load_dataset(
-        "parquet", data_files=str(path), split="train"
-    ),
+    ".txt": lambda path: ({"text": text} for text in read_texts(path, max_chars=sys.maxsize)),
+    ".parquet": lambda path: _of_datasets("parquet", data_files=str(path), split="train"),
 }
 
 

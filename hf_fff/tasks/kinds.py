@@ -4,6 +4,7 @@ Where its rows are not one encoded text each, a class says what its items are.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -40,6 +41,7 @@ class Task:
         label_columns: the same.
         text_counts: how many text columns there may be.
         least_length: the smallest ``max_length`` that makes sense.
+        of_words: whether a text is a list of words.
     """
 
     name: ClassVar[str]
@@ -50,6 +52,7 @@ class Task:
     label_columns: ClassVar[tuple[str, ...]] = ("label", "labels", "score")
     text_counts: ClassVar[Sequence[int]] = (1, 2)
     least_length: ClassVar[int] = 4
+    of_words: ClassVar[bool] = False
 
     @property
     def gap_metric(self) -> str:
@@ -82,11 +85,25 @@ class Task:
             raise ValueError("there are no rows")
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < self.least_length:
             raise ValueError(f"max_length={max_length!r} must be an integer of at least {self.least_length}")
-        limits = (getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
-        max_length = min([max_length, *(limit for limit in limits if limit)])
+        max_length = self.longest(max_length, tokenizer, config)
         text, label = self._columns(rows, columns or Columns())
         self._check_texts(rows, text)
         return self._encode(list(rows), tokenizer, config, max_length, text, label, seed)
+
+    def longest(self, max_length: int, tokenizer: Any, config: Any) -> int:
+        """At how many tokens rows are cut: ``max_length``, or what model and tokenizer take at most."""
+        limits = (getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
+        return min([max_length, *(limit for limit in limits if limit)])
+
+    def cut(self, data: Encoded, tokenizer: Any, longest: int, columns: Columns | None = None) -> list[int]:
+        """Which rows were cut at ``longest`` tokens, counted from 1."""
+        text, _ = self._columns(data.rows, columns or Columns())
+        full = [i for i, length in enumerate(data.lengths) if length >= longest]
+        if not full:
+            return []
+        texts = [[data.rows[i][name] for i in full] for name in text]
+        whole = tokenizer(*texts, truncation=False, verbose=False, is_split_into_words=self.of_words)["input_ids"]
+        return [i + 1 for i, ids in zip(full, whole, strict=True) if len(ids) > longest]
 
     def _columns(self, rows: Sequence[Row], wanted: Columns) -> tuple[tuple[str, ...], str | None]:
         """The columns of texts, and of labels if there are any."""
@@ -245,6 +262,7 @@ class Tokens(Task):
     text_columns = (("tokens",),)
     label_columns = ("tags", "ner_tags", "labels")
     text_counts = (1,)
+    of_words = True
 
     def _check_texts(self, rows: Sequence[Row], text: tuple[str, ...]) -> None:
         for number, row in enumerate(rows, 1):
@@ -373,6 +391,10 @@ class QuestionAnswering(Task):
             ready |= {"start_positions": [s for s, _ in spans], "end_positions": [e for _, e in spans]}
         known = {"offsets": offsets, "answers": answers, "context": context}
         return Encoded(ready, rows, labelled=answers is not None, row_of=row_of, **known)
+
+    def cut(self, data: Encoded, tokenizer: Any, longest: int, columns: Columns | None = None) -> list[int]:
+        """None: a long context goes into several items."""
+        return []
 
     def outputs(self, model: Any, batch: dict[str, Tensor], data: Encoded, indices: Sequence[int]) -> list[Tensor]:
         """``[2, tokens]``, logits of start and end."""
@@ -549,14 +571,17 @@ def get_task(name: str) -> Task:
 
 
 def class_of(value: Any, place: str, config: Any) -> int:
-    """The number of a class that is given as number or name."""
-    if isinstance(value, str) and value in config.label2id:
-        return int(config.label2id[value])
+    """The number of a class that is given as name or, where names are no numbers themselves, as number."""
+    if str(value) in config.label2id:
+        return int(config.label2id[str(value)])
+    number: int | None
     try:
         number = int(value)
     except (TypeError, ValueError, OverflowError):
-        number = -1
-    if not 0 <= number < config.num_labels or (isinstance(value, float) and value != number):
+        number = None
+    if number is not None and all(_NUMBER.fullmatch(str(name)) for name in config.label2id):
+        number = config.label2id.get(str(number))
+    if number is None or not 0 <= number < config.num_labels or (isinstance(value, float) and value != int(value)):
         names = ", ".join(str(config.id2label[i]) for i in range(min(config.num_labels, 20)))
         more = ", …" if config.num_labels > 20 else ""
         raise ValueError(f"{place}={value!r} is no label (allowed: 0 to {config.num_labels - 1}, or {names}{more})")
@@ -635,6 +660,7 @@ def tokenised(tokenizer: Any, columns: list[list[str]], max_length: int) -> dict
     return {name: Ragged(row for part in parts for row in part[name]) for name in parts[0]}
 
 
+_NUMBER = re.compile(r"-?\d+")
 _TARGETS = {"labels", "start_positions", "end_positions"}
 
 

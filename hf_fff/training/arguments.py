@@ -1,5 +1,6 @@
-"""How to distil: the weights of the loss, the rates, and what was measured to be good for a task."""
+"""How to train: the rates of what replaced the FFNs; how to distil, with what was measured to be good for a task; how to finetune."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,64 @@ _FOR_LOGITS = ("logits_weight", "label_weight")
 
 
 @dataclass
-class DistillationArguments(TrainingArguments):
-    """transformers' ``TrainingArguments`` with the weights of the loss, a rate for what replaced the FFNs, and other defaults.
+class FastArguments(TrainingArguments):
+    """transformers' ``TrainingArguments`` with a rate for what replaced the FFNs, and other defaults.
+
+    Raises:
+        ValueError: a rate that is not above 0.
+    """
+
+    fff_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "For what replaced the FFNs, in units of its inputs and outputs; "
+            "by default 0.75 times learning_rate for trees and output biases, 2.5 times for MLPs."
+        },
+    )
+    report_to: Any = field(default="none", metadata={"help": "Where to report to."})
+    # The filter would hide a loss that is not finite, and wait for the GPU at every step to do so.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN losses out of the logs."})
+    # Nothing is unused: what the loss cannot reach is frozen.
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Passed to DDP."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("learning_rate", "fff_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be above 0")
+
+    def rate_of(self, kind: str) -> float:
+        """The learning rate of what stands in the place of an FFN, ``"tree"`` or ``"mlp"``, or of its output bias."""
+        usual = (2.5 if kind == "mlp" else 0.75) * self.learning_rate
+        return usual if self.fff_learning_rate is None else self.fff_learning_rate
+
+
+@dataclass
+class FinetuningArguments(FastArguments):
+    """``FastArguments`` with what finetuning and pretraining want beside them. All else is transformers' default.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    routing_gradient: float | None = field(
+        default=None,
+        metadata={"help": "Of the trees, 0 for none (the paper's training); what the model has by default."},
+    )
+    dropout: bool = field(default=True, metadata={"help": "Train with the model's dropout."})
+    mlm_probability: float = field(default=0.25, metadata={"help": "Share of the tokens that are masked, of mlm."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.routing_gradient is not None and not 0 <= self.routing_gradient < math.inf:
+            raise ValueError(f"routing_gradient={self.routing_gradient!r} must be a finite number of at least 0")
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"mlm_probability={self.mlm_probability!r} must lie between 0 and 1")
+
+
+@dataclass
+class DistillationArguments(FastArguments):
+    """``FastArguments`` with the weights of the loss, and other defaults.
 
     These are the defaults of general distillation, measured with about 8000 tokens a step; see ``arguments_for``, too.
 
@@ -28,21 +85,9 @@ class DistillationArguments(TrainingArguments):
     )
     label_weight: float = field(default=0.0, metadata={"help": "Of the loss on labels, where there are any."})
     temperature: float = field(default=2.0, metadata={"help": "By which logits are divided for the KL divergence."})
-    fff_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "For what replaced the FFNs, in units of its inputs and outputs; "
-            "by default 0.75 times learning_rate for trees and output biases, 2.5 times for MLPs."
-        },
-    )
     learning_rate: float = field(default=4e-4, metadata={"help": "For all but what replaced the FFNs."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the rates fall."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps in which the rates rise; below 1: a share."})
-    report_to: Any = field(default="none", metadata={"help": "Where to report to."})
-    # The filter would hide a loss that is not finite, and wait for the GPU at every step to do so.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN losses out of the logs."})
-    # Nothing is unused: what the loss cannot reach is frozen.
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Passed to DDP."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,14 +96,8 @@ class DistillationArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0")
         if not sum(getattr(self, name) for name in _WEIGHTS) > 0:
             raise ValueError(f"{', '.join(_WEIGHTS)} are all 0: there is nothing to learn")
-        for name in ("learning_rate", "fff_learning_rate", "temperature"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be above 0")
-
-    def rate_of(self, kind: str) -> float:
-        """The learning rate of what stands in the place of an FFN, ``"tree"`` or ``"mlp"``, or of its output bias."""
-        usual = (2.5 if kind == "mlp" else 0.75) * self.learning_rate
-        return usual if self.fff_learning_rate is None else self.fff_learning_rate
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature!r} must be above 0")
 
     @property
     def needs_task(self) -> bool:

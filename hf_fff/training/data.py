@@ -1,22 +1,33 @@
-"""What is trained on: texts without labels, or the mix of rows from which a task is distilled."""
+"""What is trained on: texts without labels, whole or in pieces, or the mix of rows from which a task is distilled."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
+import csv
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..tasks import Encoded, get_task
-from ..tasks.data import Masking, unmasked
+from ..tasks.data import HUB, Masking, Ragged, optional, unmasked
 from ..tasks.kinds import tokenised
 from .objectives import get_objective
 
 _REPLACED = 0.15  # of the tokens, in the copies of labelled rows
 _BATCH_TOKENS = 4096  # of inputs to calibrate on
+_CHUNK = 256  # texts that are tokenised at once
+_STREAMED: dict[str, tuple[str, dict[str, Any]]] = {  # by the names of datasets' readers
+    ".txt": ("text", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
 
 
 def check_rows(name: str, data: Any, least: int) -> None:
@@ -62,6 +73,111 @@ class TokenisedTexts(Dataset[dict[str, list[int]]]):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return {name: rows[index] for name, rows in self._columns.items()}
+
+
+def pieces(tokenizer: Any, texts: Iterable[str], max_length: int) -> Iterator[dict[str, list[int]]]:
+    """Rows of ids: a text that is longer than ``max_length`` tokens goes into several, so that nothing of it is lost.
+
+    Raises:
+        ValueError: the tokenizer is a slow one.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"long texts need a fast tokenizer, which {type(tokenizer).__name__} is not")
+    filled = (text for text in texts if text.strip())
+    while chunk := list(islice(filled, _CHUNK)):
+        encoded = tokenizer(chunk, truncation=True, max_length=max_length, return_overflowing_tokens=True)
+        encoded.pop("overflow_to_sample_mapping", None)
+        for values in zip(*encoded.values(), strict=True):
+            yield dict(zip(encoded, values, strict=True))
+
+
+class TextPieces(Dataset[dict[str, list[int]]]):
+    """Texts in ``pieces``, all in memory.
+
+    Raises:
+        ValueError: no text in them; as ``pieces``.
+    """
+
+    def __init__(self, texts: Iterable[str], tokenizer: Any, max_length: int) -> None:
+        rows = list(pieces(tokenizer, texts, max_length))
+        if not rows:
+            raise ValueError("there is no text to train on")
+        self._columns = {name: Ragged(row[name] for row in rows) for name in rows[0]}
+        self.lengths: list[int] = self._columns["input_ids"].lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {name: rows[index] for name, rows in self._columns.items()}
+
+
+class TextStream:
+    """Texts of files (.txt, a paragraph a line; .csv, .tsv, .json(l), .parquet) or of data sets of the Hub ("NAME[:CONFIG]:SPLIT"),
+    read as they are wanted, by ``datasets``; each pass is in another order, of what fits into a buffer.
+
+    Args:
+        column: of the texts; "text" or "sentence" by default.
+        seed, buffer: of the order; ``buffer=1`` keeps that of the sources.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: ``datasets`` is not installed, sources of an unknown kind, or no such column.
+    """
+
+    def __init__(
+        self, sources: Sequence[str], column: str | None = None, *, seed: int = 0, buffer: int = 10_000
+    ) -> None:
+        datasets = optional("datasets", "datasets")
+        parts = []
+        for source in sources:
+            path, hub = Path(source), HUB.fullmatch(source)
+            if path.suffix in _STREAMED and (path.exists() or not hub):
+                if not path.is_file():
+                    raise FileNotFoundError(2, "there is no file", source)
+                kind, options = _STREAMED[path.suffix]
+                part = datasets.load_dataset(kind, data_files=source, split="train", streaming=True, **options)
+            elif hub:
+                part = datasets.load_dataset(hub[1], hub[2], split=hub[3], streaming=True)
+            else:
+                known = ", ".join(_STREAMED)
+                raise ValueError(
+                    f"{source} is neither a file of a known kind ({known}) nor NAME[:CONFIG]:SPLIT of the Hub"
+                )
+            first = next(iter(part), None)
+            if first is None:
+                raise ValueError(f"{source} has no rows")
+            name = column or next((n for n in ("text", "sentence") if n in first), None)
+            if name not in first:
+                raise ValueError(f"{source}: there is no column {name or 'text'!r}; the columns are {list(first)}")
+            if not isinstance(first[name], str):
+                raise ValueError(f"{source}: {name}={first[name]!r} is no text")
+            parts.append(
+                part.select_columns(name).rename_column(name, "text") if name != "text" else part.select_columns(name)
+            )
+        self._rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+        if buffer > 1:
+            self._rows = self._rows.shuffle(seed=seed, buffer_size=buffer)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[str]:
+        return (row["text"] for row in self._rows if row["text"])
+
+
+class StreamedPieces(IterableDataset[dict[str, list[int]]]):
+    """Texts in ``pieces``, made as they are wanted; ``texts`` may have a ``set_epoch``, which says how many passes there were."""
+
+    def __init__(self, texts: Iterable[str], tokenizer: Any, max_length: int) -> None:
+        self._texts, self._tokenizer, self._max_length = texts, tokenizer, max_length
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self._texts, "set_epoch"):
+            self._texts.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return pieces(self._tokenizer, self._texts, self._max_length)
 
 
 class TaskMix(Dataset[dict[str, Any]]):

@@ -10,9 +10,10 @@ from ..memory import memory_explained
 from ..surgery.text import shuffled
 from ..tasks import Encoded, evaluate, get_task
 from .arguments import DistillationArguments
+from .base import unprepare
 from .data import TaskMix, TokenisedTexts, check_rows
 from .progress import tell_progress
-from .trainer import DistillationTrainer, own_parameters, shares_parameters, unprepare
+from .trainer import DistillationTrainer, own_parameters, shares_parameters
 
 _HELD_OUT_ROWS = 2048  # more would only cost time
 

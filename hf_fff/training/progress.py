@@ -1,4 +1,4 @@
-"""How a distillation goes on, in one bar, in the place of the dicts that transformers' Trainer prints."""
+"""How a training goes on, in one bar, in the place of the dicts that transformers' Trainer prints."""
 
 import sys
 from typing import Any
@@ -6,36 +6,37 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-_SHOWN = ("loss", "cosine")
 
-
-def tell_progress(trainer: Any) -> None:
-    """Gives a trainer one bar on stderr; with ``disable_tqdm``, nothing at all."""
+def tell_progress(trainer: Any, doing: str = "distilling", shown: tuple[str, ...] = ("loss", "cosine")) -> None:
+    """Gives a trainer one bar on stderr, with what of the logs is to be shown; with ``disable_tqdm``, nothing at all."""
     for kind in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(kind)
     if not trainer.args.disable_tqdm:
-        trainer.add_callback(Progress())
+        trainer.add_callback(Progress(doing, shown))
 
 
 class Progress(TrainerCallback):
-    """A bar of the steps, with the loss and the cosine as they are logged, and one for each evaluation."""
+    """A bar of the steps, with the latest of what is to be shown, and one for each evaluation."""
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str = "distilling", shown: tuple[str, ...] = ("loss", "cosine")) -> None:
+        self._doing, self._shown = doing, shown
+        self._told: dict[str, str] = {}
         self._bar: Any = None
         self._evaluation: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            self._bar = _bar("distilling", "step", state.max_steps, state.global_step)
+            self._bar = _bar(self._doing, "step", state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        told = {name: f"{logs[name]:.4f}" for name in _SHOWN if name in (logs or {})}
+        told = {name.removeprefix("eval_"): f"{logs[name]:.4f}" for name in self._shown if name in (logs or {})}
+        self._told |= told
         if self._bar is not None and told:
-            self._bar.set_postfix(told)
+            self._bar.set_postfix(self._told)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:

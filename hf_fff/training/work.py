@@ -20,11 +20,12 @@ from ..surgery.record import read_record, record_of, write_record
 from ..surgery.text import shuffled
 from ..tasks import Columns, evaluate, get_task
 from .arguments import DistillationArguments
+from .checkpoints import last_checkpoint
 from .data import calibration_batches
 from .distil import distil_task, distil_texts, length_for, mixed_rows, split_rows, split_texts
 from .objectives import get_objective
 
-_OPTIONS, _START = "options.json", "start"  # what lies in a work folder beside the checkpoints
+OPTIONS, START = "options.json", "start"  # what lies in a work folder beside the checkpoints
 _WEIGHTS = ("hidden_weight", "embedding_weight", "logits_weight", "label_weight", "temperature")
 
 
@@ -89,13 +90,7 @@ def distil_folder(
         RuntimeError: out of memory.
     """
     work = Path(str(args.output_dir))
-    check_places(source, output)
-    check_places(source, work)
-    check_output(output, overwrite=overwrite)
-    if work.resolve() == output.resolve() or output.resolve() in work.resolve().parents:
-        raise ValueError(f"the work folder {work} is or lies in the output {output}, which is replaced in the end")
-    if work.resolve() in output.resolve().parents:
-        raise ValueError(f"the output {output} lies in the work folder {work}, which is removed in the end")
+    check_folders(source, output, work, overwrite=overwrite)
     if held_out is None:
         held_out = 0.1 if isinstance(data, TaskRows) else 0.02
     options = {
@@ -119,7 +114,7 @@ def distil_folder(
         "start": str(start.resolve()) if start else None,
     }
     options = json.loads(json.dumps(options))  # as it is read again
-    started = _check_work(work, options, resume=resume)
+    started = check_work(work, options, resume=resume)
     dense = source.load_dense().to(args.device)
     tokenizer = AutoTokenizer.from_pretrained(source.transformer)
     max_length = length_for(max_length, dense)
@@ -136,16 +131,17 @@ def distil_folder(
                 begun: Any = fast_class(type(dense)).from_pretrained(ModelFolder.find(str(start)).transformer)
             else:
                 begun = convert_ffn_to_fff(dense, config, calibration=calibrated, seed=args.seed)
-            begun.save_pretrained(new / _START)
+            begun.save_pretrained(new / START)
             before = read_record(ModelFolder.find(str(start)).root) if start else {}
-            write_record(new / _START, before or record_of(source, begun))
-            (new / _OPTIONS).write_text(json.dumps(options, indent=2), encoding="utf-8")
+            write_record(new / START, before or record_of(source, begun))
+            (new / OPTIONS).write_text(json.dumps(options, indent=2), encoding="utf-8")
     # Loaded even if it was just made: so what is interrupted and what is not start alike.
-    student: Any = fast_class(type(dense)).from_pretrained(work / _START)
+    student: Any = fast_class(type(dense)).from_pretrained(work / START)
     dtype = student.dtype
     dense.float()
-    plan.distil(student.float(), _last_checkpoint(work))  # small steps vanish in half precision
-    how = {name: part for name, part in read_record(work / _START).items() if name == "calibration"}
+    checkpoint = last_checkpoint(work)
+    plan.distil(student.float(), str(checkpoint) if checkpoint else None)  # small steps vanish in half precision
+    how = {name: part for name, part in read_record(work / START).items() if name == "calibration"}
     how["recipe"] = {name: value for name, value in options.items() if name not in ("source", "start")}  # paths
     write_folder(source, output, lambda: student.to(dtype), overwrite=overwrite, how=how)
     shutil.rmtree(work)
@@ -257,18 +253,33 @@ def digest(texts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-def _check_work(work: Path, options: dict[str, Any], *, resume: bool) -> bool:
-    """Whether there is something to continue."""
+def check_folders(source: ModelFolder, output: Path, work: Path, *, overwrite: bool) -> None:
+    """Raises ``ValueError`` or ``FileExistsError`` where source, output and work folder are in each other's way."""
+    check_places(source, output)
+    check_places(source, work)
+    check_output(output, overwrite=overwrite)
+    if work.resolve() == output.resolve() or output.resolve() in work.resolve().parents:
+        raise ValueError(f"the work folder {work} is or lies in the output {output}, which is replaced in the end")
+    if work.resolve() in output.resolve().parents:
+        raise ValueError(f"the output {output} lies in the work folder {work}, which is removed in the end")
+
+
+def check_work(work: Path, options: dict[str, Any], *, resume: bool, doing: str = "distillation") -> bool:
+    """Whether there is something to continue.
+
+    Raises:
+        ValueError: the folder holds something else, or was made with other options.
+    """
     if work.exists() and not work.is_dir():
         raise ValueError(f"the work folder {work} is a file")
     if not work.is_dir() or not any(work.iterdir()):
         return False
     try:
-        made_with = json.loads((work / _OPTIONS).read_text(encoding="utf-8"))
-        if not isinstance(made_with, dict) or not (work / _START / "config.json").is_file():
+        made_with = json.loads((work / OPTIONS).read_text(encoding="utf-8"))
+        if not isinstance(made_with, dict) or not (work / START / "config.json").is_file():
             raise ValueError
     except (OSError, ValueError) as error:
-        raise ValueError(f"{work} is no work folder of a distillation, and is left as it is: give another") from error
+        raise ValueError(f"{work} is no work folder of a {doing}, and is left as it is: give another") from error
     if not resume:
         return False
     check_options(work, made_with, options)
@@ -281,9 +292,3 @@ def check_options(work: Path, made_with: Mapping[str, Any], options: Mapping[str
     if differing:
         told = ", ".join(f"{k}: {made_with.get(k)!r} there, {options[k]!r} now" for k in differing)
         raise ValueError(f"the work folder {work} was made with other options ({told}); --no-resume starts anew")
-
-
-def _last_checkpoint(work: Path) -> str | None:
-    """The last one that is complete: the state is what the Trainer writes last."""
-    found = {int(p.parent.name.split("-")[1]): p.parent for p in work.glob("checkpoint-*/trainer_state.json")}
-    return str(found[max(found)]) if found else None

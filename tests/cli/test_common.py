@@ -116,11 +116,33 @@ BAD_CALLS = {
         (("{model}", "me/model"), "is no model of hf_fff"),
         (("{model}", "model"), "REPO_ID='model' is no name of a repository (allowed: OWNER/NAME"),
     ],
+    **{
+        f"train {command}": [
+            (("{tmp}/nowhere", "--data", "{tmp}/train.tsv", "--out", "{tmp}/out"), "there is no folder"),
+            (("{model}", "--data", "{tmp}/no.tsv", "--out", "{tmp}/out"), "there is no file"),
+            (("{model}", "--data", "{tmp}/bad.tsv", "--out", "{tmp}/out"), "1 fields, but"),
+            (("{model}", "--data", "{tmp}/few.tsv", "--out", "{tmp}/out"), "name them with --text-columns"),
+            (("{model}", "--data", "{tmp}/few.tsv", "--out", "{tmp}/full"), "is not empty"),
+            (("{model}", "--data", "{tmp}/few.tsv", "--out", "{model}", "--overwrite"), "is the source"),
+            (
+                ("{model}", "--data", "{tmp}/few.tsv", "--out", "{tmp}/out", "--set", "x"),
+                "is not of the form name=value",
+            ),
+        ]
+        for command in ("classify", "regress", "tokens", "qa", "mlm")
+    },
     "env": [(("--frobnicate",), "--frobnicate")],
     "build": [(("--output",), "--output")],
     "bench layer": [(("--fff", "2y3"), "--fff"), (("--tokens", "0"), "--tokens")],
     "bench scaling": [(("--threads", "0"), "--threads"), (("--sizes", "nowhere"), "--sizes")],
     "bench serve": [(("--threads", "0"), "--threads"), (("--engines", "abacus"), "--engines")],
+    "bench train": [
+        (("--batch", "16"), "ROWSxTOKENS"),
+        (("--size", "bert-giant"), "bert-giant"),
+        (("--fff", "8y8"), "8y8"),
+        (("--device", "abacus"), "no device of this machine"),
+        (("--size", "bert-tiny", "--batch", "1x600", "--no-memory"), "longer than the model takes, 512"),
+    ],
     "bench model": [
         (("{tmp}/nowhere",), "there is no folder"),
         (("{model}", "--text", "{tmp}/empty.txt", "--batch", "1"), "has no text in it"),
@@ -134,6 +156,7 @@ def places(model, text, tmp_path):
     (tmp_path / "empty").write_text("")
     (tmp_path / "short.txt").write_text("word1 word2")
     (tmp_path / "bad.tsv").write_text("text\tlabel\nword1\n")
+    (tmp_path / "train.tsv").write_text("text\tlabel\n" + "word1\t1\nword2\t2\n" * 10)
     (tmp_path / "few.tsv").write_text("words\tlabel\n" + "word1\t1\n" * 20)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("precious")

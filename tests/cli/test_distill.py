@@ -1,6 +1,8 @@
 """``hf-fff distill``: what it writes, that it goes on where it stopped, and that wrong use writes nothing."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -72,6 +74,30 @@ def test_distill_goes_on_where_it_was_interrupted(model, text, tmp_path, monkeyp
     assert listing(work) == kept and not (tmp_path / "fast").exists()
     result = distill(model, text, tmp_path / "fast", *options)
     assert result.exit_code == 0 and not work.exists(), result.output
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "fast")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(("sent", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_distill_ends_the_step_where_it_is_interrupted(model, text, tmp_path, monkeypatch, sent, exit_code):
+    """With a checkpoint of it, from which the same command goes on to the same result."""
+    whole = distill(model, text, tmp_path / "whole", "--steps", 40)
+    assert whole.exit_code == 0 and not json.loads(whole.stdout)["distillation"]["undone"]
+    step = DistillationTrainer.training_step
+
+    def interrupted(self, *args):
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), sent)
+        return step(self, *args)
+
+    work = tmp_path / "fast.work"
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "training_step", interrupted)
+        result = distill(model, text, tmp_path / "fast", "--steps", 40)
+    assert result.exit_code == exit_code and "ending after this step" in result.stderr, result.output
+    assert f"What is done is kept in {work}: the same command goes on from there" in unwrapped(result.stderr)
+    assert {p.name for p in work.iterdir()} == {"start", "options.json", "checkpoint-4"}
+    assert distill(model, text, tmp_path / "fast", "--steps", 40).exit_code == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "fast")]
     assert weights[0] == weights[1]
 

@@ -179,7 +179,6 @@ AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).push_to_hub("me/
     assert client(LOAD.replace("AutoTokenizer.from_p", "#"), "{}") == logits_of(folder)
 
 
-# Blocks hf_fff wherever it is installed.
 # Bad input: an error before anything is sent
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from tiny import tiny_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
@@ -78,3 +79,40 @@ def in_two(rank, folder, head):
 def test_sharded_by_transformers(tmp_path, head):
     convert_ffn_to_fff(tiny_model("bert", head), "2x3").save_pretrained(tmp_path)
     torch.multiprocessing.spawn(in_two, (str(tmp_path), head), nprocs=2)
+
+
+def gathered_in_two(rank, folder, head):
+    """``fully_shard`` itself on two processes with half of the batch each: trained, gathered, saved and opened again."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    auto, batch, mesh = getattr(transformers, f"AutoModel{head}"), batch_for(head), dist.init_device_mesh("cpu", (2,))
+    alone, model = (auto.from_pretrained(folder).eval() for _ in range(2))
+    for block in model.base_model.encoder.layer:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    tree = model.base_model.encoder.layer[0].intermediate
+    for p in (tree.weight_in, tree.bias_in, tree.weight_out):
+        assert isinstance(p, DTensor) and p.placements[0].is_shard(0)
+        assert 0 < len(p.to_local()) < len(p) and len(p) == tree.config.nodes
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    got = losses(model, {k: v[2 * rank : 2 * rank + 2] for k, v in batch.items()})
+    dist.all_reduce(got)
+    want = losses(alone, batch)
+    torch.testing.assert_close(got / 2, want, msg=lambda words: f"{words}\nsharded {got / 2}, alone {want}")
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        model.save_pretrained(f"{folder}/gathered", state_dict=state)
+        opened = auto.from_pretrained(f"{folder}/gathered")
+        assert type(opened) is type(alone)
+        for name, p in alone.named_parameters():
+            torch.testing.assert_close(opened.get_parameter(name), p, rtol=1e-3, atol=1e-4)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("head", HEADS)
+def test_gathered_state_opens(tmp_path, head):
+    convert_ffn_to_fff(tiny_model("bert", head), "2x3").save_pretrained(tmp_path)
+    torch.multiprocessing.spawn(gathered_in_two, (str(tmp_path), head), nprocs=2)

@@ -248,7 +248,7 @@ def test_commands_and_what_follows(tmp_path):
 
 
 def test_what_there_is_no_code_for(tmp_path):
-    with pytest.raises(ValueError, match="no remote code for BertModel"):
+    with pytest.raises(ValueError, match="no remote code for a model of BertConfig"):
         remote_code(tiny_bert())
     tiny_bert().save_pretrained(tmp_path / "dense")
     both = run("convert", tmp_path / "dense", tmp_path / "out", "--fff", "2x3", "--remote-code", "--delta")

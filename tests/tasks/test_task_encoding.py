@@ -9,6 +9,7 @@ from transformers import AutoModel, BertTokenizer
 
 from hf_fff import convert_ffn_to_fff
 from hf_fff.tasks import TASKS, Columns, get_task
+from hf_fff.tasks.kinds import class_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
 
@@ -43,6 +44,49 @@ def test_the_tasks():
     assert [name for name, task in TASKS.items() if task.gap_metric != task.main_metric] == ["mlm"]
     with pytest.raises(ValueError, match="task='sorting' is not known \\(allowed: classification, regression, "):
         get_task("sorting")
+
+
+@pytest.mark.parametrize(
+    ("names", "value", "number"),
+    [
+        (["1", "2", "10"], 1, 0),
+        (["1", "2", "10"], "10", 2),
+        (["1", "2", "10"], 10.0, 2),
+        (["1", "2", "10"], 0, None),
+        (["1", "2", "10"], "none", None),
+        (["1", "2", "10"], 1.5, None),
+        (["-1", "1"], "none", None),
+        (["-1", "1"], -1, 0),
+        (["no", "yes"], 1, 1),
+        (["no", "yes"], "1", 1),
+        (["no", "yes"], 2, None),
+        (["True", "False"], True, 0),
+    ],
+)
+def test_which_class_is_meant(names, value, number):
+    """By name first; by number only where names are none."""
+    if number is None:
+        with pytest.raises(ValueError, match=f"is no label \\(allowed: 0 to {len(names) - 1}, or {names[0]}"):
+            class_of(value, "label", labelled(*names))
+    else:
+        assert class_of(value, "label", labelled(*names)) == number
+
+
+@pytest.mark.parametrize("name", ["classification", "tokens", "qa"])
+def test_which_rows_are_cut(tokenizer, name):
+    lengths = [4, 30, 31, 60] if name != "qa" else [4, 60]
+    words = [WORDS[:n] for n in lengths]
+    rows = {
+        "classification": [{"sentence": " ".join(w), "label": 0} for w in words],
+        "tokens": [{"tokens": w, "tags": ["O"] * len(w)} for w in words],
+        "qa": [
+            {"question": "word1", "context": " ".join(w), "answers": [{"text": w[0], "answer_start": 0}]} for w in words
+        ],
+    }[name]
+    task = get_task(name)
+    data = task.encode(rows, tokenizer, labelled(*BIO), max_length=32)
+    assert task.longest(32, tokenizer, labelled(*BIO)) == 32 and task.longest(99, tokenizer, labelled(*BIO)) == 64
+    assert task.cut(data, tokenizer, 32) == ([] if name == "qa" else [3, 4])
 
 
 @pytest.mark.parametrize(

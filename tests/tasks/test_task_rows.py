@@ -62,10 +62,13 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 def test_the_hub(monkeypatch):
+    class Rows(list):
+        features = {}  # noqa: RUF012
+
     class Datasets:
         def load_dataset(self, *args, **options):
             self.asked = args, options
-            return [{"text": "x"}]
+            return Rows([{"text": "x"}])
 
     datasets = Datasets()
     monkeypatch.setitem(sys.modules, "datasets", datasets)

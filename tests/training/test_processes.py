@@ -1,0 +1,228 @@
+"""Several processes: what they give is what one gives; what would run; what does not do what it seems to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.commands.config import config_args
+from command import run, unwrapped
+from resuming import Plain
+from test_distillation import pair
+from test_distillation import trainer as distillation
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+from two_processes import STEPS, rate, trainers
+
+from hf_fff.training.processes import what_would_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """Neither launched, nor a config of Accelerate, nor a GPU."""
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "none.yaml"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    return monkeypatch
+
+
+def test_nothing_is_launched(bare):
+    told = what_would_run()
+    assert told.pop("told_by").startswith("nothing")
+    want = {
+        "processes": 1,
+        "how": "one process",
+        "backend": None,
+        "devices": ["cpu"],
+        "mixed_precision": "no",
+        "notes": [],
+    }
+    assert told == want
+
+
+CONFIGS = {
+    "gpu_1": (1, "one process", None, "bf16", []),
+    "gpu_8_ddp": (8, "DDP", "nccl", "bf16", []),
+    "gpu_8_fsdp2": (8, "FSDP2", "nccl", "bf16", []),
+    "cpu_2": (2, "DDP", "gloo", "no", []),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_our_configs(bare, name):
+    bare.setattr(config_args, "default_config_file", str(ROOT / "examples" / "accelerate" / f"{name}.yaml"))
+    count, how, backend, precision, notes = CONFIGS[name]
+    if name.startswith("gpu"):
+        bare.setattr(torch.cuda, "device_count", lambda: count)
+        bare.setattr(torch.cuda, "get_device_name", lambda i: "a GPU")
+    told = what_would_run()
+    assert told["told_by"].endswith(f"{name}.yaml")
+    assert (told["processes"], told["how"], told["backend"], told["mixed_precision"]) == (
+        count,
+        how,
+        backend,
+        precision,
+    )
+    assert len(told["devices"]) == count and told["notes"] == notes
+
+
+def test_every_config_is_described():
+    folder = ROOT / "examples" / "accelerate"
+    assert {p.stem for p in folder.glob("*.yaml")} == set(CONFIGS)
+    assert all(f"`{name}.yaml`" in (folder / "README.md").read_text() for name in CONFIGS)
+
+
+NOTES = {
+    "MULTI_CPU": (
+        {"distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True},
+        1,
+        "one process",
+        "without mpirun",
+    ),
+    "FSDP": ({"distributed_type": "FSDP", "num_processes": 2, "use_cpu": True}, 2, "DDP", "FSDP needs GPUs"),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_configs_that_do_something_else(bare, tmp_path, name):
+    fields, count, how, note = NOTES[name]
+    usual = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", "debug": False, "fsdp_config": {}}
+    place = tmp_path / "config.json"
+    place.write_text(json.dumps({**usual, **fields}))
+    bare.setattr(config_args, "default_config_file", str(place))
+    told = what_would_run()
+    assert (told["processes"], told["how"]) == (count, how) and note in told["notes"][0]
+
+
+def test_a_config_that_cannot_be_read(bare, tmp_path):
+    place = tmp_path / "config.json"
+    place.write_text("{")
+    bare.setattr(config_args, "default_config_file", str(place))
+    result = run("env", "--distributed")
+    assert result.exit_code == 2 and f"{place} cannot be read" in unwrapped(result.stderr)
+
+
+def test_launched(bare):
+    launched = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in launched.items():
+        bare.setenv(name, value)
+    told = what_would_run()
+    assert (told["processes"], told["how"], told["devices"]) == (4, "DDP", ["cpu", "cpu"])
+    assert "use_cpu=True" in told["notes"][0]
+    result = run("env", "--distributed", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout) == told
+    result = run("env", "--distributed")
+    assert result.exit_code == 0 and "DDP" in result.stdout and "gloo" in result.stdout
+    bare.setenv("RANK", "1")
+    assert run("env", "--distributed").stdout == ""
+
+
+def arguments(folder, **options):
+    return TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", **options)
+
+
+def test_fsdp_on_a_cpu_is_refused(bare, tmp_path):
+    student, teacher = pair()
+    for options in ({"fsdp": True}, {"fsdp": "full_shard"}):
+        with pytest.raises(ValueError, match="fsdp=True: Accelerate does not shard on a CPU"):
+            Plain(student, arguments(tmp_path, **options))
+    bare.setenv("ACCELERATE_USE_FSDP", "true")
+    args = arguments(tmp_path)
+    with pytest.raises(ValueError, match="ACCELERATE_USE_FSDP: Accelerate does not shard on a CPU"):
+        Plain(student, args)
+    with pytest.raises(ValueError, match="does not shard on a CPU"):
+        distillation(tmp_path, student, teacher)
+
+
+def test_processes_that_would_train_alone_are_refused(bare, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    if args.device.type != "cpu":
+        pytest.skip("there is a GPU")
+    bare.setenv("WORLD_SIZE", "2")
+    bare.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="use_cpu=False: 2 processes were started"):
+        Plain(pair()[0], args)
+
+
+def test_a_distillation_of_shards_is_refused(tmp_path):
+    student, teacher = pair()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(student, mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="distillation does not run under fully_shard.*units.*Use DDP"):
+            distillation(tmp_path, student, teacher)
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(config, *words, options=()):
+    """``two_processes`` by ``accelerate launch``."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "examples" / "accelerate" / f"{config}.yaml"), *options, "-m", "two_processes"]
+    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        environment.pop(name, None)
+    told = subprocess.run([*command, *map(str, words)], env=environment, capture_output=True, text=True, timeout=600)
+    assert told.returncode == 0, told.stderr[-3000:]
+
+
+@pytest.mark.full
+def test_two_processes(tmp_path):
+    """``accelerate launch`` with our config: DDP without a search for unused parameters, with accumulation, reaches the losses of one
+    process with the same rows a step; what one of them was asked to end, both end at the same step, and go on to the bit."""
+    launch("cpu_2", tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    for name in ("plain", "distillation"):
+        assert first[name]["weights"] == second[name]["weights"], f"{name}: the processes have different models"
+        assert first[name]["unused"] is False
+        t = trainers(tmp_path / "alone", 2)[name]()
+        t.train()
+        alone, two = rate(t)["losses"], first[name]["losses"]
+        assert len(alone) == STEPS and alone == pytest.approx(two, rel=1e-4), (
+            f"{name}: losses of one process {alone}, of two {two}, relative tolerance 1e-4"
+        )
+        again = first[f"{name} continued"]
+        assert again["losses"] == two and again["weights"] == first[name]["weights"], f"{name}: {again} after {two}"
+    assert first["ended at"] == second["ended at"] == {"plain": 3, "distillation": 3}
+    metrics = first["plain"]["metrics"]
+    assert metrics and second["plain"]["metrics"] == metrics
+    t = trainers(tmp_path / "alone", 2)["plain"]()
+    t.train()
+    for name, value in rate(t)["metrics"].items():
+        assert metrics[name] == pytest.approx(value, abs=0.02), name
+    # One process goes on where two were: the same rows a step
+    t = trainers(tmp_path / "alone", 2)["plain"]()
+    with pytest.warns(UserWarning, match="is of 2 processes, and there are 1 now"):
+        t.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-3"))
+    assert rate(t)["losses"] == pytest.approx(first["plain"]["losses"], rel=1e-4)
+    with pytest.raises(ValueError, match="rows of a step is 16 there, 8 now"):
+        trainers(tmp_path / "alone", 1)["plain"]().train(resume_from_checkpoint=str(tmp_path / "plain"))
+
+
+@pytest.mark.full
+@pytest.mark.gpu
+def test_fsdp2_on_one_gpu(tmp_path):
+    """The way through Accelerate and the Trainer, which does not shard on a CPU: with one NCCL process the losses of one process, to go
+    on from a checkpoint, and a model that opens."""
+    launch("gpu_8_fsdp2", tmp_path, "sharded", options=["--num_processes", "1", "--mixed_precision", "no"])
+    told = json.loads((tmp_path / "sharded.json").read_text())
+    t = trainers(tmp_path / "alone", 2, use_cpu=False)["plain"]()
+    t.train()
+    alone = [row["loss"] for row in t.state.log_history if "loss" in row]
+    assert told["whole"] == pytest.approx(alone, rel=1e-3), f"sharded {told['whole']}, alone {alone}"
+    assert told["continued"] == pytest.approx(told["whole"], rel=1e-3)
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert type(opened) is type(t.model)
+    for name, p in t.model.named_parameters():
+        torch.testing.assert_close(opened.get_parameter(name), p.cpu(), rtol=1e-2, atol=1e-3)
