@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import packed_backend, torch_backend
 from ._schema import ACTIVATIONS, ROWS, depth_of, library
-from .loader import Status, load, setting, status
+from .loader import Status, load, no_gpu, setting, status
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,9 +28,13 @@ __all__ = [
     "has_native",
     "isa",
     "load",
+    "no_gpu",
     "pack",
     "status",
 ]
+
+
+_LIBRARIES = ("cpu", "cuda")  # devices that have a native library, which has their name
 
 
 def _fallback(name: str, home: ModuleType = torch_backend) -> Any:
@@ -43,11 +47,12 @@ def _fallback(name: str, home: ModuleType = torch_backend) -> Any:
     in_torch = getattr(home, name)
 
     def kernel(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.device.type == "cpu" and not has_native() and load("cpu").loaded:
-            return operator(x, *args, **kwargs)
-        if home is packed_backend and x.device.type != "cpu":
+        device = x.device.type
+        if home is packed_backend and device != "cpu":
             raise ValueError(f"hf_fff::{name} is for the CPU, and got a tensor on {x.device}")
-        if x.device.type == "cuda" and (on_gpu := _triton()):
+        if device in _LIBRARIES and not has_native(device) and load(device).loaded:
+            return operator(x, *args, **kwargs)
+        if device == "cuda" and (on_gpu := _triton()):
             return getattr(on_gpu, name)(x, *args, **kwargs)
         return in_torch(x, *args, **kwargs)
 
@@ -80,9 +85,10 @@ def has_native(device: str = "cpu") -> bool:
 
 def backend(device: str = "cpu") -> str:
     """``"native"``, ``"triton"`` or ``"torch"``: what a call on this device runs, loading the native library where there is one."""
-    if has_native(device) or (device == "cpu" and load("cpu").loaded):
+    there = device == "cpu" or (device == "cuda" and torch.cuda.is_available())
+    if has_native(device) or (there and load(device).loaded):
         return "native"
-    return "triton" if device == "cuda" and torch.cuda.is_available() and _triton() else "torch"
+    return "triton" if there and device == "cuda" and _triton() else "torch"
 
 
 def isa() -> str | None:

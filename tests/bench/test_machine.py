@@ -28,7 +28,7 @@ def test_the_instruction_set_is_asked_for_after_the_library_is_loaded(monkeypatc
     monkeypatch.setattr(ops, "isa", lambda: "avx2" if loaded else None)
     assert machine.summary()["isa"] == "avx2"
     loaded.clear()
-    assert machine.report()["backend"] == {"cpu": "native", "isa": "avx2"}
+    assert machine.report()["backend"]["isa"] == "avx2"
 
 
 def test_pytorch_runs(monkeypatch):
@@ -38,7 +38,7 @@ def test_pytorch_runs(monkeypatch):
     monkeypatch.setenv("HF_FFF_BACKEND", "torch")
     assert machine.summary()["isa"] == "-" and machine.summary()["backend"] == "torch"
     report = machine.report()
-    assert report["backend"] == {"cpu": "torch", "isa": None}
+    assert report["backend"]["cpu"] == "torch" and report["backend"]["isa"] is None
     assert report["kernels"]["libraries"]["cpu"]["reason"] == "HF_FFF_BACKEND=torch"
 
 
