@@ -1,1 +1,206 @@
-// placeholder
+// What the kernels share: types, a warp's share of a row, activations, where a node is.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/fff.h"
+
+namespace hf_fff_cuda {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+constexpr int kWarp = 32;
+constexpr unsigned kAll = 0xffffffffu;
+
+template <class T> struct accumulator { using type = float; };
+template <> struct accumulator<double> { using type = double; };
+template <class T> using accumulator_t = typename accumulator<T>::type;
+
+__device__ inline float to_acc(float v) { return v; }
+__device__ inline double to_acc(double v) { return v; }
+__device__ inline float to_acc(bfloat16 v) { return __bfloat162float(v); }
+__device__ inline float to_acc(float16 v) { return __half2float(v); }
+template <class T> __device__ inline T from_acc(accumulator_t<T> v);
+template <> __device__ inline float from_acc<float>(float v) { return v; }
+template <> __device__ inline double from_acc<double>(double v) { return v; }
+template <> __device__ inline bfloat16 from_acc<bfloat16>(float v) { return __float2bfloat16_rn(v); }
+template <> __device__ inline float16 from_acc<float16>(float v) { return __float2half_rn(v); }
+
+// N neighbours, read and written as one word of 2 to 16 bytes.
+template <class T, int N> struct alignas(sizeof(T) * N) Pack {
+  T v[N];
+};
+template <int BYTES> struct Word;
+template <> struct Word<2> { using type = unsigned short; };
+template <> struct Word<4> { using type = unsigned; };
+template <> struct Word<8> { using type = uint2; };
+template <> struct Word<16> { using type = uint4; };
+
+template <class T, int N> __device__ inline Pack<T, N> load(const T* p) {  // of what no kernel writes meanwhile
+  using W = typename Word<sizeof(T) * N>::type;
+  union { W word; Pack<T, N> pack; } u = {__ldg(reinterpret_cast<const W*>(p))};
+  return u.pack;
+}
+template <class T, int N> __device__ inline Pack<T, N> load_once(const T* p) {  // and will not be read again soon
+  using W = typename Word<sizeof(T) * N>::type;
+  union { W word; Pack<T, N> pack; } u = {__ldcs(reinterpret_cast<const W*>(p))};
+  return u.pack;
+}
+template <class T, int N> __device__ inline void store_once(T* p, const Pack<T, N>& pack) {
+  using W = typename Word<sizeof(T) * N>::type;
+  union { Pack<T, N> pack; W word; } u = {pack};
+  __stcs(reinterpret_cast<W*>(p), u.word);
+}
+
+template <class T> constexpr int vector_of = 16 / int(sizeof(T));
+
+// A warp's share of one row: lane l holds columns [(i * 32 + l) * VEC, ... + VEC) for each i < CHUNKS.
+template <class T, int VEC, int CHUNKS> struct Share {
+  Pack<T, VEC> pack[CHUNKS];
+
+  template <bool ONCE = false> __device__ void read(const T* row, int hidden, int lane) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      const int column = (i * kWarp + lane) * VEC;
+      if (column < hidden) {
+        pack[i] = ONCE ? load_once<T, VEC>(row + column) : load<T, VEC>(row + column);
+      } else {
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) pack[i].v[j] = from_acc<T>(0);
+      }
+    }
+  }
+  __device__ accumulator_t<T> dot(const Share& other) const {  // this lane's part
+    accumulator_t<T> even = 0, odd = 0;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i)
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) {
+        auto& sum = (i + j) % 2 ? odd : even;
+        sum = fma(to_acc(pack[i].v[j]), to_acc(other.pack[i].v[j]), sum);
+      }
+    return even + odd;
+  }
+};
+
+template <class A> __device__ inline A warp_sum(A v) {  // equal on all lanes, bit for bit
+#pragma unroll
+  for (int d = kWarp / 2; d; d /= 2) v += __shfl_xor_sync(kAll, v, d);
+  return v;
+}
+
+// <a, b> of two rows of any length in memory, equal on all lanes.
+template <class T, int VEC> __device__ inline accumulator_t<T> dot_rows(const T* a, const T* b, int64_t hidden, int lane) {
+  accumulator_t<T> sum = 0;
+  for (int64_t c = int64_t(lane) * VEC; c < hidden; c += kWarp * VEC) {
+    const auto u = load<T, VEC>(a + c), v = load<T, VEC>(b + c);
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) sum = fma(to_acc(u.v[j]), to_acc(v.v[j]), sum);
+  }
+  return warp_sum(sum);
+}
+
+__device__ inline float exp_of(float v) { return expf(v); }
+__device__ inline double exp_of(double v) { return exp(v); }
+__device__ inline float erf_of(float v) { return erff(v); }
+__device__ inline double erf_of(double v) { return erf(v); }
+
+template <class A> __device__ inline A sigmoid(A z) { return A(1) / (A(1) + exp_of(-z)); }
+
+template <class A> __device__ inline A act(Activation which, A z) {
+  switch (which) {
+    case Activation::gelu: return A(0.5) * z * (A(1) + erf_of(z * A(0.70710678118654752440)));
+    case Activation::gelu_new:  // (1 + tanh(u)) / 2 = sigmoid(2u)
+      return z * sigmoid(A(1.5957691216057307117) * (z + A(0.044715) * z * z * z));
+    case Activation::relu: return z <= 0 ? A(0) : z;  // a NaN stays one
+    case Activation::silu: return z * sigmoid(z);
+    default: return z;
+  }
+}
+
+template <class A> __device__ inline A act_slope(Activation which, A z) {
+  switch (which) {
+    case Activation::gelu:
+      return A(0.5) * (A(1) + erf_of(z * A(0.70710678118654752440))) + z * exp_of(A(-0.5) * z * z) * A(0.39894228040143267794);
+    case Activation::gelu_new: {
+      const A k = A(1.5957691216057307117), s = sigmoid(k * (z + A(0.044715) * z * z * z));
+      const A end = s * (A(1) - s);
+      return s + (end == 0 ? A(0) : z * end * k * (A(1) + A(3 * 0.044715) * z * z));
+    }
+    case Activation::relu: return z > 0 ? A(1) : A(0);
+    case Activation::silu: {
+      const A s = sigmoid(z);
+      return s * (A(1) + z * (A(1) - s));
+    }
+    default: return A(1);
+  }
+}
+
+// Leaves are counted from 0; the node at `level` on the way to one, within its tree.
+__device__ inline int node_above(int leaf, int level, int depth) { return (1 << level) - 1 + (leaf >> (depth - level)); }
+__device__ inline int leaf_of(int node, int depth) {  // whatever is in memory: never outside the tree
+  return max(0, min(node - ((1 << depth) - 1), (1 << depth) - 1));
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline const char* launched() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Parts of the workspace, one after the other; with a null start it counts the bytes.
+struct Carve {
+  char* at;
+  int64_t used = 0;
+  template <class P> P* take(int64_t count) {
+    char* here = at ? at + used : nullptr;
+    used += divide_up(count * int64_t(sizeof(P)), 256) * 256;
+    return reinterpret_cast<P*>(here);
+  }
+};
+
+template <class F> auto with_type(Type type, const F& f) {
+  switch (type) {
+    case Type::float32: return f(float{});
+    case Type::float64: return f(double{});
+    case Type::bfloat16: return f(bfloat16{});
+    default: return f(float16{});
+  }
+}
+
+template <int N> struct Number { static constexpr int value = N; };
+
+// ---- sums of rows along the paths (forward.cu), for both passes ----------------------------------------------------------
+// out[t] = sum over the visits of coefficient * weight[row]. The coefficients are given, or act(logits).
+template <class T> struct Combine {
+  Shape shape;
+  Activation activation;
+  const T* weight;
+  const int32_t* path;
+  const accumulator_t<T>* values;  // logits where `is_logits`, else coefficients
+  bool is_logits;
+  const int32_t* order;  // of tokens, or null; neighbours with equal paths are quick
+  T* out;
+};
+template <class T> void combine(const Combine<T>&, bool vectors, cudaStream_t);
+
+// ---- sorting (order.cu) --------------------------------------------------------------------------------------------------
+// Stable, by (tree, leaf): keys_out and tokens_out hold trees * tokens entries, tree after tree. Null or what went wrong.
+int64_t sort_by_leaf_workspace(const Shape&);
+const char* sort_by_leaf(const Shape&, const int32_t* path, uint32_t* keys_out, int32_t* tokens_out, void* workspace,
+                         cudaStream_t);
+
+// Any order within a bin: tokens whose ticket (number within the bin) was drawn before. offsets[bins] may alias counts.
+void place_by_ticket(int64_t tokens, int bins, const int32_t* counts, const int32_t* bin, const int32_t* ticket,
+                     int32_t* offsets, int32_t* order, cudaStream_t);
+
+// ---- tensor cores (tiles.cu) ---------------------------------------------------------------------------------------------
+bool tiles_serve(const Problem&);
+int64_t tiles_workspace(const Problem&);
+const char* tiles_forward(const Forward&, cudaStream_t);
+
+}  // namespace hf_fff_cuda
