@@ -31,6 +31,7 @@ __all__ = [
     "no_gpu",
     "pack",
     "status",
+    "way",
 ]
 
 
@@ -55,6 +56,16 @@ def _fallback(name: str, home: ModuleType = torch_backend) -> Any:
         if device == "cuda" and (on_gpu := _triton()):
             return getattr(on_gpu, name)(x, *args, **kwargs)
         return in_torch(x, *args, **kwargs)
+
+    return kernel
+
+
+def _dense(name: str) -> Any:
+    """The kernel of the dense operators, which the CUDA kernels call: Triton between matrix products, or PyTorch alone."""
+
+    def kernel(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        on_gpu = _triton() if x.device.type == "cuda" else None
+        return getattr(on_gpu or torch_backend, name)(x, *args, **kwargs)
 
     return kernel
 
@@ -91,6 +102,27 @@ def backend(device: str = "cpu") -> str:
     return "triton" if there and device == "cuda" and _triton() else "torch"
 
 
+def way(
+    n_trees: int, depth: int, hidden: int, tokens: int, dtype: torch.dtype, *, backward: bool = False, routing: bool = False
+) -> str | None:
+    """How the CUDA kernels do a call on the current device (docs/kernel-cuda.md); None where they are not in use.
+
+    Returns:
+        "gather", "sorted", "tiles", "columns" or "plain" (forward) or "conditional" (backward): only the nodes that tokens visit take part;
+        "dense": all nodes do, in matrix products, and a mask drops the others, which is faster for wide layers.
+    """
+    if not torch.cuda.is_available() or backend("cuda") != "native":
+        return None
+    found = ctypes.CDLL(str(load("cuda").path)).hf_fff_cuda_way
+    found.restype = ctypes.c_char_p
+    found.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] * 3 + [ctypes.c_bool] * 2
+    device = torch.cuda.get_device_properties()
+    kinds = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as cuda/fff.h counts them
+    capability = 10 * device.major + device.minor
+    facts = (kinds.index(dtype), capability, device.multi_processor_count)
+    return found(tokens, hidden, n_trees, depth, *facts, backward, routing).decode()
+
+
 def isa() -> str | None:
     """The instruction set that the native CPU kernel uses, such as ``"avx512"``; None without that kernel."""
     loaded = status("cpu")
@@ -115,6 +147,8 @@ def _autocast(name: str, device: str) -> Any:
 
 for _name in ("fff", "fff_train", "fff_backward"):
     library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
+for _name in ("fff_train", "fff_backward"):
+    library.impl(f"{_name}_dense", _dense(_name), "CompositeExplicitAutograd")
 for _name in ("pack", "fff_packed"):
     library.impl(_name, _fallback(_name, packed_backend), "CompositeExplicitAutograd")
 for _name in ("fff", "fff_train"):

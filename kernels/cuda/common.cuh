@@ -172,7 +172,10 @@ template <class F> auto with_type(Type type, const F& f) {
   }
 }
 
-template <int N> struct Number { static constexpr int value = N; };
+// Lets a kernel have more shared memory than the usual 48 KB.
+template <class K> void allow_shared(K kernel, int bytes) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 
 // ---- sums of rows along the paths (forward.cu), for both passes ----------------------------------------------------------
 // out[t] = sum over the visits of coefficient * weight[row]. The coefficients are given, or act(logits).
@@ -194,11 +197,24 @@ int64_t sort_by_leaf_workspace(const Shape&);
 const char* sort_by_leaf(const Shape&, const int32_t* path, uint32_t* keys_out, int32_t* tokens_out, void* workspace,
                          cudaStream_t);
 
-// Any order within a bin: tokens whose ticket (number within the bin) was drawn before. offsets[bins] may alias counts.
+// Any order within a bin: tokens whose ticket (number within the bin) was drawn before. `offsets` is scratch memory, of `bins`.
 void place_by_ticket(int64_t tokens, int bins, const int32_t* counts, const int32_t* bin, const int32_t* ticket,
                      int32_t* offsets, int32_t* order, cudaStream_t);
 
+// ---- several trees (columns.cu) ------------------------------------------------------------------------------------------
+bool columns_serve(const Problem&);
+int64_t columns_workspace(const Problem&, bool train);
+const char* columns_forward(const Forward&, cudaStream_t);
+
+// Levels [begin, levels) of all walks (forward.cu); the path and logits above are known. `by_tree`: tree after tree, not token
+// after token.
+template <class T> void walk_down(const Problem&, const T* x, const T* weight_in, const T* bias_in, int32_t* path,
+                                  accumulator_t<T>* logits, int begin, bool by_tree, cudaStream_t);
+
 // ---- tensor cores (tiles.cu) ---------------------------------------------------------------------------------------------
+int top_levels(const Problem&);  // that `top_paths` does; 0: it does not serve
+template <class T> void top_paths(const Problem&, const T* x, const T* weight_in, const T* bias_in, int32_t* path, float* logits,
+                                  cudaStream_t);
 bool tiles_serve(const Problem&);
 int64_t tiles_workspace(const Problem&);
 const char* tiles_forward(const Forward&, cudaStream_t);

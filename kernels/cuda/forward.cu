@@ -114,6 +114,7 @@ template <class T> struct Walk {
   const int32_t* order;  // of tokens, or null
   int32_t *counts, *bin, *ticket;  // or null: where each token went (one tree), and its number among those that went there
   int64_t per_block;               // walks, neighbours in the order: they share rows in the first-level cache
+  bool by_tree;                    // tree after tree
 };
 
 template <class T, int VEC, int CHUNKS>  // CHUNKS = 0: rows of any length, x read anew for each
@@ -123,7 +124,8 @@ __global__ void __launch_bounds__(kThreads) walk_kernel(Walk<T> a) {
   const int64_t hidden = a.shape.hidden, levels = a.shape.levels(), trees = a.shape.trees, walks = a.shape.tokens * trees;
   const int64_t last = min(walks, (blockIdx.x + int64_t(1)) * a.per_block);
   for (int64_t walk = blockIdx.x * a.per_block + warp; walk < last; walk += kWarps) {
-    const int64_t slot = walk / trees, tree = walk % trees, token = a.order ? a.order[slot] : slot;
+    const int64_t slot = a.by_tree ? walk % a.shape.tokens : walk / trees, tree = a.by_tree ? walk / a.shape.tokens : walk % trees;
+    const int64_t token = a.order ? a.order[slot] : slot;
     const int64_t root = tree * a.shape.tree_nodes(), visits = (token * trees + tree) * levels;
     const T* in = a.weight_in + root * hidden;
     const T* x = a.x + token * hidden;
@@ -285,7 +287,7 @@ template <class T> const char* run_forward(const Forward& f, Way way, cudaStream
   A* logits = f.path ? static_cast<A*>(f.logits) : carve.take<A>(s.tokens * s.walk());
   const bool vectors = f.problem.aligned && s.hidden % vector_of<T> == 0;
   const int levels = int(s.levels()), processors = f.problem.processors;
-  Walk<T> w{s, x, in, bias, path, logits, 0, levels, nullptr, nullptr, nullptr, nullptr, 0};
+  Walk<T> w{s, x, in, bias, path, logits, 0, levels, nullptr, nullptr, nullptr, nullptr, 0, false};
   const int32_t* order = nullptr;
   if (way == Way::sorted) {
     const int half = levels / 2, bins = 1 << half, leaves = 1 << s.depth;
@@ -310,6 +312,16 @@ template <class T> const char* run_forward(const Forward& f, Way way, cudaStream
 
 }  // namespace
 
+template <class T> void walk_down(const Problem& p, const T* x, const T* weight_in, const T* bias_in, int32_t* path,
+                                  accumulator_t<T>* logits, int begin, bool by_tree, cudaStream_t stream) {
+  const bool vectors = p.aligned && p.shape.hidden % vector_of<T> == 0;
+  walk<T>({p.shape, x, weight_in, bias_in, path, logits, begin, int(p.shape.levels()), nullptr, nullptr, nullptr, nullptr, 0, by_tree},
+          vectors, p.processors, stream);
+}
+template void walk_down(const Problem&, const float*, const float*, const float*, int32_t*, float*, int, bool, cudaStream_t);
+template void walk_down(const Problem&, const bfloat16*, const bfloat16*, const bfloat16*, int32_t*, float*, int, bool, cudaStream_t);
+template void walk_down(const Problem&, const float16*, const float16*, const float16*, int32_t*, float*, int, bool, cudaStream_t);
+
 template <class T> void combine(const Combine<T>& c, bool vectors, cudaStream_t stream) {
   const int64_t groups = divide_up(c.shape.tokens, kGroup);
   const int vec = vectors ? vector_of<T> : 1, chunks = int(divide_up(c.shape.hidden, kWarp * vec));
@@ -332,6 +344,7 @@ bool serves(const Problem& p, Way way) {
     case Way::gather: return p.type != Type::float64 && p.aligned && s.hidden % vec == 0 && s.hidden <= 1024;
     case Way::sorted: return s.trees == 1 && s.depth >= 3 && s.depth <= 20;
     case Way::tiles: return tiles_serve(p);
+    case Way::columns: return columns_serve(p);
     default: return true;
   }
 }
@@ -349,6 +362,7 @@ Way forward_way(const Problem& p, Way wanted) {
 int64_t forward_workspace(const Problem& p, Way way, bool train) {
   const Shape& s = p.shape;
   if (way == Way::tiles) return tiles_workspace(p);
+  if (way == Way::columns) return columns_workspace(p, train);
   if (way == Way::gather || way == Way::dense) return 0;
   Carve carve{nullptr};
   if (!train) {
@@ -367,6 +381,7 @@ int64_t forward_workspace(const Problem& p, Way way, bool train) {
 const char* forward(const Forward& f, Way way, cudaStream_t stream) {
   if (f.problem.shape.tokens == 0) return nullptr;
   if (way == Way::tiles) return tiles_forward(f, stream);
+  if (way == Way::columns) return columns_forward(f, stream);
   return with_type(f.problem.type, [&](auto type) { return run_forward<decltype(type)>(f, way, stream); });
 }
 

@@ -58,6 +58,30 @@ __global__ void place_kernel(int64_t tokens, const int32_t* offsets, const int32
   if (t < tokens) order[offsets[bin[t]] + ticket[t]] = int32_t(t);
 }
 
+// The same for few bins: each block adds up the counts itself. A thread is a bin, then places kEach tokens.
+constexpr int kEach = 4;
+__global__ void place_few_kernel(int64_t tokens, int bins, const int32_t* counts, const int32_t* bin, const int32_t* ticket,
+                                 int32_t* order) {
+  __shared__ int32_t offsets[kThreads], warps[kThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int32_t count = int(threadIdx.x) < bins ? counts[threadIdx.x] : 0;
+  int32_t upto = count;
+  for (int d = 1; d < 32; d *= 2) {
+    const int32_t other = __shfl_up_sync(kAll, upto, d);
+    if (lane >= d) upto += other;
+  }
+  if (lane == 31) warps[warp] = upto;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) upto += warps[w];
+  offsets[threadIdx.x] = upto - count;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int64_t t = (blockIdx.x * int64_t(kEach) + i) * kThreads + threadIdx.x;
+    if (t < tokens) order[offsets[bin[t]] + ticket[t]] = int32_t(t);
+  }
+}
+
 struct Buffers {
   uint32_t* keys;
   int32_t* tokens;
@@ -98,6 +122,11 @@ const char* sort_by_leaf(const Shape& s, const int32_t* path, uint32_t* keys_out
 
 void place_by_ticket(int64_t tokens, int bins, const int32_t* counts, const int32_t* bin, const int32_t* ticket,
                      int32_t* offsets, int32_t* order, cudaStream_t stream) {
+  if (bins <= kThreads) {
+    const unsigned blocks = unsigned(divide_up(tokens, kThreads * kEach));
+    place_few_kernel<<<blocks, kThreads, 0, stream>>>(tokens, bins, counts, bin, ticket, order);
+    return;
+  }
   offsets_kernel<<<1, 1024, 0, stream>>>(bins, counts, offsets);
   place_kernel<<<unsigned(divide_up(tokens, kThreads)), kThreads, 0, stream>>>(tokens, offsets, bin, ticket, order);
 }

@@ -9,6 +9,8 @@
 //    walks down; the coefficients of the visited nodes, zeros elsewhere, times the rows of weight_out are the outputs.
 //
 // Every x is read twice, every y written once, and nothing else is as large. Coefficients are rounded to the 16-bit type.
+#include <algorithm>
+
 #include "cuda/common.cuh"
 
 namespace hf_fff_cuda {
@@ -149,9 +151,12 @@ template <int NODES, int STRIDE> __device__ inline void spill(const float (&sums
 }
 
 template <class T> struct Top {
-  int tokens, hidden, levels;
+  int tokens, hidden, levels;  // of the top part
   const T *x, *weight, *bias;
-  int32_t *counts, *bin, *ticket;
+  int32_t *counts, *bin, *ticket;  // or null: where each token went, and its number among those that went there
+  Shape shape;                     // without them: the path and the logits are wanted, of all trees
+  int32_t* path;
+  float* logits;
 };
 
 template <class T, int WARPS> __global__ void __launch_bounds__(WARPS * 32) top_kernel(Top<T> a) {
@@ -159,22 +164,35 @@ template <class T, int WARPS> __global__ void __launch_bounds__(WARPS * 32) top_
   extern __shared__ __align__(128) char memory[];
   __shared__ int tokens[TOKENS], rows[kBins], drawn[kBins];
   __shared__ float bias[kBins];
-  const int first = blockIdx.x * TOKENS, nodes = (1 << a.levels) - 1;
+  const int tree = blockIdx.x % a.shape.trees, first = int(blockIdx.x / a.shape.trees) * TOKENS, nodes = (1 << a.levels) - 1;
+  const int64_t root = tree * a.shape.tree_nodes();
   for (int i = threadIdx.x; i < TOKENS; i += WARPS * 32) tokens[i] = first + i < a.tokens ? first + i : -1;
   for (int i = threadIdx.x; i < kBins; i += WARPS * 32) {
     rows[i] = i < nodes ? i : -1;
-    bias[i] = i < nodes ? to_acc(a.bias[i]) : 0;
+    bias[i] = i < nodes ? to_acc(a.bias[root + i]) : 0;
     drawn[i] = 0;
   }
   __syncthreads();
   float sums[kBins / 8][4];
-  products<T, WARPS, kBins>(sums, uint32_t(__cvta_generic_to_shared(memory)), a.x, a.weight, a.hidden, tokens, rows);
+  products<T, WARPS, kBins>(sums, uint32_t(__cvta_generic_to_shared(memory)), a.x, a.weight + root * a.hidden, a.hidden, tokens, rows);
   float* logits = reinterpret_cast<float*>(memory);
   spill<kBins, STRIDE>(sums, logits);
   __syncthreads();
   const int t = threadIdx.x;
   int bin = 0, number = 0;
   const bool walks = t < TOKENS && first + t < a.tokens;
+  if (!a.counts) {
+    if (!walks) return;
+    const int64_t visits = (int64_t(first + t) * a.shape.trees + tree) * a.shape.levels();
+    int node = 0;
+    for (int level = 0; level < a.levels; ++level) {
+      const float z = logits[t * STRIDE + node] + bias[node];
+      a.path[visits + level] = node;
+      a.logits[visits + level] = z;
+      node = 2 * node + 1 + (z > 0);
+    }
+    return;
+  }
   if (walks) {
     int node = 0;
     for (int level = 0; level < a.levels; ++level) node = 2 * node + 1 + (logits[t * STRIDE + node] + bias[node] > 0);
@@ -330,7 +348,15 @@ template <class T> __global__ void __launch_bounds__(128) subtree_kernel(Sub<T> 
 constexpr int kSubShared = kStages * (64 + kRows) * 128 + 1024;
 template <int WARPS> constexpr int kTopShared = kStages * (WARPS * 16 + kBins) * 128;
 
-template <class K> void allow(K kernel, int bytes) { cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); }
+template <class T> void top_part(const Top<T>& a, int processors, cudaStream_t stream) {
+  if (int64_t(a.tokens) * a.shape.trees < 64 * 4 * processors) {
+    allow_shared(top_kernel<T, 4>, kTopShared<4>);
+    top_kernel<T, 4><<<unsigned(divide_up(a.tokens, 64) * a.shape.trees), 128, kTopShared<4>, stream>>>(a);
+  } else {
+    allow_shared(top_kernel<T, 8>, kTopShared<8>);
+    top_kernel<T, 8><<<unsigned(divide_up(a.tokens, 128) * a.shape.trees), 256, kTopShared<8>, stream>>>(a);
+  }
+}
 
 struct Parts {
   int32_t *counts, *offsets, *bin, *ticket, *order;
@@ -358,18 +384,11 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   unsigned tiles = unsigned(divide_up(tokens, 64));
   if (top) {
     cudaMemsetAsync(p.counts, 0, kBins * sizeof(int32_t), stream);
-    const Top<T> a{tokens, hidden, top, x, in, bias, p.counts, p.bin, p.ticket};
-    if (tokens < 64 * 4 * f.problem.processors) {
-      allow(top_kernel<T, 4>, kTopShared<4>);
-      top_kernel<T, 4><<<unsigned(divide_up(tokens, 64)), 128, kTopShared<4>, stream>>>(a);
-    } else {
-      allow(top_kernel<T, 8>, kTopShared<8>);
-      top_kernel<T, 8><<<unsigned(divide_up(tokens, 128)), 256, kTopShared<8>, stream>>>(a);
-    }
+    top_part<T>({tokens, hidden, top, x, in, bias, p.counts, p.bin, p.ticket, s, nullptr, nullptr}, f.problem.processors, stream);
     place_by_ticket(tokens, 1 << top, p.counts, p.bin, p.ticket, p.offsets, p.order, stream);
     tiles += 1u << top;  // the last of each subtree is not full
   }
-  allow(subtree_kernel<T>, kSubShared);
+  allow_shared(subtree_kernel<T>, kSubShared);
   subtree_kernel<T><<<tiles, 128, kSubShared, stream>>>({tokens, hidden, levels, top, f.activation, x, in, bias,
       static_cast<const T*>(f.weight_out), static_cast<T*>(f.y), f.path, static_cast<float*>(f.logits), p.counts, p.order});
   return launched();
@@ -377,10 +396,22 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
 
 }  // namespace
 
+int top_levels(const Problem& p) {
+  const bool serves = (p.type == Type::bfloat16 || p.type == Type::float16) && p.capability >= 80 && p.aligned &&
+                      p.shape.hidden % kColumns == 0;
+  return serves ? int(std::min<int64_t>(kTopLevels, p.shape.levels())) : 0;
+}
+
+template <class T> void top_paths(const Problem& p, const T* x, const T* weight, const T* bias, int32_t* path, float* logits,
+                                  cudaStream_t stream) {
+  top_part<T>({int(p.shape.tokens), int(p.shape.hidden), top_levels(p), x, weight, bias, nullptr, nullptr, nullptr, p.shape, path, logits},
+              p.processors, stream);
+}
+template void top_paths(const Problem&, const bfloat16*, const bfloat16*, const bfloat16*, int32_t*, float*, cudaStream_t);
+template void top_paths(const Problem&, const float16*, const float16*, const float16*, int32_t*, float*, cudaStream_t);
+
 bool tiles_serve(const Problem& p) {
-  const Shape& s = p.shape;
-  return (p.type == Type::bfloat16 || p.type == Type::float16) && p.capability >= 80 && p.aligned && s.trees == 1 &&
-         s.levels() <= kTopLevels + kSubLevels && s.hidden % kColumns == 0 && s.tokens < (int64_t{1} << 31) - 65536;
+  return top_levels(p) && p.shape.trees == 1 && p.shape.levels() <= kTopLevels + kSubLevels;
 }
 
 int64_t tiles_workspace(const Problem& p) { return parts_of(p.shape, nullptr).used; }

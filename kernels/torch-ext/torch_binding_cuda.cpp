@@ -159,7 +159,7 @@ std::vector<int64_t> leading(const Tensor& x, int64_t trees, int64_t levels) {
   return sizes;
 }
 
-constexpr std::array<const char*, 6> kWays{"automatic", "plain", "gather", "sorted", "tiles", "dense"};
+constexpr std::array<const char*, 7> kWays{"automatic", "plain", "gather", "sorted", "tiles", "columns", "dense"};
 
 // HF_FFF_CUDA_WAY names one of them, for tests and measurements; a shape that it does not serve is done the plain way.
 Way wanted_way() {
@@ -167,10 +167,10 @@ Way wanted_way() {
   if (!name || !*name) return Way::automatic;
   for (size_t i = 0; i < kWays.size(); ++i)
     if (!std::strcmp(name, kWays[i])) return Way(i);
-  STD_TORCH_CHECK(false, "fff: HF_FFF_CUDA_WAY='", name, "' is not known (allowed: automatic, plain, gather, sorted, tiles, dense)");
+  STD_TORCH_CHECK(false, "fff: HF_FFF_CUDA_WAY='", name, "' is not known (allowed: automatic, plain, gather, sorted, tiles, columns, dense)");
 }
 
-bool backward_is_dense(const Problem& problem, bool routing) {
+bool goes_back_dense(const Problem& problem, bool routing) {
   const Way wanted = wanted_way();
   if (wanted == Way::dense) return true;
   return hf_fff_cuda::backward_is_dense(problem, routing) && (wanted == Way::automatic || routing);
@@ -246,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fff_backward(Tensor grad_y, Tensor x,
     STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == x.get_device_index(),
                     "fff_backward: grad_y, path and logits must be on x's device");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  if (backward_is_dense(problem, routing_gradient != 0)) {
+  if (goes_back_dense(problem, routing_gradient != 0)) {
     std::array<StableIValue, 13> stack{from(grad_y),     from(x),      from(weight_in), from(bias_in),
                                        from(weight_out), from(path),   from(logits),    from(n_trees),
                                        from(activation.value),         from(routing_gradient),
@@ -280,7 +280,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fff, CUDA, m) {
 
 }  // namespace
 
-// What a call does: "plain", "gather", "sorted", "tiles" or "dense" for a forward pass, "conditional" or "dense" for a backward
+// What a call does: "plain", "gather", "sorted", "tiles", "columns" or "dense" for a forward pass, "conditional" or "dense" for a backward
 // one. `type` is an index of float32, float64, bfloat16, float16.
 extern "C" __attribute__((visibility("default"))) const char* hf_fff_cuda_way(int64_t tokens, int64_t hidden, int64_t trees,
                                                                               int64_t depth, int type, int capability,
