@@ -11,18 +11,19 @@ TOLD = {
             "section": "forward", "work": "131072", "dtype": "bfloat16", "left_out": {"mlp:256": "CUDA out of memory."}, "peak_mb": {},
             "seconds": {"copy": 1e-4, "dense:3072": 2.5e-3, "dense:3072 fused": 2e-3, "mlp:12": 1.5e-4, "1x11": 2.5e-4, "1x11 masked": 3e-3},
             "checks": {"1x11": {"error": 0.004, "agreeing": 0.999, "visited": 4095}, "1x11 masked": {"error": 0.01, "agreeing": 0.9, "visited": 4095}},
+            "ways": {"1x11": "tiles"},
         },
         {
             "section": "backward", "work": "131072", "dtype": "bfloat16", "left_out": {}, "peak_mb": {},
             "seconds": {"dense:3072": 4e-3, "1x11": 1e-3, "1x11 routing": 5e-3, "1x11 masked": 8e-3, "1x11 masked routing": 9e-3},
-            "checks": {"1x11": {"x": 0.001, "weight_in": 0.002}, "1x11 routing": {"x": 0.1}},
+            "checks": {"1x11": {"x": 0.001, "weight_in": 0.002}, "1x11 routing": {"x": 0.1}}, "ways": {"1x11": None, "1x11 routing": "dense"},
         },
         {
-            "section": "model", "work": "32x128", "dtype": "bfloat16", "left_out": {}, "peak_mb": {}, "checks": {},
+            "section": "model", "work": "32x128", "dtype": "bfloat16", "left_out": {}, "peak_mb": {}, "checks": {}, "ways": {},
             "seconds": {"dense": 4e-3, "8x8": 3.2e-3, "none": 3e-3, "dense graph": 2e-3, "8x8 graph": 1.8e-3, "none graph": 1e-3},
         },
         {
-            "section": "train", "work": "bert-base 32x128", "dtype": "bfloat16 autocast", "left_out": {}, "checks": {},
+            "section": "train", "work": "bert-base 32x128", "dtype": "bfloat16 autocast", "left_out": {}, "checks": {}, "ways": {},
             "seconds": {"dense": 0.05, "8x8": 0.04}, "peak_mb": {"dense": 5000.0, "8x8": 4000.0},
         },
     ],

@@ -5,7 +5,6 @@ another random order, with the second-level cache overwritten before each. Model
 Python included. Outputs and gradients are checked against float64 on the same path before anything is timed.
 """
 
-import copy
 import random
 import statistics
 import time
@@ -53,7 +52,11 @@ class Plan:
     backward_tokens: tuple[int, ...] = (2048, 16384, 131072)
     graph_tokens: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     dense: tuple[int, ...] = (3072, 4095, 4096)  # 4095 is the paper's; of 4096 tensor cores make more
-    narrow: tuple[int, ...] = (12, 107, 256)  # as many neurons as 1x11 uses, and those that fit a pretrained FFN about like trees do
+    narrow: tuple[int, ...] = (
+        12,
+        107,
+        256,
+    )  # as many neurons as 1x11 uses, and those that fit a pretrained FFN about like trees do
     size: str = "bert-base"
     batches: tuple[str, ...] = ("32x128", "256x128", "64x512")
     kinds: tuple[str, ...] = ("dense", "1x11", "8x8", "none")
@@ -96,6 +99,7 @@ class Cell:
     dtype: str
     seconds: dict[str, float] = field(default_factory=dict)
     checks: dict[str, dict[str, float]] = field(default_factory=dict)
+    ways: dict[str, str | None] = field(default_factory=dict)  # what ``ops.way`` says of each FFF
     peak_mb: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -292,6 +296,10 @@ def _weights(fff: FFF) -> tuple[Any, ...]:
     return fff.weight_in, fff.bias_in, fff.weight_out, fff.n_trees, fff.config.activation
 
 
+def _doubles(fff: FFF) -> tuple[Tensor, Tensor, Tensor]:
+    return fff.weight_in.double(), fff.bias_in.double(), fff.weight_out.double()
+
+
 def _dense(width: int, hidden_size: int, dtype: torch.dtype, gpu: Gpu) -> nn.Sequential:
     options: dict[str, Any] = {"device": gpu.device, "dtype": dtype}
     return nn.Sequential(nn.Linear(hidden_size, width, **options), nn.GELU(), nn.Linear(width, hidden_size, **options))
@@ -346,7 +354,12 @@ def _forward_cell(plan: Plan, gpu: Gpu, layers: Mapping[str, FFF], dtype: str, t
         for label, backend in ((name, torch.ops.hf_fff), (f"{name} masked", masked_backend())):
             cell.checks[label] = check_forward(label, fff, x, backend)
             calls[label] = partial(backend.fff, x, *_weights(fff))
+        cell.ways[name] = _way(fff, x)
     return _timed(cell, calls, plan, gpu)
+
+
+def _way(fff: FFF, x: Tensor, **of: bool) -> str | None:
+    return ops.way(fff.n_trees, fff.config.depth or 0, fff.hidden_size, len(x), x.dtype, **of)
 
 
 def _graph(plan: Plan, gpu: Gpu) -> Cells:
@@ -361,13 +374,13 @@ def _graph_cell(plan: Plan, gpu: Gpu, layers: Mapping[str, FFF], tokens: int) ->
     x = torch.randn(tokens, plan.hidden_size, device=gpu.device, dtype=DTYPES[dtype])
     calls = {"copy": _copy(x), **_dense_calls({f"dense:{n}": n for n in plan.dense[:1]}, x, gpu)}
     calls |= {name: partial(torch.ops.hf_fff.fff, x, *_weights(fff)) for name, fff in layers.items()}
-    captured = {}
+    cell, captured = Cell("graph", str(tokens), dtype, ways={n: _way(fff, x) for n, fff in layers.items()}), {}
     for name, call in calls.items():
         want, replay = call(), gpu.capture(call)
         if relative_error(_tensor(replay()), _tensor(want)) > 1e-2:
             raise RuntimeError(f"{name} gives something else in a CUDA graph, at {tokens} tokens: nothing was timed")
         captured[name] = replay
-    return _timed(Cell("graph", str(tokens), dtype), captured, plan, gpu)
+    return _timed(cell, captured, plan, gpu)
 
 
 def _tensor(value: object) -> Tensor:
@@ -375,9 +388,14 @@ def _tensor(value: object) -> Tensor:
     return value
 
 
+def _rows(fff: FFF, path: Tensor) -> Tensor:
+    """Of the weights, for a path ``[T, K, D+1]``."""
+    return path.long() + torch.arange(fff.n_trees, device=path.device).unsqueeze(-1) * fff.config.tree_nodes
+
+
 def along_path(fff: FFF, x: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs ``[T, H]`` and logits ``[T, K, D+1]`` of the definition in float64, on a path that is given."""
-    rows = path.long() + torch.arange(fff.n_trees, device=x.device).unsqueeze(-1) * fff.config.tree_nodes
+    rows = _rows(fff, path)
     z = torch.einsum("th,tkdh->tkd", x.double(), fff.weight_in[rows].double()) + fff.bias_in[rows].double()
     act = torch_backend.activation_functions(fff.config.activation)[0]
     return torch.einsum("tkd,tkdh->th", act(z), fff.weight_out[rows].double()), z
@@ -396,7 +414,9 @@ def check_forward(name: str, fff: FFF, x: Tensor, backend: Any) -> dict[str, flo
     y, (_, path, _) = backend.fff(x, *_weights(fff)), backend.fff_train(x, *_weights(fff))
     some = slice(None, None, max(1, len(x) // _CHECKED))
     errors, agreeing = [], []
-    for xs, ys, paths in zip(x[some].split(64), y[some].split(64), path[some].split(64), strict=True):  # rows are many bytes
+    for xs, ys, paths in zip(
+        x[some].split(64), y[some].split(64), path[some].split(64), strict=True
+    ):  # rows are many bytes
         expected, z = along_path(fff, xs, paths)
         near = (z[..., :-1].abs() < _NEAR_ZERO[x.dtype]).flatten(1)
         went_right = (paths[..., 1:] == 2 * paths[..., :-1] + 2).flatten(1)
@@ -407,14 +427,13 @@ def check_forward(name: str, fff: FFF, x: Tensor, backend: Any) -> dict[str, flo
         if (elsewhere & ~near.any(1)).any():
             raise RuntimeError(f"the output of {name} is wrong, at {len(x)} tokens: nothing was timed")
         errors.append(error[~elsewhere])
-        doubles = (t.double() if isinstance(t, Tensor) else t for t in _weights(fff))
-        agreeing.append((torch_backend.fff_train(xs.double(), *doubles)[1] == paths).flatten(1).all(1))
-    rows = path.long() + torch.arange(fff.n_trees, device=x.device).unsqueeze(-1) * fff.config.tree_nodes
+        own = torch_backend.fff_train(xs.double(), *_doubles(fff), fff.n_trees, fff.config.activation)[1]
+        agreeing.append((own == paths).flatten(1).all(1))
     found = torch.cat(errors)
     return {
         "error": float(found.max()) if len(found) else 0.0,
         "agreeing": float(torch.cat(agreeing).double().mean()),
-        "visited": int(rows.unique().numel()),
+        "visited": int(_rows(fff, path).unique().numel()),
     }
 
 
@@ -428,8 +447,7 @@ def _backward(plan: Plan, gpu: Gpu) -> Cells:
 @torch.no_grad()
 def _backward_cell(plan: Plan, gpu: Gpu, layers: Mapping[str, FFF], dtype: str, tokens: int) -> Cell:
     masked = masked_backend()
-    shape, options = (tokens, plan.hidden_size), {"device": gpu.device, "dtype": DTYPES[dtype]}
-    x, grad_y = torch.randn(*shape, **options), torch.randn(*shape, **options)
+    x, grad_y = torch.randn(2, tokens, plan.hidden_size, device=gpu.device, dtype=DTYPES[dtype])
     cell, calls = Cell("backward", str(tokens), dtype), {"copy": _copy(x)}
     dense = {f"dense:{width}": _dense_backward(width, x, grad_y, gpu) for width in plan.dense}
     calls |= dense
@@ -439,10 +457,11 @@ def _backward_cell(plan: Plan, gpu: Gpu, layers: Mapping[str, FFF], dtype: str, 
         weights = _weights(fff)
         _, path, logits = torch.ops.hf_fff.fff_train(x, *weights)
         arguments = (grad_y, x, *weights[:3], path, logits, *weights[3:])
-        for suffix, routing in (("", ()), (" routing", _ROUTING)):
+        for suffix, routing in (("", (0.0, 1.0)), (" routing", _ROUTING)):
             cell.checks[name + suffix] = check_backward(name + suffix, fff, grad_y, x, path, logits, routing)
             calls[name + suffix] = partial(torch.ops.hf_fff.fff_backward, *arguments, *routing)
             calls[f"{name} masked{suffix}"] = partial(masked.fff_backward, *arguments, *routing)
+            cell.ways[name + suffix] = _way(fff, x, backward=True, routing=routing == _ROUTING)
     return _timed(cell, calls, plan, gpu)
 
 
@@ -456,7 +475,13 @@ def _dense_backward(width: int, x: Tensor, grad_y: Tensor, gpu: Gpu) -> Call:
 
 @torch.no_grad()
 def check_backward(
-    name: str, fff: FFF, grad_y: Tensor, x: Tensor, path: Tensor, logits: Tensor, routing: tuple[float, ...] = ()
+    name: str,
+    fff: FFF,
+    grad_y: Tensor,
+    x: Tensor,
+    path: Tensor,
+    logits: Tensor,
+    routing: tuple[float, float] = (0.0, 1.0),
 ) -> dict[str, float]:
     """Compares all gradients with those of the PyTorch backend in float64, on the same path.
 
@@ -468,12 +493,26 @@ def check_backward(
     """
     weights = _weights(fff)
     got = torch.ops.hf_fff.fff_backward(grad_y, x, *weights[:3], path, logits, *weights[3:], *routing)
-    doubles = [t.double() for t in (grad_y, x, *weights[:3])]
-    z = torch.cat([along_path(fff, *part)[1] for part in zip(x.split(64), path.split(64), strict=True)])
-    want = torch_backend.fff_backward(*doubles, path, z, *weights[3:], *routing)
+    z = torch.empty(path.shape, dtype=torch.float64, device=x.device)
+    weight_in, bias_in, weight_out = _doubles(fff)
+    for piece in torch_backend.pieces(len(x), len(weight_in)):
+        every = F.linear(x[piece].double(), weight_in, bias_in)
+        z[piece] = every.gather(1, _rows(fff, path[piece]).flatten(1)).view_as(z[piece])
+    want = torch_backend.fff_backward(
+        grad_y.double(),
+        x.double(),
+        weight_in,
+        bias_in,
+        weight_out,
+        path,
+        z,
+        fff.n_trees,
+        fff.config.activation,
+        *routing,
+    )
     names = ("x", "weight_in", "bias_in", "weight_out")
     errors = {n: relative_error(a, b) for n, a, b in zip(names, got, want, strict=True)}
-    limit = _WRONG[x.dtype][2 if routing else 1]
+    limit = _WRONG[x.dtype][2 if routing[0] else 1]
     if wrong := [n for n, error in errors.items() if not error <= limit]:
         raise RuntimeError(
             f"the gradient of {wrong[0]} of {name} is wrong (relative error {errors[wrong[0]]:.2g}), at {len(x)} tokens: nothing was timed"
@@ -592,7 +631,12 @@ def lines(told: Mapping[str, Any]) -> list[dict[str, Any]]:
             check = row["checks"].get(name, {})
             config = FFFConfig.from_shorthand(shape)
             size = bytes_a_token(
-                row["section"], config, told["hidden_size"], row["dtype"], tokens, int(check.get("visited", config.nodes))
+                row["section"],
+                config,
+                told["hidden_size"],
+                row["dtype"],
+                tokens,
+                int(check.get("visited", config.nodes)),
             )
             found.append(
                 {
@@ -606,6 +650,7 @@ def lines(told: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "share": size * tokens / own / 1e9 / told["rates"]["copy_gb_per_second"],
                     "error": max((v for n, v in check.items() if n not in ("agreeing", "visited")), default=None),
                     "agreeing": check.get("agreeing"),
+                    "way": row["ways"].get(name),
                 }
             )
     return found

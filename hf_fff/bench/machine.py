@@ -81,6 +81,25 @@ def gpu_line() -> str:
     return f"{of['name']}{others}, compute capability {of['capability']}, {of['memory_gib']} GiB{driver}"
 
 
+# What `env` tells the way of: layers of BERT-base's size, in bfloat16, with as many tokens as a training step has
+_LADDER, _TOKENS = ((1, 11), (4, 9), (8, 8), (32, 6), (64, 5), (128, 4), (512, 2)), 16384
+
+
+def gpu_ways() -> dict[str, dict[str, str]]:
+    """How the CUDA kernels compute layers of the paper's: pass -> KxD -> ``ops.way``; empty where they are not in use."""
+    if _runs_on_gpu() != "native":
+        return {}
+    passes: dict[str, dict[str, bool]] = {
+        "forward": {},
+        "backward": {"backward": True},
+        "backward with the routing gradient": {"backward": True, "routing": True},
+    }
+    return {
+        name: {f"{k}x{d}": ops.way(k, d, 768, _TOKENS, torch.bfloat16, **of) or "" for k, d in _LADDER}
+        for name, of in passes.items()
+    }
+
+
 def _runs_on_gpu() -> str | None:
     """As ``ops.backend`` says it; "nothing" where HF_FFF_BACKEND forbids what there is, and None without a GPU."""
     try:
@@ -103,6 +122,7 @@ def report() -> dict[str, Any]:
         },
         "cuda": gpu_line(),
         "backend": {"cpu": ops.backend("cpu"), "isa": ops.isa(), "cuda": _runs_on_gpu()},
+        "gpu_ways": gpu_ways(),
         "kernels": loader.describe(),
     }
 

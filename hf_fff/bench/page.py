@@ -487,7 +487,19 @@ def _named(row: Told) -> str:
 def _gpu_grid(rows: Sequence[Told]) -> list[str]:
     """For each FFF its times, and a line for each rival."""
     tokens = sorted({row["tokens"] for row in rows})
-    fields = ("section", "dtype", "tokens", "fff", "routing", "microseconds", "bytes_a_token", "share", "error", "agreeing")
+    fields = (
+        "section",
+        "dtype",
+        "tokens",
+        "fff",
+        "routing",
+        "microseconds",
+        "bytes_a_token",
+        "share",
+        "error",
+        "agreeing",
+        "way",
+    )
     table_lines = []
     for name in dict.fromkeys(map(_named, rows)):
         of = {row["tokens"]: row for row in rows if _named(row) == name}
@@ -506,7 +518,9 @@ def _rivals(told: Told, section: str, dtype: str) -> list[str]:
     """What the others take."""
     rows = [row for row in told["rows"] if (row["section"], row["dtype"]) == (section, dtype)]
     names = dict.fromkeys(name for row in rows for name in row["seconds"] if name == "copy" or ":" in name)
-    cells = ([name, *(micro(1e6 * r["seconds"][name]) if name in r["seconds"] else "-" for r in rows)] for name in names)
+    cells = (
+        [name, *(micro(1e6 * r["seconds"][name]) if name in r["seconds"] else "-" for r in rows)] for name in names
+    )
     return ["The others:", "", *table(["", *(f"{row['work']} tokens" for row in rows)], cells)]
 
 
@@ -514,14 +528,15 @@ def _roofline(rows: Sequence[Told]) -> list[str]:
     """Bytes a token, the part of the bandwidth, and how far outputs are off."""
     return [
         "What has to be moved, at least: the input, the output (and in backward the gradients), and the rows of all visited nodes once; the part of the "
-        "copy's bandwidth that this takes; the largest relative error against float64 on the same path, and the share of tokens whose path is float64's.",
+        "copy's bandwidth that this takes; the way in which the kernels compute it (*dense*: all nodes and a mask, where that is faster); the largest relative error against float64 on the same path, and the share of tokens whose path is float64's.",
         "",
         *table(
-            ["", "tokens", "bytes a token", "part of the bandwidth", "error", "same path"],
+            ["", "tokens", "way", "bytes a token", "part of the bandwidth", "error", "same path"],
             (
                 [
                     _named(row),
                     str(row["tokens"]),
+                    row["way"] or "-",
                     f"{row['bytes_a_token']:.0f}",
                     f"{100 * row['share']:.0f} %",
                     _known(row["error"], "{:.1e}"),
@@ -537,11 +552,13 @@ def _gpu_goals(rows: Sequence[Told]) -> list[str]:
     found = {(r["section"], r["fff"], r["dtype"], r["tokens"]): r for r in rows if not r["routing"]}
     judged = []
     for *at, rival, goal in GPU_GOALS:
-        measured = found.get(tuple(at), {}).get(rival)
+        section, fff, dtype, tokens = at
+        measured = found.get((section, fff, dtype, tokens), {}).get(rival)
         if measured is not None:
-            section, fff, dtype, tokens = at
             reached = "yes" if measured >= goal else "no"
-            judged.append([f"{fff} {dtype}, {section}, {tokens} tokens", rival, f"{goal:g}x", _ratio(measured), reached])
+            judged.append(
+                [f"{fff} {dtype}, {section}, {tokens} tokens", rival, f"{goal:g}x", _ratio(measured), reached]
+            )
     return ["## Goals", "", *table(["", "against", "goal", "measured", "reached"], judged)] if judged else []
 
 
@@ -619,7 +636,9 @@ def write_pages(folder: Path) -> list[Path]:
     written = []
     for name in read.keys() & pages.keys():
         page = folder / f"{name}.md"
-        maker = {"serve": "hf-fff bench serve --json"}.get(name, "make bench-cuda" if name.startswith("cuda-") else "make bench")
+        maker = {"serve": "hf-fff bench serve --json"}.get(
+            name, "make bench-cuda" if name.startswith("cuda-") else "make bench"
+        )
         source = f"Made by `python -m hf_fff.bench.page` from `{name}.json`, which `{maker}` writes."
         lines = pages[name](read[name])
         figure = page.with_suffix(".png")

@@ -94,7 +94,9 @@ def _cuda(told: Mapping[str, Any], axes: Any) -> None:
 
     rows = [row for row in lines(told) if not row["routing"]]
     for label, of in groupby(sorted(rows, key=name), key=name):
-        some = sorted((row["tokens"], row[first]) for row in of for first in [n for n in row if n.startswith("dense:")][:1])
+        some = sorted(
+            (row["tokens"], row[first]) for row in of for first in [n for n in row if n.startswith("dense:")][:1]
+        )
         axes.plot(*zip(*some, strict=True), marker="o", label=label)
     _finish(axes, "tokens", "times as fast as the dense layer")
 

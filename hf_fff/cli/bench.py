@@ -494,7 +494,9 @@ def bench_cuda(
     only: Annotated[
         str, typer.Option(help="Sections to measure, comma-separated: forward, backward, graph, model, train.")
     ] = "forward,backward,graph,model,train",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds, and no cell begun after 90 seconds.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer shapes and rounds, and no cell begun after 90 seconds.")
+    ] = False,
     seconds: Annotated[
         float | None, typer.Option(min=0, help="After which nothing new is begun; what was measured is told.")
     ] = None,
@@ -535,9 +537,7 @@ def bench_cuda(
     from ..bench.load import Patience
 
     plan = replace(cuda.Plan(), **changes)
-    measured = cuda.bench_cuda(
-        plan.quick() if quick else plan, sections, gpu=gpu, tell=lambda words: err.print(words)
-    )
+    measured = cuda.bench_cuda(plan.quick() if quick else plan, sections, gpu=gpu, tell=lambda words: err.print(words))
     known = machine.gpu() or {}
     line = f"hf-fff bench {command_line(context).removeprefix('hf-fff ')}"
     about = {"line": line, "gpu": known, "device": known.get("name"), "seconds": round(time.monotonic() - begun)}

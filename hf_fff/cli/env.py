@@ -53,6 +53,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("kernel library", _library(library)),
         ("C++ compiler", _compiler(library)),
         ("what FFFs run in, on the GPU", _ON_GPU.get(backend.get("cuda"), "")),
+        *((f"{name} (BERT-base, bf16)", _ways(ways)) for name, ways in facts.get("gpu_ways", {}).items()),
         *([("CUDA kernel library", _library(on_gpu)), ("CUDA compiler", _compiler(on_gpu))] if on_gpu else []),
         ("kernel sources", kernels["sources"]),
         ("kernel cache", kernels["cache"]),
@@ -62,6 +63,14 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 _ON_GPU = {"native": "CUDA kernels", "triton": "Triton kernels", "torch": "PyTorch", "nothing": "nothing"}
+
+
+def _ways(ways: dict[str, str]) -> str:
+    """Such as "tiles: 1x11; dense: 8x8, 32x6"."""
+    found: dict[str, list[str]] = {}
+    for fff, way in ways.items():
+        found.setdefault(way, []).append(fff)
+    return "; ".join(f"{way}: {', '.join(of)}" for way, of in found.items())
 
 
 def _compiler(library: dict[str, Any]) -> str:
@@ -121,7 +130,9 @@ def build(
     cuda: Annotated[bool, typer.Option("--cuda", help="The CUDA kernels, by nvcc; needs no GPU.")] = False,
     arch: Annotated[
         str | None,
-        typer.Option(help="With --cuda: GPUs to build for, comma-separated, such as 80,90 or 8.0,sm_90; all by default."),
+        typer.Option(
+            help="With --cuda: GPUs to build for, comma-separated, such as 80,90 or 8.0,sm_90; all by default."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option(help="Build even if there is one already.")] = False,
     as_json: Json = False,
@@ -138,7 +149,9 @@ def build(
     except ValueError as error:
         raise bad_option("--arch", error) from error
     if cuda:
-        err.print(f"compiling the CUDA kernels, unless they are there: this takes {loader.LIBRARIES['cuda'].tools.takes}")
+        err.print(
+            f"compiling the CUDA kernels, unless they are there: this takes {loader.LIBRARIES['cuda'].tools.takes}"
+        )
     elif force or must_compile():
         err.print("compiling the CPU kernel: this takes some seconds")
     status = loader.build("cuda" if cuda else "cpu", force=force, output=output, targets=targets)

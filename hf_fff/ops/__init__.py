@@ -103,7 +103,14 @@ def backend(device: str = "cpu") -> str:
 
 
 def way(
-    n_trees: int, depth: int, hidden: int, tokens: int, dtype: torch.dtype, *, backward: bool = False, routing: bool = False
+    n_trees: int,
+    depth: int,
+    hidden: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
+    routing: bool = False,
 ) -> str | None:
     """How the CUDA kernels do a call on the current device (docs/kernel-cuda.md); None where they are not in use.
 

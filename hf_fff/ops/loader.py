@@ -41,7 +41,6 @@ _SOURCE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
 _CPU_FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512f|avx512_(bf16|vnni|fp16)|amx_\w+|asimd(dp)?|bf16|i8mm|sve2?")
 
 
-
 @dataclass(frozen=True)
 class Toolchain:
     """How sources become a library."""
@@ -248,9 +247,7 @@ def status(name: str = "cpu") -> Status | None:
     return _statuses.get(_library(name).name)
 
 
-def build(
-    name: str = "cpu", *, force: bool = False, output: Path | None = None, targets: Iterable[str] = ()
-) -> Status:
+def build(name: str = "cpu", *, force: bool = False, output: Path | None = None, targets: Iterable[str] = ()) -> Status:
     """Compiles a library ahead of its first use, unless the cache has it already.
 
     Args:
@@ -346,14 +343,16 @@ def check_targets(names: Iterable[str]) -> tuple[str, ...]:
     Raises:
         ValueError: one is not known.
     """
-    found = {}
+    found: dict[str, str] = {}
     for name in names:
         plain, ptx = name.strip().lower().removeprefix("sm_").replace(".", ""), ""
         if plain.endswith(_PTX.lower()):
             plain, ptx = plain[: -len(_PTX)], _PTX
         if plain not in (*TARGETS, *_SPECIFIC) or (ptx and plain in _SPECIFIC):
             allowed = ", ".join(sorted((*TARGETS, *_SPECIFIC), key=_order))
-            raise ValueError(f"target {name!r} is not supported (allowed: {allowed}; all but those with an a also with {_PTX})")
+            raise ValueError(
+                f"target {name!r} is not supported (allowed: {allowed}; all but those with an a also with {_PTX})"
+            )
         found[plain] = found.get(plain) or ptx
     return tuple(plain + found[plain] for plain in sorted(found, key=_order))
 
@@ -401,7 +400,9 @@ def _target_of(capability: tuple[int, int]) -> str:
     major, minor = capability
     older = [target for target in TARGETS if _number(target) <= 10 * major + minor]
     if not older:
-        raise BuildError(f"a GPU here is an sm_{major}{minor}, and kernels are for sm_{', sm_'.join(TARGETS)} and later")
+        raise BuildError(
+            f"a GPU here is an sm_{major}{minor}, and kernels are for sm_{', sm_'.join(TARGETS)} and later"
+        )
     return older[-1] if _number(older[-1]) // 10 == major else older[-1] + _PTX
 
 
@@ -555,7 +556,13 @@ def _build_in(folder: Path, library: Library, compiler: _Compiler) -> Status:
 
 def _compile(library: Library, compiler: _Compiler, target: Path) -> None:
     host, tools, sources = library.host(), library.tools, library.files()
-    flags = [*tools.flags, *host.flags, *_words(tools.flags_variable), f"-I{host.home / 'include'}", f"-I{kernels_root()}"]
+    flags = [
+        *tools.flags,
+        *host.flags,
+        *_words(tools.flags_variable),
+        f"-I{host.home / 'include'}",
+        f"-I{kernels_root()}",
+    ]
     compile_ = [*compiler.command, *flags]
     for gpu in compiler.targets:
         number = gpu.removesuffix(_PTX)

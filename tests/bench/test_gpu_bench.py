@@ -17,6 +17,7 @@ PLAN = cuda.Plan(
     size="tiny", batches=("2x3",), kinds=("dense", "2x3", "none"), training=(("tiny", "2x3"),), rounds=3, limit=0.0,
 )  # fmt: skip
 
+
 class Host(cuda.Gpu):
     """The CPU in the place of a GPU."""
 
@@ -73,10 +74,7 @@ def test_all_sections():
     ]
     for row in told["rows"]:
         assert row["left_out"] == {} and all(s > 0 for s in row["seconds"].values())
-    forward, backward, graph, model, train = (
-        next(row for row in told["rows"] if row["section"] == section and row["dtype"] != "bfloat16" or row["section"] == section and section in ("graph", "model"))
-        for section in cuda.SECTIONS
-    )  # fmt: skip
+    forward, backward, graph, model, train = ({r["section"]: r for r in told["rows"]}[s] for s in cuda.SECTIONS)
     plain = {n for n in forward["seconds"] if "fused" not in n}
     dense = {"dense:24", "dense:31", "mlp:4"}
     assert plain == {"copy", "2x3", "1x2", "2x3 masked", "1x2 masked", *dense, *(f"{n} tf32" for n in dense)}
@@ -180,14 +178,22 @@ def test_least_bytes():
 
 def test_lines():
     forward, backward, routing = cuda.lines(TOLD)
-    assert (forward["section"], forward["tokens"], forward["fff"], forward["routing"]) == ("forward", 131072, "1x11", False)
+    assert (forward["section"], forward["tokens"], forward["fff"], forward["routing"]) == (
+        "forward",
+        131072,
+        "1x11",
+        False,
+    )
     ratios = {n: round(forward[n], 9) for n in ("dense:3072", "masked", "mlp:12", "copy")}
     assert ratios == {"dense:3072": 8.0, "masked": 12.0, "mlp:12": 0.6, "copy": 0.4}
     assert forward["bytes_a_token"] == pytest.approx(3072 + 4095 * 1537 * 2 / 131072)
     assert forward["share"] == pytest.approx(forward["bytes_a_token"] * 131072 / 2.5e-4 / 2e12)
     assert forward["error"] == 0.004 and forward["agreeing"] == 0.999 and forward["microseconds"] == pytest.approx(250)
+    assert (forward["way"], backward["way"], routing["way"]) == ("tiles", None, "dense")
     assert backward["error"] == 0.002 and backward["masked"] == pytest.approx(8) and backward["agreeing"] is None
-    assert routing["routing"] and routing["masked"] == pytest.approx(1.8) and routing["dense:3072"] == pytest.approx(0.8)
+    assert (
+        routing["routing"] and routing["masked"] == pytest.approx(1.8) and routing["dense:3072"] == pytest.approx(0.8)
+    )
     assert len(plot.csv_lines(cuda.lines(TOLD))) == 4
 
 
@@ -203,7 +209,7 @@ def test_page(tmp_path):
         "| against dense:3072 | 8.00x |",
         "| against masked | 12x |",
         "| dense:3072 fused | 2 ms |",
-        "| 1x11 | 131072 | 3168 | 83 % | 4.0e-03 | 99.90% |",
+        "| 1x11 | 131072 | tiles | 3168 | 83 % | 4.0e-03 | 99.90% |",
         "| **1x11, routing gradient** | 5 ms |",
         "| 1x11 bfloat16, forward, 131072 tokens | dense:3072 | 8x | 8.00x | yes |",
         "| 1x11 bfloat16, backward, 131072 tokens | dense:3072 | 3x | 4.00x | yes |",

@@ -17,7 +17,7 @@ def test_all_that_stands_beside_a_figure():
     assert list(facts) == ["cpu", "threads", "isa", "backend", "torch", "hf_fff"] and all(facts.values())
     assert facts["threads"] == torch.get_num_threads()
     report = json.loads(json.dumps(machine.report()))
-    assert set(report) == {"hf_fff", "python", "platform", "packages", "cpu", "cuda", "backend", "kernels"}
+    assert set(report) == {"hf_fff", "python", "platform", "packages", "cpu", "cuda", "backend", "gpu_ways", "kernels"}
     assert report["packages"]["transformers"] == version("transformers")
     assert report["kernels"]["libraries"]["cpu"]["status"] == report["backend"]["cpu"] == facts["backend"]
 

@@ -339,6 +339,7 @@ def on_gpu(runs, **cuda):
         "cuda": "a GPU, compute capability 9.0",
         "backend": {"cpu": "native", "isa": "avx2", "cuda": runs},
         "libraries": {"cuda": library | cuda},
+        "gpu_ways": {"forward": {"1x11": "tiles", "8x8": "dense", "32x6": "dense"}} if runs == "native" else {},
     }
 
 
@@ -350,6 +351,7 @@ def test_env_with_a_gpu(monkeypatch):
     for row in (
         ["GPU", "a GPU, compute capability 9.0"],
         ["what FFFs run in, on the GPU", "CUDA kernels"],
+        ["forward (BERT-base, bf16)", "tiles: 1x11; dense: 8x8, 32x6"],
         ["CUDA kernel library", "/cuda.so"],
         ["CUDA compiler", "/usr/local/cuda/bin/nvcc"],
     ):

@@ -117,7 +117,10 @@ BAD_CALLS = {
     "build": [
         (("--output",), "--output"),
         (("--arch", "90"), "belongs to --cuda"),
-        (("--cuda", "--arch", "90,70"), "target '70' is not supported (allowed: 75, 80, 86, 89, 90, 90a, 100, 100a, 120, 120a"),
+        (
+            ("--cuda", "--arch", "90,70"),
+            "target '70' is not supported (allowed: 75, 80, 86, 89, 90, 90a, 100, 100a, 120, 120a",
+        ),
     ],
     "bench cuda": [(("--only", "sideways"), "--only"), (("--tokens", "0"), "--tokens")],
     "bench layer": [(("--fff", "2y3"), "--fff"), (("--tokens", "0"), "--tokens")],

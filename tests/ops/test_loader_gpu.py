@@ -50,7 +50,9 @@ def nvcc(tmp_path, monkeypatch):
 def gpu_loader(root, *capabilities, driver=13000):  # noqa: F811
     """A loader whose library "tiny" is for GPUs, of which the machine has these."""
     loader = fresh_loader(root, compiler="nvcc", otherwise="Triton kernels are")
-    loader.torch = SimpleNamespace(**{n: getattr(loader.torch, n) for n in ("__version__", "__file__", "ops", "version")})
+    loader.torch = SimpleNamespace(
+        **{n: getattr(loader.torch, n) for n in ("__version__", "__file__", "ops", "version")}
+    )
     loader.torch._C = SimpleNamespace(_cuda_getDriverVersion=lambda: driver)
     loader.torch.version = SimpleNamespace(cuda="13.0", hip=None)
     loader.torch.cuda = SimpleNamespace(
@@ -111,7 +113,9 @@ def test_first_use_builds_for_the_gpus_that_are_there(root, nvcc):  # noqa: F811
 
 def test_built_ahead_without_a_gpu(root, nvcc, tmp_path):  # noqa: F811
     built = gpu_loader(root).build("tiny", output=tmp_path / "out")
-    assert not built.loaded and built.path == tmp_path / "out" / "libhf_fff_tiny.so" and "there is no GPU" in built.reason
+    assert (
+        not built.loaded and built.path == tmp_path / "out" / "libhf_fff_tiny.so" and "there is no GPU" in built.reason
+    )
     (codes,) = nvcc.codes()
     numbers = ("75", "80", "86", "89", "90", "100", "120")
     assert codes == [*(f"arch=compute_{n},code=sm_{n}" for n in numbers), "arch=compute_120,code=compute_120"]
@@ -142,7 +146,11 @@ def test_no_gpu(root, nvcc):  # noqa: F811
     status, warning = load_warned(loader)
     assert not status.loaded and "there is no GPU" in warning and nvcc.options() == []
     row = loader.describe()["libraries"]["tiny"]
-    assert row["targets"] == [] and "there is no GPU" in row["no_gpu"] and row["version"].startswith("Cuda compilation tools")
+    assert (
+        row["targets"] == []
+        and "there is no GPU" in row["no_gpu"]
+        and row["version"].startswith("Cuda compilation tools")
+    )
 
 
 def test_a_gpu_that_is_too_old(root, nvcc):  # noqa: F811
@@ -202,7 +210,9 @@ def test_sources_for_gpus_are_no_part_of_the_other_libraries(root):  # noqa: F81
     for text in ("", "// changed"):
         (root / "cuda" / "fff.cu").write_text(text)
         (root / "torch_binding_cuda.cpp").write_text(text)
-        digests.append([loader._source_digest(loader.LIBRARIES["tiny"]) for loader in (fresh_loader(root), gpu_loader(root))])
+        digests.append(
+            [loader._source_digest(loader.LIBRARIES["tiny"]) for loader in (fresh_loader(root), gpu_loader(root))]
+        )
     assert digests[0][0] == digests[1][0] and digests[0][1] != digests[1][1]
 
 

@@ -30,7 +30,9 @@ def test_the_library(nvcc):
     assert json.loads(built.path.with_suffix(".json").read_text())["targets"] == list(TARGETS)
     objects = shutil.which("cuobjdump", path=str(Path(nvcc[0]).parent))
     if objects:
-        listed = subprocess.run([objects, "--list-elf", str(built.path)], capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(
+            [objects, "--list-elf", str(built.path)], capture_output=True, text=True, check=True
+        ).stdout
         assert all(f".sm_{target}." in listed for target in TARGETS)
 
 
