@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import packed_backend, torch_backend
 from ._schema import ACTIVATIONS, ROWS, depth_of, library
-from .loader import Status, load, setting, status
+from .loader import Status, load, no_gpu, setting, status
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,10 +28,14 @@ __all__ = [
     "has_native",
     "isa",
     "load",
+    "no_gpu",
     "pack",
     "status",
     "way",
 ]
+
+
+_LIBRARIES = ("cpu", "cuda")  # devices that have a native library, which has their name
 
 
 def _fallback(name: str, home: ModuleType = torch_backend) -> Any:
@@ -44,11 +48,12 @@ def _fallback(name: str, home: ModuleType = torch_backend) -> Any:
     in_torch = getattr(home, name)
 
     def kernel(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.device.type == "cpu" and not has_native() and load("cpu").loaded:
-            return operator(x, *args, **kwargs)
-        if home is packed_backend and x.device.type != "cpu":
+        device = x.device.type
+        if home is packed_backend and device != "cpu":
             raise ValueError(f"hf_fff::{name} is for the CPU, and got a tensor on {x.device}")
-        if x.device.type == "cuda" and (on_gpu := _triton()):
+        if device in _LIBRARIES and not has_native(device) and load(device).loaded:
+            return operator(x, *args, **kwargs)
+        if device == "cuda" and (on_gpu := _triton()):
             return getattr(on_gpu, name)(x, *args, **kwargs)
         return in_torch(x, *args, **kwargs)
 
@@ -91,13 +96,21 @@ def has_native(device: str = "cpu") -> bool:
 
 def backend(device: str = "cpu") -> str:
     """``"native"``, ``"triton"`` or ``"torch"``: what a call on this device runs, loading the native library where there is one."""
-    if has_native(device) or (device == "cpu" and load("cpu").loaded):
+    there = device == "cpu" or (device == "cuda" and torch.cuda.is_available())
+    if has_native(device) or (there and load(device).loaded):
         return "native"
-    return "triton" if device == "cuda" and torch.cuda.is_available() and _triton() else "torch"
+    return "triton" if there and device == "cuda" and _triton() else "torch"
 
 
 def way(
-    n_trees: int, depth: int, hidden: int, tokens: int, dtype: torch.dtype, *, backward: bool = False, routing: bool = False
+    n_trees: int,
+    depth: int,
+    hidden: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
+    routing: bool = False,
 ) -> str | None:
     """How the CUDA kernels do a call on the current device (docs/kernel-cuda.md); None where they are not in use.
 

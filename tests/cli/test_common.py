@@ -114,7 +114,15 @@ BAD_CALLS = {
         (("{model}", "model"), "allowed: OWNER/NAME"),
     ],
     "env": [(("--frobnicate",), "--frobnicate")],
-    "build": [(("--output",), "--output")],
+    "build": [
+        (("--output",), "--output"),
+        (("--arch", "90"), "belongs to --cuda"),
+        (
+            ("--cuda", "--arch", "90,70"),
+            "target '70' is not supported (allowed: 75, 80, 86, 89, 90, 90a, 100, 100a, 120, 120a",
+        ),
+    ],
+    "bench cuda": [(("--only", "sideways"), "--only"), (("--tokens", "0"), "--tokens")],
     "bench layer": [(("--fff", "2y3"), "--fff"), (("--tokens", "0"), "--tokens")],
     "bench scaling": [(("--threads", "0"), "--threads"), (("--sizes", "nowhere"), "--sizes")],
     "bench serve": [(("--threads", "0"), "--threads"), (("--engines", "abacus"), "--engines")],

@@ -17,7 +17,16 @@ OPS = torch.ops.hf_fff
 WAYS = ("plain", "gather", "sorted", "tiles", "columns", "dense")
 DEVICE = "cuda"
 # what the ways are for: deep single trees, several trees, every remainder of a tile of 64 tokens, rows of no even length
-MORE = [(1, 11, 768, 1000), (1, 11, 128, 333), (1, 8, 64, 65), (1, 5, 64, 130), (1, 6, 192, 64), (4, 9, 256, 70), (8, 8, 384, 33), (2, 13, 40, 90)]
+MORE = [
+    (1, 11, 768, 1000),
+    (1, 11, 128, 333),
+    (1, 8, 64, 65),
+    (1, 5, 64, 130),
+    (1, 6, 192, 64),
+    (4, 9, 256, 70),
+    (8, 8, 384, 33),
+    (2, 13, 40, 90),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +75,11 @@ def is_a_path(path, z, near):
     path, z = path.cpu(), z.cpu()
     right = path[..., 1:] == 2 * path[..., :-1] + 2
     left = path[..., 1:] == 2 * path[..., :-1] + 1
-    return bool((path[..., 0] == 0).all() and (right | left).all() and ((right == (z[..., :-1] > 0)) | (z[..., :-1].abs() < near)).all())
+    return bool(
+        (path[..., 0] == 0).all()
+        and (right | left).all()
+        and ((right == (z[..., :-1] > 0)) | (z[..., :-1].abs() < near)).all()
+    )
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *MORE], ids=lambda s: "x".join(map(str, s)))
@@ -91,7 +104,9 @@ def test_against_the_oracle_itself(way):
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3), (torch.float64, 1e-12)]
+)
 @pytest.mark.parametrize("shape", [(1, 11, 128, 200), (3, 4, 64, 40), (2, 3, 33, 40)], ids=str)
 def test_activations_and_types(way, shape, dtype, bound, activation):
     args = random_layer(*shape, dtype=dtype)
@@ -134,7 +149,19 @@ def test_nan_and_inf_as_on_the_cpu(dtype):
         assert y[others].isfinite().all()
 
 
-GRADIENTS = [(1, 0, 8, 6), (1, 5, 33, 11), (3, 4, 16, 7), (8, 3, 40, 30), (1, 11, 768, 700), (1, 11, 64, 5000), (1, 13, 24, 900), (4, 9, 128, 300), (2, 3, 1100, 70), (64, 0, 8, 20), (1, 2, 8, 20000)]
+GRADIENTS = [
+    (1, 0, 8, 6),
+    (1, 5, 33, 11),
+    (3, 4, 16, 7),
+    (8, 3, 40, 30),
+    (1, 11, 768, 700),
+    (1, 11, 64, 5000),
+    (1, 13, 24, 900),
+    (4, 9, 128, 300),
+    (2, 3, 1100, 70),
+    (64, 0, 8, 20),
+    (1, 2, 8, 20000),
+]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 3.0])
@@ -157,7 +184,11 @@ def test_gradients(shape, dtype, alpha, way):
     want = torch_backend.fff_backward(*exact, path, logits.double(), n_trees, "gelu", alpha, 0.7)
     # The routing gradient compares subtrees that the token did not visit: in 16 bits some of its walks there turn elsewhere.
     routing = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.4, torch.float16: 0.2}[dtype]
-    bound = routing if alpha else {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    bound = (
+        routing
+        if alpha
+        else {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    )
     for name, a, b in zip(("x", "weight_in", "bias_in", "weight_out"), got, want, strict=True):
         assert a.dtype == dtype
         assert relative(oracle.array(a), oracle.array(b)) <= bound, name
@@ -230,7 +261,11 @@ def test_leading_dimensions_strides_and_no_tokens(way):
     assert torch.allclose(ops.fff(off, *weights, 1).float(), want.float(), rtol=2e-2, atol=2e-2)
     g = torch.randn_like(x)
     _, path, logits = OPS.fff_train(x, *weights, 1, "gelu")
-    for a, b in zip(OPS.fff_backward(g, off, *weights, path, logits, 1, "gelu"), OPS.fff_backward(g, x, *weights, path, logits, 1, "gelu"), strict=True):
+    for a, b in zip(
+        OPS.fff_backward(g, off, *weights, path, logits, 1, "gelu"),
+        OPS.fff_backward(g, x, *weights, path, logits, 1, "gelu"),
+        strict=True,
+    ):
         assert relative(oracle.array(a), oracle.array(b)) < 1e-2
 
 
@@ -238,9 +273,15 @@ def test_random_shapes():
     """Many shapes, each in a way drawn for it, with canaries around the outputs of the framework's allocator."""
     g = random.Random(int(os.environ.get("HF_FFF_TEST_SEED", "0")))
     for _ in range(int(os.environ.get("HF_FFF_TEST_SHAPES", "150"))):
-        n_trees, depth, hidden = g.choice((1, 1, 2, 3, 8)), g.randint(0, 12), g.choice((1, 7, 8, 16, 33, 64, 96, 128, 192, 256, 320))
+        n_trees, depth, hidden = (
+            g.choice((1, 1, 2, 3, 8)),
+            g.randint(0, 12),
+            g.choice((1, 7, 8, 16, 33, 64, 96, 128, 192, 256, 320)),
+        )
         tokens = g.randint(0, 600 if n_trees * (depth + 1) < 40 else 60)
-        dtype, bound = g.choice(((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float64, 1e-12)))
+        dtype, bound = g.choice(
+            ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float64, 1e-12))
+        )
         args = [a.to(dtype) for a in random_layer_there(n_trees, depth, hidden, tokens)]
         with by(g.choice(("automatic", *WAYS[:-1]))):
             y, path, logits = OPS.fff_train(*args, n_trees, "gelu")
