@@ -31,7 +31,7 @@ template <class T> struct Slopes {
 
 // A warp: TOKENS neighbours; a row that they share is read once. CHUNKS = 0: rows of any length, grad_y read anew for each.
 template <class T, int VEC, int CHUNKS, int TOKENS>
-__global__ void __launch_bounds__(kThreads) slopes_kernel(Slopes<T> a) {
+__global__ void __launch_bounds__(kThreads, CHUNKS * VEC * TOKENS <= 48 ? 2 : 1) slopes_kernel(Slopes<T> a) {
   using A = accumulator_t<T>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t hidden = a.shape.hidden, trees = a.shape.trees, nodes = a.shape.tree_nodes();
@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kThreads) slopes_kernel(Slopes<T> a) {
       A gain[TOKENS];  // lane l: of level l
 #pragma unroll
       for (int i = 0; i < TOKENS; ++i) leaf[i] = leaf_of(a.path[(token[i] * trees + tree) * levels + depth], depth);
+#pragma unroll 1
       for (int level = 0; level < levels; ++level) {
         int before = -1;
 #pragma unroll
@@ -146,12 +147,9 @@ template <class T, int VEC, int LEVELS> __global__ void __launch_bounds__(kThrea
       const bool left = before >= 0 && before >> shift == place, right = after >= 0 && after >> shift == place;
       if (!left && !right) {
         const int64_t row = tree * nodes + (1 << level) - 1 + place;
-        Pack<T, VEC> to_in, to_out;
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) to_in.v[j] = from_acc<T>(in[l][j]), to_out.v[j] = from_acc<T>(out[l][j]);
         if (here) {
-          store_once<T, VEC>(a.into_in + row * hidden + column, to_in);
-          store_once<T, VEC>(a.into_out + row * hidden + column, to_out);
+          store_once(a.into_in + row * hidden + column, Pack<T, VEC>::of(in[l]));
+          store_once(a.into_out + row * hidden + column, Pack<T, VEC>::of(out[l]));
         }
         if (first) a.into_bias[row] = from_acc<T>(bias[l]);
       } else {
@@ -191,12 +189,14 @@ template <class T, int VEC, int LEVELS> __global__ void __launch_bounds__(kThrea
     for (int t = 0; t < count; t += AHEAD) {
       Pack<T, VEC> x[AHEAD], g[AHEAD];
 #pragma unroll
-      for (int u = 0; u < AHEAD; ++u)
+      for (int u = 0; u < AHEAD; ++u) {
+        x[u].word = {}, g[u].word = {};
         if (here && t + u < count) {
           const int64_t from = int64_t(tokens[t + u]) * hidden + column;
           x[u] = load_once<T, VEC>(a.x + from);
           g[u] = load_once<T, VEC>(a.grad_y + from);
         }
+      }
 #pragma unroll
       for (int u = 0; u < AHEAD; ++u) {
         if (t + u >= count) break;
@@ -206,8 +206,7 @@ template <class T, int VEC, int LEVELS> __global__ void __launch_bounds__(kThrea
           leaf = now;
         }
         A xs[VEC], gs[VEC];
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) xs[j] = here ? to_acc(x[u].v[j]) : A(0), gs[j] = here ? to_acc(g[u].v[j]) : A(0);
+        x[u].get(xs), g[u].get(gs);
 #pragma unroll
         for (int l = 0; l < LEVELS; ++l) {
           const Pair pair = pairs[t + u][l];

@@ -78,16 +78,15 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) columns_kernel
       union { uint4 word; Visit<T> visit[EACH]; } u = {__ldg(visits + v)};
 #pragma unroll
       for (int e = 0; e < EACH; ++e) {
-        union { uint4 word; Pack<T, VEC> pack; } row = {rows[u.visit[e].row() * units + unit]};
+        const Pack<T, VEC> row{rows[u.visit[e].row() * units + unit]};
         const float c = u.visit[e].coefficient();
+        float w[VEC];
+        row.get(w);
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) sum[j] = fmaf(c, to_acc(row.pack.v[j]), sum[j]);
+        for (int j = 0; j < VEC; ++j) sum[j] = fmaf(c, w[j], sum[j]);
       }
     }
-    Pack<T, VEC> out;
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) out.v[j] = from_acc<T>(sum[j]);
-    *reinterpret_cast<Pack<T, VEC>*>(y + token * s.hidden + (first + unit) * VEC) = out;
+    *reinterpret_cast<uint4*>(y + token * s.hidden + (first + unit) * VEC) = Pack<T, VEC>::of(sum).word;
   }
 }
 

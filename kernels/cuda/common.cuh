@@ -30,30 +30,55 @@ template <> __device__ inline double from_acc<double>(double v) { return v; }
 template <> __device__ inline bfloat16 from_acc<bfloat16>(float v) { return __float2bfloat16_rn(v); }
 template <> __device__ inline float16 from_acc<float16>(float v) { return __float2half_rn(v); }
 
-// N neighbours, read and written as one word of 2 to 16 bytes.
-template <class T, int N> struct alignas(sizeof(T) * N) Pack {
-  T v[N];
-};
 template <int BYTES> struct Word;
 template <> struct Word<2> { using type = unsigned short; };
 template <> struct Word<4> { using type = unsigned; };
 template <> struct Word<8> { using type = uint2; };
 template <> struct Word<16> { using type = uint4; };
 
+__device__ inline void pair_of(uint32_t word, float& low, float& high, bfloat16) {
+  low = __uint_as_float(word << 16);
+  high = __uint_as_float(word & 0xffff0000u);
+}
+__device__ inline void pair_of(uint32_t word, float& low, float& high, float16) {
+  union { uint32_t word; __half2 pair; } u = {word};
+  const float2 both = __half22float2(u.pair);
+  low = both.x, high = both.y;
+}
+
+// N neighbours, read and written as one word of 2 to 16 bytes. They stay a word until they are used: 16-bit numbers, each in a
+// register of its own, would take twice the registers.
+template <class T, int N> struct Pack {
+  using A = accumulator_t<T>;
+  typename Word<sizeof(T) * N>::type word;
+
+  __device__ void get(A (&v)[N]) const {
+    if constexpr (sizeof(T) == 2 && N > 1) {
+      union { typename Word<sizeof(T) * N>::type word; uint32_t half[N / 2]; } u = {word};
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) pair_of(u.half[i], v[2 * i], v[2 * i + 1], T());
+    } else {
+      union { typename Word<sizeof(T) * N>::type word; T v[N]; } u = {word};
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[i] = to_acc(u.v[i]);
+    }
+  }
+  __device__ static Pack of(const A (&v)[N]) {
+    union { typename Word<sizeof(T) * N>::type word; T v[N]; } u = {};
+#pragma unroll
+    for (int i = 0; i < N; ++i) u.v[i] = from_acc<T>(v[i]);
+    return {u.word};
+  }
+};
+
 template <class T, int N> __device__ inline Pack<T, N> load(const T* p) {  // of what no kernel writes meanwhile
-  using W = typename Word<sizeof(T) * N>::type;
-  union { W word; Pack<T, N> pack; } u = {__ldg(reinterpret_cast<const W*>(p))};
-  return u.pack;
+  return {__ldg(reinterpret_cast<const typename Word<sizeof(T) * N>::type*>(p))};
 }
 template <class T, int N> __device__ inline Pack<T, N> load_once(const T* p) {  // and will not be read again soon
-  using W = typename Word<sizeof(T) * N>::type;
-  union { W word; Pack<T, N> pack; } u = {__ldcs(reinterpret_cast<const W*>(p))};
-  return u.pack;
+  return {__ldcs(reinterpret_cast<const typename Word<sizeof(T) * N>::type*>(p))};
 }
 template <class T, int N> __device__ inline void store_once(T* p, const Pack<T, N>& pack) {
-  using W = typename Word<sizeof(T) * N>::type;
-  union { Pack<T, N> pack; W word; } u = {pack};
-  __stcs(reinterpret_cast<W*>(p), u.word);
+  __stcs(reinterpret_cast<typename Word<sizeof(T) * N>::type*>(p), pack.word);
 }
 
 template <class T> constexpr int vector_of = 16 / int(sizeof(T));
@@ -66,24 +91,32 @@ template <class T, int VEC, int CHUNKS> struct Share {
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
       const int column = (i * kWarp + lane) * VEC;
-      if (column < hidden) {
-        pack[i] = ONCE ? load_once<T, VEC>(row + column) : load<T, VEC>(row + column);
-      } else {
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) pack[i].v[j] = from_acc<T>(0);
-      }
+      pack[i].word = {};
+      if (column < hidden) pack[i] = ONCE ? load_once<T, VEC>(row + column) : load<T, VEC>(row + column);
     }
   }
   __device__ accumulator_t<T> dot(const Share& other) const {  // this lane's part
     accumulator_t<T> even = 0, odd = 0;
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i)
+    for (int i = 0; i < CHUNKS; ++i) {
+      accumulator_t<T> a[VEC], b[VEC];
+      pack[i].get(a), other.pack[i].get(b);
 #pragma unroll
       for (int j = 0; j < VEC; ++j) {
         auto& sum = (i + j) % 2 ? odd : even;
-        sum = fma(to_acc(pack[i].v[j]), to_acc(other.pack[i].v[j]), sum);
+        sum = fma(a[j], b[j], sum);
       }
+    }
     return even + odd;
+  }
+  __device__ void add_to(accumulator_t<T> (&sum)[CHUNKS][VEC], accumulator_t<T> coefficient) const {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      accumulator_t<T> v[VEC];
+      pack[i].get(v);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) sum[i][j] = fma(coefficient, v[j], sum[i][j]);
+    }
   }
 };
 
@@ -97,9 +130,10 @@ template <class A> __device__ inline A warp_sum(A v) {  // equal on all lanes, b
 template <class T, int VEC> __device__ inline accumulator_t<T> dot_rows(const T* a, const T* b, int64_t hidden, int lane) {
   accumulator_t<T> sum = 0;
   for (int64_t c = int64_t(lane) * VEC; c < hidden; c += kWarp * VEC) {
-    const auto u = load<T, VEC>(a + c), v = load<T, VEC>(b + c);
+    accumulator_t<T> u[VEC], v[VEC];
+    load<T, VEC>(a + c).get(u), load<T, VEC>(b + c).get(v);
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) sum = fma(to_acc(u.v[j]), to_acc(v.v[j]), sum);
+    for (int j = 0; j < VEC; ++j) sum = fma(u[j], v[j], sum);
   }
   return warp_sum(sum);
 }

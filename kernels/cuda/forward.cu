@@ -28,7 +28,7 @@ __device__ inline void prefetch(const void* start, int64_t bytes, int lane) {  /
 // A team of warps shares the trees of a token and adds up its sums in shared memory. `ahead`: too few tokens to fill the
 // machine, so the rows that may come in two levels are fetched before it is known which one does.
 template <class T, int CHUNKS>
-__global__ void __launch_bounds__(kThreads) gather_kernel(Layer<T> a, int team, bool ahead) {
+__global__ void __launch_bounds__(kThreads, CHUNKS * vector_of<T> <= 24 ? 2 : 1) gather_kernel(Layer<T> a, int team, bool ahead) {
   using A = accumulator_t<T>;
   constexpr int VEC = vector_of<T>;
   extern __shared__ __align__(16) char shared[];
@@ -48,15 +48,12 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(Layer<T> a, int team, 
       A coefficient = 0;
       Share<T, VEC, CHUNKS> row, output;
       if (ahead && levels > 1) prefetch(in + hidden, 2 * hidden * sizeof(T), lane);
+#pragma unroll 1
       for (int level = 0; level < levels; ++level) {
         row.read(in + node * hidden, hidden, lane);
         const A bias = to_acc(a.bias_in[root + node]);
         if (ahead && level + 2 < levels) prefetch(in + (4 * node + 3) * hidden, 4 * hidden * sizeof(T), lane);
-        if (level)  // of the level above, while this row is on its way
-#pragma unroll
-          for (int i = 0; i < CHUNKS; ++i)
-#pragma unroll
-            for (int j = 0; j < VEC; ++j) y[i][j] = fma(coefficient, to_acc(output.pack[i].v[j]), y[i][j]);
+        if (level) output.add_to(y, coefficient);  // of the level above, while this row is on its way
         output.read(out + node * hidden, hidden, lane);
         const A z = warp_sum(x.dot(row)) + bias;
         coefficient = act(a.activation, z);
@@ -67,10 +64,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(Layer<T> a, int team, 
         }
         node = 2 * node + 1 + (z > 0);
       }
-#pragma unroll
-      for (int i = 0; i < CHUNKS; ++i)
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) y[i][j] = fma(coefficient, to_acc(output.pack[i].v[j]), y[i][j]);
+      output.add_to(y, coefficient);
     }
   }
   if (team == 1) {
@@ -78,10 +72,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(Layer<T> a, int team, 
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
       const int column = (i * kWarp + lane) * VEC;
-      Pack<T, VEC> pack;
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) pack.v[j] = from_acc<T>(y[i][j]);
-      if (column < hidden) store_once<T, VEC>(a.y + token * hidden + column, pack);
+      if (column < hidden) store_once(a.y + token * hidden + column, Pack<T, VEC>::of(y[i]));
     }
     return;
   }
@@ -222,21 +213,26 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Combine<T> a, int64_t
         for (int v = 0; v < batch; ++v) {
           const T* tree = a.weight + ((begin + v) / levels) * nodes * hidden + column;
           if (shared_rows >> v & 1) {
-            const auto row = load<T, VEC>(tree + rows[warp][v][0] * hidden);
+            A row[VEC];
+            load<T, VEC>(tree + rows[warp][v][0] * hidden).get(row);
 #pragma unroll
-            for (int j = 0; j < VEC; ++j) {
-              const A w = to_acc(row.v[j]);
+            for (int i = 0; i < kGroup; ++i) {
+              const A c = coefficients[warp][v][i];
 #pragma unroll
-              for (int i = 0; i < kGroup; ++i) sum[i][j] = fma(coefficients[warp][v][i], w, sum[i][j]);
+              for (int j = 0; j < VEC; ++j) sum[i][j] = fma(c, row[j], sum[i][j]);
             }
           } else {
             Pack<T, VEC> row[kGroup];
 #pragma unroll
             for (int i = 0; i < kGroup; ++i) row[i] = load<T, VEC>(tree + rows[warp][v][i] * hidden);
 #pragma unroll
-            for (int i = 0; i < kGroup; ++i)
+            for (int i = 0; i < kGroup; ++i) {
+              const A c = coefficients[warp][v][i];
+              A w[VEC];
+              row[i].get(w);
 #pragma unroll
-              for (int j = 0; j < VEC; ++j) sum[i][j] = fma(coefficients[warp][v][i], to_acc(row[i].v[j]), sum[i][j]);
+              for (int j = 0; j < VEC; ++j) sum[i][j] = fma(c, w[j], sum[i][j]);
+            }
           }
         }
       __syncwarp();
@@ -244,10 +240,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Combine<T> a, int64_t
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const int64_t token = __shfl_sync(kAll, mine, i);
-      Pack<T, VEC> pack;
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) pack.v[j] = from_acc<T>(sum[i][j]);
-      if (i < count && here) store_once<T, VEC>(a.out + token * hidden + column, pack);
+      if (i < count && here) store_once(a.out + token * hidden + column, Pack<T, VEC>::of(sum[i]));
     }
   }
 }

@@ -331,8 +331,8 @@ template <class T> __global__ void __launch_bounds__(128) subtree_kernel(Sub<T> 
     for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
-        const Pack<T, 2> pair{{from_acc<T>(sums[n][i]), from_acc<T>(sums[n][i + 1])}};
-        *reinterpret_cast<Pack<T, 2>*>(output + (lane / 4 + i * 4) * OUTPUT * 2 + n * 16 + lane % 4 * 4) = pair;
+        const float pair[2] = {sums[n][i], sums[n][i + 1]};
+        *reinterpret_cast<uint32_t*>(output + (lane / 4 + i * 4) * OUTPUT * 2 + n * 16 + lane % 4 * 4) = Pack<T, 2>::of(pair).word;
       }
     __syncwarp();
 #pragma unroll
