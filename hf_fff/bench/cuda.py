@@ -1,10 +1,11 @@
 """FFF layers, models and training steps on one GPU, against dense layers, narrow ones, a masked dense layer and a copy of the input.
 
-A call's time is what the GPU takes, between two events on its stream: medians of rounds in which all candidates of a cell come in
+A call's time is what the GPU takes, between two events on its stream, without Python's: medians of rounds in which all candidates of a cell come in
 another random order, with the second-level cache overwritten before each. Models and training steps are timed by the clock,
 Python included. Outputs and gradients are checked against float64 on the same path before anything is timed.
 """
 
+import gc
 import random
 import statistics
 import time
@@ -39,6 +40,7 @@ _NEAR_ZERO = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # a logit below which 
 # which compares subtrees that the token did not visit, and in which bfloat16 turns elsewhere
 _WRONG = {torch.float32: (1e-4, 1e-3, 1e-2), torch.bfloat16: (3e-2, 3e-2, 0.3)}
 _ROUTING = (3.0, 1.0)  # alpha and tau
+_SLEEP = 1_000_000  # cycles that keep the GPU from a call until all of it is queued: about half a millisecond
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Plan:
         return replace(
             self,
             fff=tuple(f for f in self.fff if f in ("1x11", "8x8")) or self.fff[:2],
-            tokens=_ends(self.tokens),
+            tokens=self.tokens[-2:],
             backward_tokens=self.backward_tokens[-1:],
             graph_tokens=_ends(self.graph_tokens),
             dense=self.dense[:2],
@@ -131,7 +133,8 @@ class Gpu:
             draw.shuffle(names)
             for name in names:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self._other.zero_()  # which also keeps the GPU busy until the call is queued
+                torch.cuda._sleep(_SLEEP)
+                self._other.zero_()
                 start.record()
                 calls[name]()
                 end.record()
@@ -168,6 +171,7 @@ class Gpu:
         return torch.cuda.max_memory_allocated(self.device)
 
     def free(self) -> None:
+        gc.collect()
         torch.cuda.empty_cache()
 
     def rates(self, *, size: int = 8192, copied: int = 1 << 29) -> dict[str, float]:

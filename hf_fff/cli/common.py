@@ -166,21 +166,25 @@ def must_compile(name: str = "cpu") -> bool:
     return bool(key and not asked and not any(Path(facts["cache"]).glob(f"{name}-{key}*")))
 
 
+def announce(name: str, what: str) -> None:
+    """Tells that a library is about to be compiled, if it is."""
+    from ..ops import loader
+
+    if must_compile(name):
+        err.print(f"compiling the {what}, once: this takes {loader.LIBRARIES[name].tools.takes}")
+
+
 def load_kernels(device: Device | None = Device.cpu) -> None:
     """Now, so that a bad ``HF_FFF_BACKEND`` is told before minutes of work; those of the CPU, and of a GPU where ``device`` is one, or
     may be."""
     import torch
 
     from .. import ops
-    from ..ops import loader
 
-    if must_compile():
-        err.print("compiling the CPU kernel, once: this takes some seconds")
+    announce("cpu", "CPU kernel")
     ops.load()
     if device is not Device.cpu and torch.cuda.is_available():
-        if must_compile("cuda"):
-            takes = loader.LIBRARIES["cuda"].tools.takes
-            err.print(f"compiling the CUDA kernels, once: this takes {takes}")
+        announce("cuda", "CUDA kernels")
         ops.load("cuda")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Json, app, bad_option, err, must_compile, out, reports_errors, table_of
+from .common import Json, announce, app, bad_option, err, must_compile, out, reports_errors, table_of
 
 
 @app.command()
@@ -17,6 +17,8 @@ def env(as_json: Json = False) -> None:
     """Say what is installed, which kernels run, and why; and what is slow or missing here."""
     from ..bench.machine import report
 
+    announce("cpu", "CPU kernel")
+    announce("cuda", "CUDA kernels")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="hf_fff: ")  # the same is told below
         facts = report()
