@@ -79,7 +79,7 @@ _TOOLCHAINS = {
         # The CUDA runtime is a static library, whose names must not mix with those of torch's.
         ("-Xlinker", "--no-as-needed,--exclude-libs=ALL"),
         "HF_FFF_NVCCFLAGS",
-        timeout=1800,
+        timeout=3600,
         takes="some tens of seconds for each kind of GPU",
         version="release",
     ),

@@ -240,4 +240,6 @@ def test_on_a_gpu():
     """Every section once, tiny."""
     told = cuda.bench_cuda(PLAN, gpu=cuda.Gpu())
     assert told["failed"] == {} and {row["section"] for row in told["rows"]} == set(cuda.SECTIONS)
-    assert all(row["left_out"] == {} for row in told["rows"]) and all(rate > 0 for rate in told["rates"].values())
+    assert all(row["left_out"] == {} for row in told["rows"] if row["section"] != "model") and all(
+        rate > 0 for rate in told["rates"].values()
+    )
