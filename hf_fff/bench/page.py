@@ -474,7 +474,7 @@ def cuda_page(told: Told) -> list[str]:
     lines += _training([row for row in told["rows"] if row["section"] == "train"])
     for row in told["rows"]:
         where = f"{row['section']}, {row['dtype']}, {row['work']}"
-        lines += [f"Left out: {name} ({where}): {why}.\n" for name, why in row["left_out"].items()]
+        lines += [f"Left out: {name} ({where}): {why}\n" for name, why in row["left_out"].items()]
     lines += [f"**{section} failed**: {why}\n" for section, why in told["failed"].items()]
     lines += [f"There was no time for all of {section}.\n" for section in told["stopped"]]
     return lines

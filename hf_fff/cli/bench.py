@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 
-from .common import Json, Seed, app, bad_option, command_line, err, out, read_text, reports_errors, table_of
+from .common import Json, Seed, app, bad_option, err, out, read_text, reports_errors, table_of
 from .export import Rows
 
 bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
@@ -478,7 +478,6 @@ def bench_serve(
 @bench_app.command("cuda")
 @reports_errors
 def bench_cuda(
-    context: typer.Context,
     fff: Annotated[
         str, typer.Option(help="Trees x depth of the layers, comma-separated.", show_default="1x11,4x9,8x8,32x6")
     ] = "",
@@ -539,7 +538,9 @@ def bench_cuda(
     plan = replace(cuda.Plan(), **changes)
     measured = cuda.bench_cuda(plan.quick() if quick else plan, sections, gpu=gpu, tell=lambda words: err.print(words))
     known = machine.gpu() or {}
-    line = f"hf-fff bench {command_line(context).removeprefix('hf-fff ')}"
+    words = {"--fff": fff, "--tokens": tokens, "--dtype": dtype, "--only": only}
+    line = " ".join(["hf-fff bench cuda", *(f"{name} {value}" for name, value in words.items() if value)])
+    line += " --quick" if quick else ""
     about = {"line": line, "gpu": known, "device": known.get("name"), "seconds": round(time.monotonic() - begun)}
     told = _told("cuda", Patience(), {**about, **measured}, device="cuda")
     _write(told, cuda.lines(told), csv_file, plot)

@@ -80,7 +80,7 @@ _TOOLCHAINS = {
         ("-Xlinker", "--no-as-needed,--exclude-libs=ALL"),
         "HF_FFF_NVCCFLAGS",
         timeout=1800,
-        takes="a minute or so for each kind of GPU",
+        takes="some tens of seconds for each kind of GPU",
         version="release",
     ),
 }

@@ -330,6 +330,27 @@ def test_a_compilation_is_told(tmp_path, monkeypatch, capsys, cached):
     assert ("compiling the CPU kernel" in capsys.readouterr().err) != cached
 
 
+@pytest.mark.parametrize(
+    ("device", "targets", "told"),
+    [("cuda", ["90"], True), (None, ["90"], True), ("cpu", ["90"], False), ("cuda", [], False), ("cuda", None, False)],
+)
+def test_a_compilation_for_the_gpu_is_told(tmp_path, monkeypatch, capsys, device, targets, told):
+    """Unless the CPU is asked for, or the GPU cannot be served, or what serves it is there."""
+    from hf_fff.ops import loader
+
+    facts = {"backend_setting": "auto", "kernel_path": None, "cache": str(tmp_path)}
+    facts["libraries"] = {"cpu": {}, "cuda": {"key": "12", "targets": ["90"] if targets is None else targets}}
+    if targets is None:
+        (tmp_path / "cuda-12-80-90").mkdir()
+    loaded = []
+    monkeypatch.setattr(loader, "describe", lambda: facts)
+    monkeypatch.setattr("hf_fff.ops.load", lambda name="cpu": loaded.append(name))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    common.load_kernels(common.Device(device) if device else None)
+    assert ("compiling the CUDA kernels, once" in capsys.readouterr().err) is told
+    assert loaded == (["cpu"] if device == "cpu" else ["cpu", "cuda"])
+
+
 @pytest.mark.parametrize("module", ["hf_fff", "hf_fff.cli"])
 def test_as_a_module(module):
     environment = {**os.environ, "COLUMNS": "80"}
