@@ -282,6 +282,36 @@ template <class T> void sums(const Sums<T>& a, bool vectors, cudaStream_t stream
     join_kernel<T><<<dim3(grid.x, unsigned(levels), kJoinParts), kJoinColumns * kJoinGroups, 0, stream>>>(a);
 }
 
+// ---- the straight-through routing gradient -------------------------------------------------------------------------------
+
+// A thread: a visit of an inner node. What each child is worth: <grad_y, output of the path that descends greedily from it>.
+template <class T> __global__ void __launch_bounds__(kThreads) routing_kernel(Routing r) {
+  using A = accumulator_t<T>;
+  const int64_t levels = r.shape.levels(), nodes = r.shape.tree_nodes(), all = r.shape.nodes();
+  const int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
+  if (i >= r.shape.tokens * r.shape.walk()) return;
+  const int64_t token = i / r.shape.walk(), tree = i / levels % r.shape.trees;
+  const int level = int(i % levels), depth = int(r.shape.depth);
+  A* extra = static_cast<A*>(r.extra);
+  if (level == depth) {
+    extra[i] = 0;
+    return;
+  }
+  const T *every = static_cast<const T*>(r.every) + token * all + tree * nodes, *gain = static_cast<const T*>(r.gain) + token * all + tree * nodes,
+          *bias = static_cast<const T*>(r.bias_in) + tree * nodes;
+  const int64_t node = node_above(leaf_of(r.path[i - level + depth], depth), level, depth);
+  A worth[2] = {0, 0};
+#pragma unroll
+  for (int child = 0; child < 2; ++child)
+    for (int64_t n = 2 * node + 1 + child; n < nodes;) {
+      const A z = to_acc(every[n]) + to_acc(bias[n]);
+      worth[child] = fma(act(r.activation, z), to_acc(gain[n]), worth[child]);
+      n = 2 * n + 1 + (z > 0);
+    }
+  const A s = sigmoid(static_cast<const A*>(r.logits)[i] / A(r.temperature));
+  extra[i] = A(r.strength) * (worth[1] - worth[0]) * s * (A(1) - s) / A(r.temperature);
+}
+
 struct Parts {
   uint32_t* keys;
   int32_t* tokens;
@@ -340,10 +370,17 @@ template <class T> const char* run(const Backward& b, cudaStream_t stream) {
 
 }  // namespace
 
-bool backward_is_dense(const Problem& p, bool routing) { return routing && p.type != Type::float64; }
+bool backward_is_dense(const Problem& p, bool) { return p.type != Type::float64 && p.shape.trees >= 16; }
 
 int64_t backward_workspace(const Problem& p, bool weights) {
   return p.shape.tokens ? parts_of(p, weights, nullptr).used : 0;
+}
+
+const char* routing(const Routing& r, Type type, cudaStream_t stream) {
+  const int64_t visits = r.shape.tokens * r.shape.walk();
+  if (visits == 0) return nullptr;
+  with_type(type, [&](auto t) { routing_kernel<decltype(t)><<<unsigned(divide_up(visits, kThreads)), kThreads, 0, stream>>>(r); });
+  return launched();
 }
 
 const char* backward(const Backward& b, cudaStream_t stream) {

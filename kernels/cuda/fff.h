@@ -67,6 +67,18 @@ struct Backward {
   void* workspace;
 };
 
+// The straight-through routing gradient of every visit, from the logits and the gains of *all* nodes, [tokens, nodes], which are
+// matrix products: x times weight_in, without bias, and grad_y times weight_out. Its `extra` is what Backward adds.
+struct Routing {
+  Shape shape;
+  Activation activation;
+  const void *every, *gain, *bias_in;
+  const int32_t* path;
+  const void* logits;
+  double strength, temperature;  // alpha and tau
+  void* extra;                   // [tokens, trees, levels]
+};
+
 // The way that a forward pass takes, or whether `wanted` can be taken: then that, otherwise `plain`.
 Way forward_way(const Problem&, Way wanted = Way::automatic);
 // Whether dense matrix products beat the conditional backward pass.
@@ -77,6 +89,7 @@ int64_t backward_workspace(const Problem&, bool weights);
 
 // Null, or what went wrong.
 const char* forward(const Forward&, Way, cudaStream_t);
+const char* routing(const Routing&, Type, cudaStream_t);
 const char* backward(const Backward&, cudaStream_t);
 
 }  // namespace hf_fff_cuda

@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -172,8 +173,7 @@ Way wanted_way() {
 
 bool goes_back_dense(const Problem& problem, bool routing) {
   const Way wanted = wanted_way();
-  if (wanted == Way::dense) return true;
-  return hf_fff_cuda::backward_is_dense(problem, routing) && (wanted == Way::automatic || routing);
+  return wanted == Way::dense || (wanted == Way::automatic && hf_fff_cuda::backward_is_dense(problem, routing));
 }
 
 std::tuple<Tensor, Tensor, Tensor> run_dense(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in,
@@ -228,6 +228,31 @@ std::tuple<Tensor, Tensor, Tensor> fff_train(Tensor x, Tensor weight_in, Tensor 
   return {y, path, logits};
 }
 
+constexpr int64_t kMostElements = int64_t{1} << 27;  // of all nodes' logits that are there at once
+
+// What the routing gradient adds to dL/dlogit, [tokens, trees, levels]; contiguous arguments.
+Tensor routing_term(const Tensor& grad_y, const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_out,
+                    const Tensor& path, const Tensor& logits, const Problem& problem, Activation activation, double strength,
+                    double temperature) {
+  const Shape& s = problem.shape;
+  Tensor extra = torch::stable::new_empty(x, std::vector<int64_t>{s.tokens, s.walk()}, logits_type(x));
+  const auto rows = [&](const Tensor& t, int64_t width) { return torch::stable::view(t, std::vector<int64_t>{s.tokens, width}); };
+  const Tensor xs = rows(x, s.hidden), gs = rows(grad_y, s.hidden), ps = rows(path, s.walk()), ls = rows(logits, s.walk()),
+               in = torch::stable::transpose(weight_in, 0, 1), out = torch::stable::transpose(weight_out, 0, 1);
+  const int64_t piece = std::max<int64_t>(1, kMostElements / s.nodes());
+  for (int64_t begin = 0; begin < s.tokens; begin += piece) {
+    const int64_t count = std::min(piece, s.tokens - begin);
+    const auto part = [&](const Tensor& t) { Tensor all = t; return torch::stable::narrow(all, 0, begin, count); };
+    const Tensor every = torch::stable::matmul(part(xs), in), gain = torch::stable::matmul(part(gs), out);
+    const Tensor p = part(ps), l = part(ls), e = part(extra);
+    check(hf_fff_cuda::routing({{count, s.hidden, s.trees, s.depth}, activation, every.const_data_ptr(), gain.const_data_ptr(),
+                                bias_in.const_data_ptr(), static_cast<const int32_t*>(p.const_data_ptr()), l.const_data_ptr(),
+                                strength, temperature, e.mutable_data_ptr()},
+                               problem.type, stream_of(x)));
+  }
+  return extra;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> fff_backward(Tensor grad_y, Tensor x, Tensor weight_in, Tensor bias_in,
                                                         Tensor weight_out, Tensor path, Tensor logits, int64_t n_trees,
                                                         Text activation, double routing_gradient,
@@ -259,12 +284,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fff_backward(Tensor grad_y, Tensor x,
   };
   Tensor grad_x = result(x, need_x), grad_in = result(weight_in, need_weights),
          grad_bias = result(bias_in, need_weights), grad_out = result(weight_out, need_weights);
-  const Tensor gd = dense(grad_y), xd = dense(x), wi = dense(weight_in), wo = dense(weight_out), pd = dense(path), ld = dense(logits);
+  const Tensor gd = dense(grad_y), xd = dense(x), wi = dense(weight_in), bi = dense(bias_in), wo = dense(weight_out), pd = dense(path),
+               ld = dense(logits);
   problem.aligned = aligned({&gd, &xd, &wi, &wo});
+  Tensor extra;
+  if (routing_gradient != 0)
+    extra = routing_term(gd, xd, wi, bi, wo, pd, ld, problem, act, routing_gradient, routing_temperature);
   const Tensor workspace = bytes(x, hf_fff_cuda::backward_workspace(problem, need_weights));
-  check(hf_fff_cuda::backward({problem, act, gd.const_data_ptr(), xd.const_data_ptr(), wi.const_data_ptr(), nullptr,
+  check(hf_fff_cuda::backward({problem, act, gd.const_data_ptr(), xd.const_data_ptr(), wi.const_data_ptr(), bi.const_data_ptr(),
                                wo.const_data_ptr(), static_cast<const int32_t*>(pd.const_data_ptr()), ld.const_data_ptr(),
-                               nullptr, need_x ? grad_x.mutable_data_ptr() : nullptr,
+                               routing_gradient != 0 ? extra.const_data_ptr() : nullptr, need_x ? grad_x.mutable_data_ptr() : nullptr,
                                need_weights ? grad_in.mutable_data_ptr() : nullptr,
                                need_weights ? grad_bias.mutable_data_ptr() : nullptr,
                                need_weights ? grad_out.mutable_data_ptr() : nullptr, workspace.mutable_data_ptr()},
