@@ -3,7 +3,7 @@
 RATES = {"copy_gb_per_second": 2000.0, "matmul_tflops": 500.0}
 TOLD = {
     "command": "cuda", "line": "hf-fff bench cuda", "cpu": "Some CPU", "torch": "2.13", "transformers": "5", "python": "3.11", "hf_fff": "0",
-    "backend": "native", "date": "a day", "seconds": 77, "hidden_size": 768, "device": "Some GPU", "rates": RATES, "rounds": 9,
+    "backend": "native", "date": "a day", "seconds": 77, "hidden_size": 768, "size": "bert-base", "device": "Some GPU", "rates": RATES, "rounds": 9,
     "gpu": {"name": "Some GPU", "capability": "9.0", "multiprocessors": 132, "memory_gib": 80.0, "l2_mib": 50.0, "driver": "13.0", "cuda": "13.0"},
     "failed": {"train": "it was late"}, "stopped": ["graph"],
     "rows": [

@@ -228,6 +228,7 @@ def bench_cuda(
             gpu.free()
     return {
         "hidden_size": plan.hidden_size,
+        "size": plan.size,
         "rounds": plan.rounds,
         "rates": rates,
         "rows": [asdict(cell) for cell in cells],

@@ -436,6 +436,9 @@ _SECTIONS = {
 }
 
 
+_KERNELS = {"native": "CUDA kernels", "triton": "Triton kernels", "torch": "PyTorch"}
+
+
 def cuda_page(told: Told) -> list[str]:
     from .cuda import lines as lines_of
 
@@ -446,7 +449,7 @@ def cuda_page(told: Told) -> list[str]:
         "",
         f"`{told['line']}`. {gpu['name']}, compute capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, {gpu['memory_gib']} GiB, "
         f"second-level cache {gpu['l2_mib']} MiB; a driver for CUDA up to {gpu['driver']}, CUDA {gpu['cuda']}; torch {told['torch']}, transformers "
-        f"{told['transformers']}, Python {told['python']}, hf_fff {told['hf_fff']}, FFFs in {told['backend']} kernels; {told['date']}. It took {told['seconds']} s.",
+        f"{told['transformers']}, Python {told['python']}, hf_fff {told['hf_fff']}, FFFs in {_KERNELS[told['backend']]}; {told['date']}. It took {told['seconds']} s.",
         "",
         f"In the same run the device copied {rates['copy_gb_per_second']:.0f} GB/s (read and written), and multiplied bfloat16 matrices at "
         f"{rates['matmul_tflops']:.0f} TFLOP/s.",
@@ -458,7 +461,13 @@ def cuda_page(told: Told) -> list[str]:
             "candidates came in another random order, the second-level cache overwritten before each; outputs and gradients checked against float64 first. "
             "*dense* and *mlp* are Linear-GELU-Linear of so many neurons, the faster of torch's plain one and of one with a fused activation; *masked* is "
             "the dense layer with a mask, as the reference code trains; *copy* copies the input; *tf32* lets float32 products be made in TF32. "
-            "A cell: how many times as fast the FFF is (below 1x the other is faster).",
+            "A cell: how many times as fast the FFF is (below 1x the other is faster); of the others their time, and of dense layers in bfloat16 the part of "
+            "the speed above.",
+            "",
+            "*Way* is how the kernels compute it (*dense*: all nodes and a mask, which they do where that is faster). *Bytes a token* is what has to be moved from "
+            "and to the memory, at least: the input, the output (backward: the gradients, path and logits), and the rows of visited nodes once (backward: the gradients "
+            "of all); beside it, the part of the copy's bandwidth that this would take. *Error* is the largest relative one against float64 on the same path; *same "
+            "path* the share of tokens whose path is float64's.",
             "",
             "![times as fast as the dense layer, over tokens](FIGURE)",
             "",
@@ -470,7 +479,7 @@ def cuda_page(told: Told) -> list[str]:
     lines += _gpu_goals(rows)
     for row in told["rows"]:
         if row["section"] == "model":
-            lines += _gpu_model(row)
+            lines += _gpu_model(row, told["size"])
     lines += _training([row for row in told["rows"] if row["section"] == "train"])
     for row in told["rows"]:
         where = f"{row['section']}, {row['dtype']}, {row['work']}"
@@ -518,18 +527,25 @@ def _rivals(told: Told, section: str, dtype: str) -> list[str]:
     """What the others take."""
     rows = [row for row in told["rows"] if (row["section"], row["dtype"]) == (section, dtype)]
     names = dict.fromkeys(name for row in rows for name in row["seconds"] if name == "copy" or ":" in name)
-    cells = (
-        [name, *(micro(1e6 * r["seconds"][name]) if name in r["seconds"] else "-" for r in rows)] for name in names
-    )
+    cells = ([name, *(_rival(told, row, name) for row in rows)] for name in names)
     return ["The others:", "", *table(["", *(f"{row['work']} tokens" for row in rows)], cells)]
+
+
+def _rival(told: Told, row: Told, name: str) -> str:
+    """The time; and of a dense layer in bfloat16 the part of the matrix product's speed."""
+    if (seconds := row["seconds"].get(name)) is None:
+        return "-"
+    if row["dtype"] != "bfloat16" or name == "copy":
+        return micro(1e6 * seconds)
+    width = int(name.split()[0].partition(":")[2])
+    products = 4 if row["section"] == "backward" else 2
+    operations = 2 * products * int(row["work"]) * told["hidden_size"] * width
+    return f"{micro(1e6 * seconds)} ({operations / seconds / 1e12 / told['rates']['matmul_tflops']:.0%})"
 
 
 def _roofline(rows: Sequence[Told]) -> list[str]:
     """Bytes a token, the part of the bandwidth, and how far outputs are off."""
     return [
-        "What has to be moved, at least: the input, the output (and in backward the gradients), and the rows of all visited nodes once; the part of the "
-        "copy's bandwidth that this takes; the way in which the kernels compute it (*dense*: all nodes and a mask, where that is faster); the largest relative error against float64 on the same path, and the share of tokens whose path is float64's.",
-        "",
         *table(
             ["", "tokens", "way", "bytes a token", "part of the bandwidth", "error", "same path"],
             (
@@ -562,7 +578,7 @@ def _gpu_goals(rows: Sequence[Told]) -> list[str]:
     return ["## Goals", "", *table(["", "against", "goal", "measured", "reached"], judged)] if judged else []
 
 
-def _gpu_model(row: Told) -> list[str]:
+def _gpu_model(row: Told, size: str) -> list[str]:
     seconds, lines = row["seconds"], []
     for name, s in seconds.items():
         suffix = " graph" if name.endswith(" graph") else ""
@@ -580,7 +596,7 @@ def _gpu_model(row: Told) -> list[str]:
         )
     head = ["", "a batch", "times as fast as dense", "share of the limit's speed", f"{GPU_LIMIT:.0%} reached"]
     return [
-        f"## BERT-base, {row['dtype']}, {row['work']}",
+        f"## {size}, {row['dtype']}, {row['work']}",
         "",
         "Random weights and ids, without padding, Python included; *graph* is the forward pass in a CUDA graph. *none* has no feedforward networks, which is the limit.",
         "",

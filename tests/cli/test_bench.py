@@ -219,7 +219,7 @@ def test_cuda(monkeypatch, tmp_path, failed):
 
     def measure(plan, sections, *, gpu, tell):
         given.append((plan, sections, gpu))
-        return {n: TOLD[n] for n in ("hidden_size", "rounds", "rates", "rows", "stopped")} | {"failed": failed}
+        return {n: TOLD[n] for n in ("hidden_size", "size", "rounds", "rates", "rows", "stopped")} | {"failed": failed}
 
     monkeypatch.setattr(cuda, "Gpu", lambda: "a gpu")
     monkeypatch.setattr(cuda, "bench_cuda", measure)
