@@ -54,11 +54,8 @@ class Plan:
     backward_tokens: tuple[int, ...] = (2048, 16384, 131072)
     graph_tokens: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     dense: tuple[int, ...] = (3072, 4095, 4096)  # 4095 is the paper's; of 4096 tensor cores make more
-    narrow: tuple[int, ...] = (
-        12,
-        107,
-        256,
-    )  # as many neurons as 1x11 uses, and those that fit a pretrained FFN about like trees do
+    # as many neurons as 1x11 uses, and those that fit a pretrained FFN about like trees do
+    narrow: tuple[int, ...] = (12, 107, 256)
     size: str = "bert-base"
     batches: tuple[str, ...] = ("32x128", "256x128", "64x512")
     kinds: tuple[str, ...] = ("dense", "1x11", "8x8", "none")
@@ -104,6 +101,11 @@ class Cell:
     ways: dict[str, str | None] = field(default_factory=dict)  # what ``ops.way`` says of each FFF
     peak_mb: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)  # results, which nobody timed
+
+
+class Wrong(RuntimeError):
+    """A result that is not what the definition says."""
 
 
 class Gpu:
@@ -195,7 +197,8 @@ def bench_cuda(
     gpu: Gpu | None = None,
     tell: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measures the sections, one after the other. One that fails keeps what it has, and does not keep the others from being measured.
+    """Measures the sections, one after the other. What fails is told, and keeps nothing else from being
+    measured.
 
     Returns:
         ``rates`` of the device, ``rows`` (the cells), ``failed`` (section -> why), ``stopped``: the sections that time did not allow for, whole
@@ -221,10 +224,13 @@ def bench_cuda(
                         stopped.append(section)
                         break
                     cells.append(cell())
+                    if wrong := cells[-1].wrong:
+                        failed[section] = "; ".join([*filter(None, [failed.get(section)]), *wrong])
                     gpu.free()
-            except RuntimeError as error:  # a wrong result, or what CUDA says
-                failed[section] = _first_line(error)
-                tell(f"{section} failed: {error}")
+            except RuntimeError as error:  # what CUDA says
+                failed[section] = "; ".join([*filter(None, [failed.get(section)]), _first_line(error)])
+            if section in failed:
+                tell(f"{section} failed: {failed[section]}")
             gpu.free()
     return {
         "hidden_size": plan.hidden_size,
@@ -357,10 +363,20 @@ def _forward_cell(plan: Plan, gpu: Gpu, layers: Mapping[str, FFF], dtype: str, t
     cell, calls = Cell("forward", str(tokens), dtype), {"copy": _copy(x), **_dense_calls(widths, x, gpu)}
     for name, fff in layers.items():
         for label, backend in ((name, torch.ops.hf_fff), (f"{name} masked", masked_backend())):
-            cell.checks[label] = check_forward(label, fff, x, backend)
-            calls[label] = partial(backend.fff, x, *_weights(fff))
+            if _is_right(cell, label, partial(check_forward, label, fff, x, backend)):
+                calls[label] = partial(backend.fff, x, *_weights(fff))
         cell.ways[name] = _way(fff, x)
     return _timed(cell, calls, plan, gpu)
+
+
+def _is_right(cell: Cell, name: str, check: Callable[[], dict[str, float]]) -> bool:
+    """Keeps what a check says."""
+    try:
+        cell.checks[name] = check()
+    except Wrong as error:
+        cell.wrong.append(str(error))
+        return False
+    return True
 
 
 def _way(fff: FFF, x: Tensor, **of: bool) -> str | None:
@@ -381,10 +397,15 @@ def _graph_cell(plan: Plan, gpu: Gpu, layers: Mapping[str, FFF], tokens: int) ->
     calls |= {name: partial(torch.ops.hf_fff.fff, x, *_weights(fff)) for name, fff in layers.items()}
     cell, captured = Cell("graph", str(tokens), dtype, ways={n: _way(fff, x) for n, fff in layers.items()}), {}
     for name, call in calls.items():
-        want, replay = call(), gpu.capture(call)
-        if relative_error(_tensor(replay()), _tensor(want)) > 1e-2:
-            raise RuntimeError(f"{name} gives something else in a CUDA graph, at {tokens} tokens: nothing was timed")
-        captured[name] = replay
+        try:
+            want, replay = call(), gpu.capture(call)
+        except RuntimeError as error:
+            cell.left_out[name] = _first_line(error)
+            continue
+        if relative_error(_tensor(replay()), _tensor(want)) <= 1e-2:
+            captured[name] = replay
+        else:
+            cell.wrong.append(f"{name} gives something else in a CUDA graph, at {tokens} tokens")
     return _timed(cell, captured, plan, gpu)
 
 
@@ -414,7 +435,7 @@ def check_forward(name: str, fff: FFF, x: Tensor, backend: Any) -> dict[str, flo
         path is the one of float64; ``visited``: neurons that all tokens use together.
 
     Raises:
-        RuntimeError: a token turned the wrong way where its logit is not near zero, or its output is wrong.
+        Wrong: a token turned the wrong way where its logit is not near zero, or its output is wrong.
     """
     y, (_, path, _) = backend.fff(x, *_weights(fff)), backend.fff_train(x, *_weights(fff))
     some = slice(None, None, max(1, len(x) // _CHECKED))
@@ -426,11 +447,11 @@ def check_forward(name: str, fff: FFF, x: Tensor, backend: Any) -> dict[str, flo
         near = (z[..., :-1].abs() < _NEAR_ZERO[x.dtype]).flatten(1)
         went_right = (paths[..., 1:] == 2 * paths[..., :-1] + 2).flatten(1)
         if ((went_right != (z[..., :-1] > 0).flatten(1)) & ~near).any():
-            raise RuntimeError(f"a token of {name} turns the wrong way, at {len(x)} tokens: nothing was timed")
+            raise Wrong(f"a token of {name} turns the wrong way, at {len(x)} tokens")
         error = (ys.double() - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-300)
         elsewhere = ~(error <= _WRONG[x.dtype][0])
         if (elsewhere & ~near.any(1)).any():
-            raise RuntimeError(f"the output of {name} is wrong, at {len(x)} tokens: nothing was timed")
+            raise Wrong(f"the output of {name} is wrong, at {len(x)} tokens")
         errors.append(error[~elsewhere])
         own = torch_backend.fff_train(xs.double(), *_doubles(fff), fff.n_trees, fff.config.activation)[1]
         agreeing.append((own == paths).flatten(1).all(1))
@@ -463,8 +484,10 @@ def _backward_cell(plan: Plan, gpu: Gpu, layers: Mapping[str, FFF], dtype: str, 
         _, path, logits = torch.ops.hf_fff.fff_train(x, *weights)
         arguments = (grad_y, x, *weights[:3], path, logits, *weights[3:])
         for suffix, routing in (("", (0.0, 1.0)), (" routing", _ROUTING)):
-            cell.checks[name + suffix] = check_backward(name + suffix, fff, grad_y, x, path, logits, routing)
-            calls[name + suffix] = partial(torch.ops.hf_fff.fff_backward, *arguments, *routing)
+            if _is_right(
+                cell, name + suffix, partial(check_backward, name + suffix, fff, grad_y, x, path, logits, routing)
+            ):
+                calls[name + suffix] = partial(torch.ops.hf_fff.fff_backward, *arguments, *routing)
             calls[f"{name} masked{suffix}"] = partial(masked.fff_backward, *arguments, *routing)
             cell.ways[name + suffix] = _way(fff, x, backward=True, routing=routing == _ROUTING)
     return _timed(cell, calls, plan, gpu)
@@ -494,7 +517,7 @@ def check_backward(
         the relative error of each: ``x``, ``weight_in``, ``bias_in``, ``weight_out``.
 
     Raises:
-        RuntimeError: one is wrong.
+        Wrong: one is wrong.
     """
     weights = _weights(fff)
     got = torch.ops.hf_fff.fff_backward(grad_y, x, *weights[:3], path, logits, *weights[3:], *routing)
@@ -519,8 +542,8 @@ def check_backward(
     errors = {n: relative_error(a, b) for n, a, b in zip(names, got, want, strict=True)}
     limit = _WRONG[x.dtype][2 if routing[0] else 1]
     if wrong := [n for n, error in errors.items() if not error <= limit]:
-        raise RuntimeError(
-            f"the gradient of {wrong[0]} of {name} is wrong (relative error {errors[wrong[0]]:.2g}), at {len(x)} tokens: nothing was timed"
+        raise Wrong(
+            f"the gradient of {wrong[0]} of {name} is wrong (relative error {errors[wrong[0]]:.2g}), at {len(x)} tokens"
         )
     return errors
 

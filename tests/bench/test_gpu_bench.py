@@ -108,7 +108,7 @@ def test_wrong_outputs_are_not_timed(output, message):
     (fff,) = cuda._layers(cuda.replace(PLAN, fff=("1x6",)), "float32", Host()).values()
     x = torch.randn(70, 16)
     assert cuda.check_forward("it", fff, x, torch_backend)["error"] < 1e-5
-    with pytest.raises(RuntimeError, match=f"{message}, at 70 tokens: nothing was timed"):
+    with pytest.raises(cuda.Wrong, match=f"{message}, at 70 tokens"):
         cuda.check_forward("it", fff, x, Wrong(output))
 
 
@@ -126,7 +126,7 @@ def test_wrong_gradients_are_not_timed(monkeypatch, wrong):
         return grads
 
     monkeypatch.setattr(torch.ops.hf_fff, "fff_backward", dishonest)
-    with pytest.raises(RuntimeError, match=f"the gradient of {wrong} of it is wrong .relative error 0.01"):
+    with pytest.raises(cuda.Wrong, match=f"the gradient of {wrong} of it is wrong .relative error 0.01"):
         cuda.check_backward("it", fff, grad_y, x, path, logits)
 
 
@@ -138,6 +138,30 @@ def test_a_section_that_fails_keeps_the_others(monkeypatch):
     told = measure("forward", "graph")
     assert told["failed"] == {"forward": "the output of 2x3 is wrong"}
     assert [row["section"] for row in told["rows"]] == ["graph"]
+
+
+def trees(call):
+    """Of an operator with its arguments; None of anything else."""
+    return next((a for a in getattr(call, "args", ()) if isinstance(a, int)), None)
+
+
+@pytest.mark.parametrize("section", ["forward", "backward", "graph"])
+def test_what_is_wrong_is_told_and_the_others_are_timed(monkeypatch, section):
+    def wrong(name, fff, *_):
+        if fff.config.shorthand == "2x3":
+            raise cuda.Wrong(f"{name} is wrong")
+        return {}
+
+    monkeypatch.setattr(cuda, "check_forward", wrong)
+    monkeypatch.setattr(cuda, "check_backward", wrong)
+    host = Host()
+    if section == "graph":
+        host.capture = lambda call: (lambda: 2 * call()) if trees(call) == 2 else call
+    told = json.loads(json.dumps(cuda.bench_cuda(cuda.replace(PLAN, dtypes=("float32",)), [section], gpu=host)))
+    timed = {name for row in told["rows"] for name in row["seconds"]}
+    assert "1x2" in timed and "2x3" not in timed and "dense:24" in timed
+    what = "2x3 gives something else in a CUDA graph, at 5 tokens" if section == "graph" else "2x3 is wrong"
+    assert what in told["failed"][section]
 
 
 def test_time_is_over():
