@@ -60,14 +60,10 @@ def _fallback(name: str, home: ModuleType = torch_backend) -> Any:
     return kernel
 
 
-def _dense(name: str) -> Any:
-    """The kernel of the dense operators, which the CUDA kernels call: Triton between matrix products, or PyTorch alone."""
-
-    def kernel(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        on_gpu = _triton() if x.device.type == "cuda" else None
-        return getattr(on_gpu or torch_backend, name)(x, *args, **kwargs)
-
-    return kernel
+def _backward_dense(grad_y: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What the CUDA kernels call for wide layers: Triton between matrix products, or PyTorch alone."""
+    on_gpu = _triton() if grad_y.device.type == "cuda" else None
+    return (on_gpu or torch_backend).fff_backward(grad_y, *args, **kwargs)
 
 
 @cache
@@ -154,8 +150,7 @@ def _autocast(name: str, device: str) -> Any:
 
 for _name in ("fff", "fff_train", "fff_backward"):
     library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
-for _name in ("fff_train", "fff_backward"):
-    library.impl(f"{_name}_dense", _dense(_name), "CompositeExplicitAutograd")
+library.impl("fff_backward_dense", _backward_dense, "CompositeExplicitAutograd")
 for _name in ("pack", "fff_packed"):
     library.impl(_name, _fallback(_name, packed_backend), "CompositeExplicitAutograd")
 for _name in ("fff", "fff_train"):

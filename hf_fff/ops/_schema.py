@@ -29,7 +29,6 @@ _BACKWARD = (
 )
 library.define(f"fff_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
 # The same by matrix products over all nodes and a mask: what the CUDA kernels call where that is faster.
-library.define(f"fff_train_dense({_WEIGHTS}, {_ROUTING}) -> (Tensor, Tensor, Tensor)")
 library.define(f"fff_backward_dense{_BACKWARD}")
 # Frozen layers, for inference on a CPU: one flat buffer with rows of fewer bytes, and the forward pass over it.
 library.define(

@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kThreads, CHUNKS * VEC * TOKENS <= 48 ? 2 : 1)
   const int64_t last = min(a.shape.tokens, (blockIdx.x + int64_t(1)) * a.per_block);
   for (int64_t first = blockIdx.x * a.per_block + warp * TOKENS; first < last; first += kWarps * TOKENS) {
     int64_t token[TOKENS];
-    Share<T, VEC, CHUNKS ? CHUNKS : 1> grad[TOKENS], row;
+    constexpr bool AHEAD = CHUNKS > 0 && sizeof(T) == 2;  // the next row on its way, where there are registers for it
+    Share<T, VEC, CHUNKS ? CHUNKS : 1> grad[TOKENS], row, next;
 #pragma unroll
     for (int i = 0; i < TOKENS; ++i) {
       token[i] = a.order[min(first + i, last - 1)];  // the last one twice changes nothing
@@ -51,9 +52,15 @@ __global__ void __launch_bounds__(kThreads, CHUNKS * VEC * TOKENS <= 48 ? 2 : 1)
       A gain[TOKENS];  // lane l: of level l
 #pragma unroll
       for (int i = 0; i < TOKENS; ++i) leaf[i] = leaf_of(a.path[(token[i] * trees + tree) * levels + depth], depth);
+      if constexpr (AHEAD) next.read(out, int(hidden), lane);
 #pragma unroll 1
       for (int level = 0; level < levels; ++level) {
         int before = -1;
+        if constexpr (AHEAD) {
+          row = next;
+          before = node_above(leaf[0], level, depth);
+          if (level + 1 < levels) next.read(out + node_above(leaf[0], level + 1, depth) * hidden, int(hidden), lane);
+        }
 #pragma unroll
         for (int i = 0; i < TOKENS; ++i) {
           const int node = node_above(leaf[i], level, depth);
@@ -120,11 +127,36 @@ template <class T> struct Sums {
   }
 };
 
-constexpr int kBatch = 32;  // tokens whose coefficients lie in shared memory
+constexpr int kBatch = 64;  // tokens whose coefficients lie in shared memory
+constexpr int kRing = 8;    // tokens whose numbers are on their way there; a thread fetches what itself will need
 
-template <class T, int VEC, int LEVELS> __global__ void __launch_bounds__(kThreads) sums_kernel(Sums<T> a) {
+template <int BYTES> __device__ inline void copy_own(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (BYTES >= 4) {
+    const uint32_t at = uint32_t(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+    return;
+  }
+#endif
+  using W = typename Word<BYTES>::type;
+  *static_cast<W*>(to) = __ldcs(static_cast<const W*>(from));
+}
+__device__ inline void copies_end() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+__device__ inline void copies_of_oldest() {  // all but the last kRing - 1 groups are there
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kRing - 1) : "memory");
+#endif
+}
+
+constexpr int kSumsThreads = 192;  // two blocks fit into a multiprocessor's registers
+
+template <class T, int VEC, int LEVELS> __global__ void __launch_bounds__(kSumsThreads, sizeof(T) < 8 ? 2 : 1) sums_kernel(Sums<T> a) {
   using A = accumulator_t<T>;
-  constexpr int AHEAD = 4;  // tokens whose numbers are on their way
+  extern __shared__ __align__(16) char memory[];  // [kRing][x, grad_y][threads] of Pack<T, VEC>
   struct Pair { A slope, value; };
   __shared__ Pair pairs[kBatch][LEVELS];
   __shared__ int tokens[kBatch], leaves[kBatch];
@@ -133,7 +165,7 @@ template <class T, int VEC, int LEVELS> __global__ void __launch_bounds__(kThrea
   const int levels = int(a.shape.levels()), depth = int(a.shape.depth), level0 = int(blockIdx.z) * LEVELS;
   const int64_t begin = chunk * a.per_chunk, end = min(a.shape.tokens, begin + a.per_chunk);
   const int64_t column = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * VEC;
-  const bool here = column < hidden, first = column == 0;
+  const bool here = column < hidden, first = column == 0, bias_here = blockIdx.y == 0 && threadIdx.x < kWarp;
   const int before = begin ? a.leaf(tree, begin - 1) : -1, after = end < a.shape.tokens ? a.leaf(tree, end) : -1;
   int leaf = a.leaf(tree, begin);
   A in[LEVELS][VEC] = {}, out[LEVELS][VEC] = {}, bias[LEVELS] = {};
@@ -171,9 +203,9 @@ template <class T, int VEC, int LEVELS> __global__ void __launch_bounds__(kThrea
   for (int64_t base = begin; base < end; base += kBatch) {
     const int count = int(min(int64_t(kBatch), end - base));
     __syncthreads();
-    if (threadIdx.x < count) {
-      tokens[threadIdx.x] = a.tokens[tree * a.shape.tokens + base + threadIdx.x];
-      leaves[threadIdx.x] = a.leaf(tree, base + threadIdx.x);
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      tokens[i] = a.tokens[tree * a.shape.tokens + base + i];
+      leaves[i] = a.leaf(tree, base + i);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < count * LEVELS; i += blockDim.x) {
@@ -186,83 +218,101 @@ template <class T, int VEC, int LEVELS> __global__ void __launch_bounds__(kThrea
       pairs[t][l] = pair;
     }
     __syncthreads();
-    for (int t = 0; t < count; t += AHEAD) {
-      Pack<T, VEC> x[AHEAD], g[AHEAD];
-#pragma unroll
-      for (int u = 0; u < AHEAD; ++u) {
-        x[u].word = {}, g[u].word = {};
-        if (here && t + u < count) {
-          const int64_t from = int64_t(tokens[t + u]) * hidden + column;
-          x[u] = load_once<T, VEC>(a.x + from);
-          g[u] = load_once<T, VEC>(a.grad_y + from);
-        }
+    Pack<T, VEC>* ring = reinterpret_cast<Pack<T, VEC>*>(memory) + threadIdx.x;
+    const auto begin_copy = [&](int t) {
+      if (here && t < count) {
+        const int64_t from = int64_t(tokens[t]) * hidden + column;
+        copy_own<sizeof(T) * VEC>(ring + t % kRing * 2 * blockDim.x, a.x + from);
+        copy_own<sizeof(T) * VEC>(ring + (t % kRing * 2 + 1) * blockDim.x, a.grad_y + from);
       }
+      copies_end();
+    };
+    for (int t = 0; t < kRing - 1; ++t) begin_copy(t);
+#pragma unroll 1
+    for (int t = 0; t < count; ++t) {
+      begin_copy(t + kRing - 1);
+      copies_of_oldest();
+      const int now = leaves[t];
+      if (now != leaf) {
+        flush(depth - (31 - __clz(now ^ leaf)));
+        leaf = now;
+      }
+      A xs[VEC], gs[VEC];
+      ring[t % kRing * 2 * blockDim.x].get(xs);
+      ring[(t % kRing * 2 + 1) * blockDim.x].get(gs);
 #pragma unroll
-      for (int u = 0; u < AHEAD; ++u) {
-        if (t + u >= count) break;
-        const int now = leaves[t + u];
-        if (now != leaf) {
-          flush(depth - (31 - __clz(now ^ leaf)));
-          leaf = now;
-        }
-        A xs[VEC], gs[VEC];
-        x[u].get(xs), g[u].get(gs);
+      for (int l = 0; l < LEVELS; ++l) {
+        const Pair pair = pairs[t][l];
+        if (bias_here) bias[l] += pair.slope;
 #pragma unroll
-        for (int l = 0; l < LEVELS; ++l) {
-          const Pair pair = pairs[t + u][l];
-          bias[l] += pair.slope;
-#pragma unroll
-          for (int j = 0; j < VEC; ++j) in[l][j] = fma(pair.slope, xs[j], in[l][j]), out[l][j] = fma(pair.value, gs[j], out[l][j]);
-        }
+        for (int j = 0; j < VEC; ++j) in[l][j] = fma(pair.slope, xs[j], in[l][j]), out[l][j] = fma(pair.value, gs[j], out[l][j]);
       }
     }
   }
   flush(0);
 }
 
-constexpr int kJoinColumns = 64, kJoinGroups = 8, kJoinParts = 4;
+constexpr int kJoinColumns = 64, kJoinGroups = 8, kJoinThreads = kJoinColumns * kJoinGroups, kJoinParts = 4;
+constexpr int kShort = 8;  // parts that a thread adds up alone
 
-// A block: the run that begins in a chunk and goes on beyond it, if there is one at this level.
-template <class T> __global__ void __launch_bounds__(kJoinColumns * kJoinGroups) join_kernel(Sums<T> a) {
+// A block: the run that begins in a chunk and goes on beyond it, if there is one at this level. Long ones have kJoinParts blocks.
+template <class T> __global__ void __launch_bounds__(kJoinThreads) join_kernel(Sums<T> a) {
   using A = accumulator_t<T>;
   __shared__ A sums[kJoinGroups][kJoinColumns];
-  const int64_t chunk = blockIdx.x % a.chunks, tree = blockIdx.x / a.chunks, hidden = a.shape.hidden, all = a.shape.tokens;
+  const int64_t chunk = blockIdx.x % a.chunks, tree = blockIdx.x / a.chunks, hidden = a.shape.hidden;
   const int level = blockIdx.y, quarter = blockIdx.z, shift = int(a.shape.depth) - level;
-  const int64_t begin = chunk * a.per_chunk, end = min(all, begin + a.per_chunk);
-  if (end >= all) return;
-  const int place = a.leaf(tree, end - 1) >> shift;
-  if (a.leaf(tree, end) >> shift != place || (begin && a.leaf(tree, begin - 1) >> shift == place)) return;
-  int64_t low = end, high = all;  // the first token after the run is in (low, high]
-  while (low + 1 < high) {
-    const int64_t middle = (low + high) / 2;
-    if (a.leaf(tree, middle) >> shift == place) low = middle;
-    else high = middle;
+  const auto place_at = [&](int64_t c) { return a.leaf(tree, c * a.per_chunk) >> shift; };  // where chunk c begins
+  if (chunk + 1 >= a.chunks) return;
+  const int place = a.leaf(tree, (chunk + 1) * a.per_chunk - 1) >> shift;
+  const bool is_long = chunk + kShort + 1 < a.chunks && place_at(chunk + kShort + 1) == place;
+  if (quarter && !is_long) return;
+  if (place_at(chunk + 1) != place || (chunk && a.leaf(tree, chunk * a.per_chunk - 1) >> shift == place)) return;
+  int64_t last = chunk + 1;  // the last chunk that begins with the run
+  if (is_long) {
+    int64_t beyond = a.chunks;
+    last = chunk + kShort + 1;
+    while (last + 1 < beyond) {
+      const int64_t middle = (last + beyond) / 2;
+      if (place_at(middle) == place) last = middle;
+      else beyond = middle;
+    }
+  } else {
+    while (last + 1 < a.chunks && place_at(last + 1) == place) ++last;
   }
-  const int64_t last = low / a.per_chunk;
   const int64_t row = tree * a.shape.tree_nodes() + (1 << level) - 1 + place;
-  const int column = threadIdx.x % kJoinColumns, group = threadIdx.x / kJoinColumns;
-  for (int64_t c = quarter * kJoinColumns; c < 2 * hidden; c += kJoinParts * kJoinColumns) {
-    const bool here = c + column < 2 * hidden;
-    A sum = 0;
-    if (here) {
-      if (group == 0) sum = a.parts[a.part(tree, chunk, 1, level) * 2 * hidden + c + column];
-#pragma unroll 8
-      for (int64_t other = chunk + 1 + group; other <= last; other += kJoinGroups)
-        sum += a.parts[a.part(tree, other, 0, level) * 2 * hidden + c + column];
+  const auto part = [&](int64_t c, int slot, int64_t at) { return a.parts[a.part(tree, c, slot, level) * 2 * hidden + at]; };
+  const auto write = [&](int64_t at, A sum) {
+    if (at < hidden) a.into_in[row * hidden + at] = from_acc<T>(sum);
+    else a.into_out[row * hidden + at - hidden] = from_acc<T>(sum);
+  };
+  if (!is_long) {
+    for (int64_t at = threadIdx.x; at < 2 * hidden; at += kJoinThreads) {
+      A sum = part(chunk, 1, at);
+      for (int64_t c = chunk + 1; c <= last; ++c) sum += part(c, 0, at);
+      write(at, sum);
     }
-    sums[group][column] = sum;
-    __syncthreads();
-    if (group == 0 && here) {
-      for (int g = 1; g < kJoinGroups; ++g) sum += sums[g][column];
+  } else {
+    const int column = threadIdx.x % kJoinColumns, group = threadIdx.x / kJoinColumns;
+    for (int64_t c = quarter * kJoinColumns; c < 2 * hidden; c += kJoinParts * kJoinColumns) {
       const int64_t at = c + column;
-      if (at < hidden) a.into_in[row * hidden + at] = from_acc<T>(sum);
-      else a.into_out[row * hidden + at - hidden] = from_acc<T>(sum);
+      A sum = 0;
+      if (at < 2 * hidden) {
+        if (group == 0) sum = part(chunk, 1, at);
+#pragma unroll 8
+        for (int64_t other = chunk + 1 + group; other <= last; other += kJoinGroups) sum += part(other, 0, at);
+      }
+      sums[group][column] = sum;
+      __syncthreads();
+      if (group == 0 && at < 2 * hidden) {
+        for (int g = 1; g < kJoinGroups; ++g) sum += sums[g][column];
+        write(at, sum);
+      }
+      __syncthreads();
     }
-    __syncthreads();
   }
   if (quarter == 0 && threadIdx.x < kWarp) {
     A sum = 0;
-    for (int64_t other = chunk + 1 + threadIdx.x; other <= last; other += kWarp) sum += a.bias_parts[a.part(tree, other, 0, level)];
+    for (int64_t c = chunk + 1 + threadIdx.x; c <= last; c += kWarp) sum += a.bias_parts[a.part(tree, c, 0, level)];
     sum = warp_sum(sum);
     if (threadIdx.x == 0) a.into_bias[row] = from_acc<T>(sum + a.bias_parts[a.part(tree, chunk, 1, level)]);
   }
@@ -272,14 +322,20 @@ template <class T> void sums(const Sums<T>& a, bool vectors, cudaStream_t stream
   constexpr int VEC = sizeof(T) == 8 ? 2 : 4;
   const int vec = vectors ? VEC : 1, levels = int(a.shape.levels());
   const int size = vectors ? (levels <= 4 ? 4 : levels <= 8 || levels > 12 ? 8 : 12) : 8, groups = int(divide_up(levels, size));
-  const int threads = int(std::min<int64_t>(kThreads, divide_up(divide_up(a.shape.hidden, vec), kWarp) * kWarp));
-  const dim3 grid(unsigned(a.chunks * a.shape.trees), unsigned(divide_up(a.shape.hidden, threads * vec)), unsigned(groups));
-  if (!vectors) sums_kernel<T, 1, 8><<<grid, threads, 0, stream>>>(a);
-  else if (size == 4) sums_kernel<T, VEC, 4><<<grid, threads, 0, stream>>>(a);
-  else if (size == 8) sums_kernel<T, VEC, 8><<<grid, threads, 0, stream>>>(a);
-  else sums_kernel<T, VEC, 12><<<grid, threads, 0, stream>>>(a);
+  const int64_t columns = divide_up(a.shape.hidden, vec), blocks = divide_up(columns, kSumsThreads);
+  const int threads = int(divide_up(divide_up(columns, blocks), kWarp) * kWarp);
+  const dim3 grid(unsigned(a.chunks * a.shape.trees), unsigned(divide_up(columns, threads)), unsigned(groups));
+  const int shared = kRing * 2 * threads * vec * int(sizeof(T));
+  const auto launch = [&](auto kernel) {
+    allow_shared(kernel, shared);
+    kernel<<<grid, threads, shared, stream>>>(a);
+  };
+  if (!vectors) launch(sums_kernel<T, 1, 8>);
+  else if (size == 4) launch(sums_kernel<T, VEC, 4>);
+  else if (size == 8) launch(sums_kernel<T, VEC, 8>);
+  else launch(sums_kernel<T, VEC, 12>);
   if (a.chunks > 1)
-    join_kernel<T><<<dim3(grid.x, unsigned(levels), kJoinParts), kJoinColumns * kJoinGroups, 0, stream>>>(a);
+    join_kernel<T><<<dim3(grid.x, unsigned(levels), kJoinParts), kJoinThreads, 0, stream>>>(a);
 }
 
 // ---- the straight-through routing gradient -------------------------------------------------------------------------------
@@ -287,7 +343,7 @@ template <class T> void sums(const Sums<T>& a, bool vectors, cudaStream_t stream
 // A thread: a visit of an inner node. What each child is worth: <grad_y, output of the path that descends greedily from it>.
 template <class T> __global__ void __launch_bounds__(kThreads) routing_kernel(Routing r) {
   using A = accumulator_t<T>;
-  const int64_t levels = r.shape.levels(), nodes = r.shape.tree_nodes(), all = r.shape.nodes();
+  const int64_t levels = r.shape.levels(), nodes = r.shape.tree_nodes();
   const int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
   if (i >= r.shape.tokens * r.shape.walk()) return;
   const int64_t token = i / r.shape.walk(), tree = i / levels % r.shape.trees;
@@ -297,7 +353,8 @@ template <class T> __global__ void __launch_bounds__(kThreads) routing_kernel(Ro
     extra[i] = 0;
     return;
   }
-  const T *every = static_cast<const T*>(r.every) + token * all + tree * nodes, *gain = static_cast<const T*>(r.gain) + token * all + tree * nodes,
+  const T *every = static_cast<const T*>(r.every) + token * r.width + tree * nodes,
+          *gain = static_cast<const T*>(r.gain) + token * r.width + tree * nodes,
           *bias = static_cast<const T*>(r.bias_in) + tree * nodes;
   const int64_t node = node_above(leaf_of(r.path[i - level + depth], depth), level, depth);
   A worth[2] = {0, 0};
@@ -331,7 +388,7 @@ Parts parts_of(const Problem& p, bool weights, void* workspace) {
   r.sort = carve.take<char>(sort_by_leaf_workspace(s));
   if (weights) {
     const int64_t wanted = std::max<int64_t>(1, 4 * p.processors / s.trees);
-    r.per_chunk = int(std::max<int64_t>(2 * kBatch, divide_up(divide_up(s.tokens, wanted), kBatch) * kBatch));
+    r.per_chunk = int(std::max<int64_t>(kBatch, divide_up(divide_up(s.tokens, wanted), kBatch) * kBatch));
     r.chunks = int(divide_up(s.tokens, r.per_chunk));
     const int64_t runs = s.trees * r.chunks * 2 * s.levels();
     r.parts = carve.take<char>(number * runs * 2 * s.hidden);
@@ -359,7 +416,8 @@ template <class T> const char* run(const Backward& b, cudaStream_t stream) {
   A* slope = static_cast<A*>(p.slopes);
   slopes<T>({s, b.activation, g, out, b.path, logits, static_cast<const A*>(b.extra), p.tokens, slope, 0}, vectors,
             b.problem.processors, stream);
-  if (b.grad_x) combine<T>({s, b.activation, in, b.path, slope, false, p.tokens, static_cast<T*>(b.grad_x)}, vectors, stream);
+  if (b.grad_x) combine<T>({s, b.activation, in, b.path, slope, false, p.tokens, static_cast<T*>(b.grad_x)}, vectors,
+                            b.problem.processors, stream);
   if (weights)
     sums<T>({s, b.activation, x, g, slope, logits, p.keys, p.tokens, p.per_chunk, p.chunks, static_cast<A*>(p.parts),
              static_cast<A*>(p.bias_parts), static_cast<T*>(b.grad_weight_in), static_cast<T*>(b.grad_bias_in),

@@ -223,7 +223,7 @@ template <class T> struct Combine {
   const int32_t* order;  // of tokens, or null; neighbours with equal paths are quick
   T* out;
 };
-template <class T> void combine(const Combine<T>&, bool vectors, cudaStream_t);
+template <class T> void combine(const Combine<T>&, bool vectors, int processors, cudaStream_t);
 
 // ---- sorting (order.cu) --------------------------------------------------------------------------------------------------
 // Stable, by (tree, leaf): keys_out and tokens_out hold trees * tokens entries, tree after tree. Null or what went wrong.

@@ -67,12 +67,14 @@ struct Backward {
   void* workspace;
 };
 
-// The straight-through routing gradient of every visit, from the logits and the gains of *all* nodes, [tokens, nodes], which are
+// The straight-through routing gradient of every visit, from the logits and the gains of *all* nodes, rows of `width`, which are
 // matrix products: x times weight_in, without bias, and grad_y times weight_out. Its `extra` is what Backward adds.
 struct Routing {
   Shape shape;
   Activation activation;
-  const void *every, *gain, *bias_in;
+  const void *every, *gain;  // [tokens, width]
+  int64_t width;             // nodes, or more of them
+  const void* bias_in;
   const int32_t* path;
   const void* logits;
   double strength, temperature;  // alpha and tau
@@ -89,6 +91,19 @@ int64_t backward_workspace(const Problem&, bool weights);
 
 // Null, or what went wrong.
 const char* forward(const Forward&, Way, cudaStream_t);
+// The forward pass between two matrix products: walks down in the logits of all nodes (without bias), and leaves in their place the
+// coefficients of the visited nodes, zeros elsewhere.
+struct Mask {
+  Shape shape;
+  Activation activation;
+  void* every;  // [tokens, width]
+  int64_t width;
+  const void* bias_in;
+  int32_t* path;  // [tokens, trees, levels], or null
+  void* logits;
+};
+
+const char* mask(const Mask&, Type, cudaStream_t);
 const char* routing(const Routing&, Type, cudaStream_t);
 const char* backward(const Backward&, cudaStream_t);
 

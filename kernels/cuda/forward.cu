@@ -109,7 +109,7 @@ template <class T> struct Walk {
 };
 
 template <class T, int VEC, int CHUNKS>  // CHUNKS = 0: rows of any length, x read anew for each
-__global__ void __launch_bounds__(kThreads) walk_kernel(Walk<T> a) {
+__global__ void __launch_bounds__(kThreads, CHUNKS && CHUNKS * VEC <= 24 ? 4 : 1) walk_kernel(Walk<T> a) {
   using A = accumulator_t<T>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t hidden = a.shape.hidden, levels = a.shape.levels(), trees = a.shape.trees, walks = a.shape.tokens * trees;
@@ -171,63 +171,82 @@ template <class T> void walk(Walk<T> a, bool vectors, int processors, cudaStream
 
 // ---- sums of rows --------------------------------------------------------------------------------------------------------
 
-// A warp: kGroup tokens and 32 * VEC columns. A row that all of them visit is read once.
+// A warp: kGroup tokens, and every `parts`-th of the pieces of 32 * VEC columns. A row that all of them visit is read once.
 template <class T, int VEC>
-__global__ void __launch_bounds__(kThreads) combine_kernel(Combine<T> a, int64_t groups, int chunks, int64_t per_block) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) < 8 ? 2 : 1) combine_kernel(Combine<T> a, int64_t groups, int parts, int64_t per_block) {
   using A = accumulator_t<T>;
+  constexpr int AHEAD = 4;  // rows on their way
   __shared__ A coefficients[kWarps][kWarp][kGroup];
   __shared__ int rows[kWarps][kWarp][kGroup];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t hidden = a.shape.hidden, visits = a.shape.walk(), levels = a.shape.levels(), nodes = a.shape.tree_nodes();
-  const int64_t last = min(groups * chunks, (blockIdx.x + int64_t(1)) * per_block);
+  const int64_t last = min(groups * parts, (blockIdx.x + int64_t(1)) * per_block);
+  const bool one_batch = visits <= kWarp;  // then the coefficients serve all columns
   for (int64_t item = blockIdx.x * per_block + warp; item < last; item += kWarps) {
-    const int64_t group = item / chunks, column = ((item % chunks) * kWarp + lane) * VEC;
-    const int64_t first = group * kGroup;
+    const int64_t first = item / parts * kGroup;
     const int count = int(min(int64_t(kGroup), a.shape.tokens - first));
-    const bool here = column < hidden;
     int64_t mine = 0;  // lane i knows token i
     if (lane < count) mine = a.order ? a.order[first + lane] : first + lane;
-    A sum[kGroup][VEC] = {};
-    for (int64_t begin = 0; begin < visits; begin += kWarp) {
-      const int batch = int(min(int64_t(kWarp), visits - begin));
-      bool same = true;
-      int before = 0;
+    unsigned shared_rows = 0;
+    for (int64_t piece = item % parts; piece * kWarp * VEC < hidden; piece += parts) {
+      const int64_t column = (piece * kWarp + lane) * VEC;
+      const bool here = column < hidden;
+      A sum[kGroup][VEC] = {};
+      for (int64_t begin = 0; begin < visits; begin += kWarp) {
+        const int batch = int(min(int64_t(kWarp), visits - begin));
+        if (!one_batch || piece == item % parts) {
+          __syncwarp();
+          bool same = true;
+          int before = 0;
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        const int64_t token = __shfl_sync(kAll, mine, i);
-        A c = 0;
-        int node = before;
-        if (i < count && lane < batch) {
-          const int64_t at = token * visits + begin + lane;
-          node = max(0, min(a.path[at], int(nodes) - 1));
-          c = a.is_logits ? act(a.activation, a.values[at]) : a.values[at];
-        }
-        if (i) same &= node == before;
-        before = node;
-        coefficients[warp][lane][i] = c;
-        rows[warp][lane][i] = node;
-      }
-      const unsigned shared_rows = __ballot_sync(kAll, same);
-      __syncwarp();
-      if (here)
-        for (int v = 0; v < batch; ++v) {
-          const T* tree = a.weight + ((begin + v) / levels) * nodes * hidden + column;
-          if (shared_rows >> v & 1) {
-            A row[VEC];
-            load<T, VEC>(tree + rows[warp][v][0] * hidden).get(row);
-#pragma unroll
-            for (int i = 0; i < kGroup; ++i) {
-              const A c = coefficients[warp][v][i];
-#pragma unroll
-              for (int j = 0; j < VEC; ++j) sum[i][j] = fma(c, row[j], sum[i][j]);
+          for (int i = 0; i < kGroup; ++i) {
+            const int64_t token = __shfl_sync(kAll, mine, i);
+            A c = 0;
+            int node = before;
+            if (i < count && lane < batch) {
+              const int64_t at = token * visits + begin + lane;
+              node = max(0, min(a.path[at], int(nodes) - 1));
+              c = a.is_logits ? act(a.activation, a.values[at]) : a.values[at];
             }
-          } else {
+            if (i) same &= node == before;
+            before = node;
+            coefficients[warp][lane][i] = c;
+            rows[warp][lane][i] = node;
+          }
+          shared_rows = __ballot_sync(kAll, same);
+          __syncwarp();
+        }
+        if (!here) continue;
+        for (int v = 0; v < batch; v += AHEAD) {
+          const unsigned wanted = (1u << min(AHEAD, batch - v)) - 1;
+          if ((shared_rows >> v & wanted) == wanted) {
+            Pack<T, VEC> row[AHEAD];
+#pragma unroll
+            for (int u = 0; u < AHEAD; ++u)
+              if (v + u < batch)
+                row[u] = load<T, VEC>(a.weight + ((begin + v + u) / levels * nodes + rows[warp][v + u][0]) * hidden + column);
+#pragma unroll
+            for (int u = 0; u < AHEAD; ++u) {
+              if (v + u >= batch) break;
+              A w[VEC];
+              row[u].get(w);
+#pragma unroll
+              for (int i = 0; i < kGroup; ++i) {
+                const A c = coefficients[warp][v + u][i];
+#pragma unroll
+                for (int j = 0; j < VEC; ++j) sum[i][j] = fma(c, w[j], sum[i][j]);
+              }
+            }
+            continue;
+          }
+          for (int u = v; u < min(batch, v + AHEAD); ++u) {
+            const T* tree = a.weight + (begin + u) / levels * nodes * hidden + column;
             Pack<T, VEC> row[kGroup];
 #pragma unroll
-            for (int i = 0; i < kGroup; ++i) row[i] = load<T, VEC>(tree + rows[warp][v][i] * hidden);
+            for (int i = 0; i < kGroup; ++i) row[i] = load<T, VEC>(tree + rows[warp][u][i] * hidden);
 #pragma unroll
             for (int i = 0; i < kGroup; ++i) {
-              const A c = coefficients[warp][v][i];
+              const A c = coefficients[warp][u][i];
               A w[VEC];
               row[i].get(w);
 #pragma unroll
@@ -235,14 +254,41 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Combine<T> a, int64_t
             }
           }
         }
-      __syncwarp();
-    }
+      }
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const int64_t token = __shfl_sync(kAll, mine, i);
-      if (i < count && here) store_once(a.out + token * hidden + column, Pack<T, VEC>::of(sum[i]));
+      for (int i = 0; i < kGroup; ++i) {
+        const int64_t token = __shfl_sync(kAll, mine, i);
+        if (i < count && here) store_once(a.out + token * hidden + column, Pack<T, VEC>::of(sum[i]));
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// ---- dense: between two matrix products ----------------------------------------------------------------------------------
+
+// A block: a token. A thread: one of its trees at a time; then all write the row.
+template <class T> __global__ void __launch_bounds__(kThreads) mask_kernel(Mask m) {
+  using A = accumulator_t<T>;
+  extern __shared__ __align__(16) char shared[];
+  T* row = reinterpret_cast<T*>(shared);  // [width]
+  const int64_t token = blockIdx.x, nodes = m.shape.tree_nodes(), trees = m.shape.trees, levels = m.shape.levels();
+  T* every = static_cast<T*>(m.every) + token * m.width;
+  const T* bias = static_cast<const T*>(m.bias_in);
+  for (int64_t i = threadIdx.x; i < m.width; i += blockDim.x) row[i] = from_acc<T>(0);
+  __syncthreads();
+  for (int64_t tree = threadIdx.x; tree < trees; tree += blockDim.x) {
+    int64_t node = 0;
+    for (int64_t level = 0; level < levels; ++level) {
+      const int64_t at = tree * nodes + node, visit = (token * trees + tree) * levels + level;
+      const A z = to_acc(every[at]) + to_acc(bias[at]);
+      row[at] = from_acc<T>(act(m.activation, z));
+      if (m.path) m.path[visit] = int(node), static_cast<A*>(m.logits)[visit] = z;
+      node = 2 * node + 1 + (z > 0);
     }
   }
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < m.width; i += blockDim.x) every[i] = row[i];
 }
 
 template <class T> const char* run_forward(const Forward& f, Way way, cudaStream_t stream) {
@@ -299,7 +345,7 @@ template <class T> const char* run_forward(const Forward& f, Way way, cudaStream
   } else {
     walk(w, vectors, processors, stream);
   }
-  combine<T>({s, f.activation, out, path, logits, true, order, y}, vectors, stream);
+  combine<T>({s, f.activation, out, path, logits, true, order, y}, vectors, processors, stream);
   return launched();
 }
 
@@ -315,18 +361,19 @@ template void walk_down(const Problem&, const float*, const float*, const float*
 template void walk_down(const Problem&, const bfloat16*, const bfloat16*, const bfloat16*, int32_t*, float*, int, bool, cudaStream_t);
 template void walk_down(const Problem&, const float16*, const float16*, const float16*, int32_t*, float*, int, bool, cudaStream_t);
 
-template <class T> void combine(const Combine<T>& c, bool vectors, cudaStream_t stream) {
+template <class T> void combine(const Combine<T>& c, bool vectors, int processors, cudaStream_t stream) {
   const int64_t groups = divide_up(c.shape.tokens, kGroup);
-  const int vec = vectors ? vector_of<T> : 1, chunks = int(divide_up(c.shape.hidden, kWarp * vec));
-  const int64_t per_block = divide_up(4 * chunks, kWarps) * kWarps;  // a few groups, so that rows stay in the first-level cache
-  const unsigned blocks = unsigned(divide_up(groups * chunks, per_block));
-  if (vectors) combine_kernel<T, vector_of<T>><<<blocks, kThreads, 0, stream>>>(c, groups, chunks, per_block);
-  else combine_kernel<T, 1><<<blocks, kThreads, 0, stream>>>(c, groups, chunks, per_block);
+  const int64_t pieces = divide_up(c.shape.hidden, kWarp * (vectors ? vector_of<T> : 1));
+  const int parts = groups >= 32 * processors ? 1 : int(pieces);  // few tokens: more warps
+  const int64_t per_block = std::max<int64_t>(kWarps, divide_up(divide_up(groups * parts, 8 * processors), kWarps) * kWarps);
+  const unsigned blocks = unsigned(divide_up(groups * parts, per_block));
+  if (vectors) combine_kernel<T, vector_of<T>><<<blocks, kThreads, 0, stream>>>(c, groups, parts, per_block);
+  else combine_kernel<T, 1><<<blocks, kThreads, 0, stream>>>(c, groups, parts, per_block);
 }
-template void combine<float>(const Combine<float>&, bool, cudaStream_t);
-template void combine<double>(const Combine<double>&, bool, cudaStream_t);
-template void combine<bfloat16>(const Combine<bfloat16>&, bool, cudaStream_t);
-template void combine<float16>(const Combine<float16>&, bool, cudaStream_t);
+template void combine<float>(const Combine<float>&, bool, int, cudaStream_t);
+template void combine<double>(const Combine<double>&, bool, int, cudaStream_t);
+template void combine<bfloat16>(const Combine<bfloat16>&, bool, int, cudaStream_t);
+template void combine<float16>(const Combine<float16>&, bool, int, cudaStream_t);
 
 namespace {
 
@@ -338,6 +385,7 @@ bool serves(const Problem& p, Way way) {
     case Way::sorted: return s.trees == 1 && s.depth >= 3 && s.depth <= 20;
     case Way::tiles: return tiles_serve(p);
     case Way::columns: return columns_serve(p);
+    case Way::dense: return s.nodes() * (p.type == Type::float64 ? 8 : p.type == Type::float32 ? 4 : 2) <= 40 * 1024;
     default: return true;
   }
 }
@@ -347,9 +395,23 @@ bool serves(const Problem& p, Way way) {
 Way forward_way(const Problem& p, Way wanted) {
   if (wanted != Way::automatic) return serves(p, wanted) ? wanted : Way::plain;
   const Shape& s = p.shape;
-  if (serves(p, Way::tiles) && s.tokens >= 4096) return Way::tiles;
-  if (p.type == Type::float32 && serves(p, Way::sorted) && s.depth >= 8 && s.tokens >= 16384) return Way::sorted;
+  const bool halves = p.type == Type::bfloat16 || p.type == Type::float16;
+  if (serves(p, Way::tiles) && s.tokens >= 6144) return Way::tiles;
+  if (p.type == Type::float32 && serves(p, Way::sorted) && s.depth >= 8 && s.tokens >= 32768) return Way::sorted;
+  if (halves && s.trees >= 16 && s.tokens >= 2048 && serves(p, Way::dense)) return Way::dense;
+  if (halves && s.trees >= 2 && s.walk() >= 24 && s.tokens >= 8192 && serves(p, Way::columns)) return Way::columns;
   return serves(p, Way::gather) ? Way::gather : Way::plain;
+}
+
+const char* mask(const Mask& m, Type type, cudaStream_t stream) {
+  if (m.shape.tokens == 0) return nullptr;
+  with_type(type, [&](auto t) {
+    using T = decltype(t);
+    const int bytes = int(m.width * sizeof(T)), threads = 128;
+    allow_shared(mask_kernel<T>, bytes);
+    mask_kernel<T><<<unsigned(m.shape.tokens), threads, bytes, stream>>>(m);
+  });
+  return launched();
 }
 
 int64_t forward_workspace(const Problem& p, Way way, bool train) {

@@ -176,12 +176,42 @@ bool goes_back_dense(const Problem& problem, bool routing) {
   return wanted == Way::dense || (wanted == Way::automatic && hf_fff_cuda::backward_is_dense(problem, routing));
 }
 
-std::tuple<Tensor, Tensor, Tensor> run_dense(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in,
-                                             const Tensor& weight_out, int64_t n_trees, const std::string& activation) {
-  std::array<StableIValue, 8> stack{from(x),       from(weight_in),  from(bias_in), from(weight_out),
-                                    from(n_trees), from(activation), from(0.0),     from(1.0)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("hf_fff::fff_train_dense", "", stack.data(), TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
+constexpr int64_t kMostElements = int64_t{1} << 28;  // of all nodes' logits that are there at once
+
+// Rows in eights: matrix products of another number of them take several times as long. Those beyond are zero.
+Tensor in_eights(const Tensor& weight) {
+  const int64_t nodes = weight.size(0), more = (nodes + 7) / 8 * 8;
+  if (more == nodes) return weight;
+  Tensor padded = torch::stable::new_zeros(weight, std::vector<int64_t>{more, weight.size(1)});
+  Tensor real = torch::stable::narrow(padded, 0, 0, nodes);
+  torch::stable::copy_(real, weight);
+  return padded;
+}
+
+Tensor rows_of(const Tensor& t, int64_t rows, int64_t width) { return torch::stable::view(t, std::vector<int64_t>{rows, width}); }
+Tensor part_of(const Tensor& t, int64_t begin, int64_t count) {
+  Tensor all = t;
+  return torch::stable::narrow(all, 0, begin, count);
+}
+
+// Matrix products over all nodes, with a mask between them.
+void run_dense(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_out, const Problem& problem,
+               Activation activation, const Tensor& y, const Tensor* path, const Tensor* logits) {
+  const Shape& s = problem.shape;
+  const Tensor xs = rows_of(dense(x), s.tokens, s.hidden), in = torch::stable::transpose(in_eights(dense(weight_in)), 0, 1),
+               out = in_eights(dense(weight_out)), bias = dense(bias_in), ys = rows_of(y, s.tokens, s.hidden);
+  const int64_t width = out.size(0), piece = std::max<int64_t>(1, kMostElements / width);
+  for (int64_t begin = 0; begin < s.tokens; begin += piece) {
+    const int64_t count = std::min(piece, s.tokens - begin);
+    const Tensor every = torch::stable::matmul(part_of(xs, begin, count), in);
+    check(hf_fff_cuda::mask(
+        {{count, s.hidden, s.trees, s.depth}, activation, every.mutable_data_ptr(), width, bias.const_data_ptr(),
+         path ? static_cast<int32_t*>(path->mutable_data_ptr()) + begin * s.walk() : nullptr,
+         path ? static_cast<char*>(logits->mutable_data_ptr()) + begin * s.walk() * (problem.type == Type::float64 ? 8 : 4) : nullptr},
+        problem.type, stream_of(x)));
+    Tensor into = part_of(ys, begin, count);
+    torch::stable::copy_(into, torch::stable::matmul(every, out));
+  }
 }
 
 void run_forward(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_out, Problem problem,
@@ -207,9 +237,9 @@ Tensor fff(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, int64_
   const Activation act = activation_of(activation.value);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Way way = way_of(problem);
-  if (way == Way::dense) return std::get<0>(run_dense(x, weight_in, bias_in, weight_out, n_trees, activation.value));
   Tensor y = empty_like_dense(x);
-  run_forward(x, weight_in, bias_in, weight_out, problem, way, act, y, nullptr, nullptr);
+  if (way == Way::dense) run_dense(x, weight_in, bias_in, weight_out, problem, act, y, nullptr, nullptr);
+  else run_forward(x, weight_in, bias_in, weight_out, problem, way, act, y, nullptr, nullptr);
   return y;
 }
 
@@ -219,16 +249,14 @@ std::tuple<Tensor, Tensor, Tensor> fff_train(Tensor x, Tensor weight_in, Tensor 
   const Activation act = activation_of(activation.value);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Way way = way_of(problem);
-  if (way == Way::dense) return run_dense(x, weight_in, bias_in, weight_out, n_trees, activation.value);
   Tensor y = empty_like_dense(x);
   const auto sizes = leading(x, problem.shape.trees, problem.shape.levels());
   Tensor path = torch::stable::new_empty(x, sizes, ScalarType::Int);
   Tensor logits = torch::stable::new_empty(x, sizes, logits_type(x));
-  run_forward(x, weight_in, bias_in, weight_out, problem, way, act, y, &path, &logits);
+  if (way == Way::dense) run_dense(x, weight_in, bias_in, weight_out, problem, act, y, &path, &logits);
+  else run_forward(x, weight_in, bias_in, weight_out, problem, way, act, y, &path, &logits);
   return {y, path, logits};
 }
-
-constexpr int64_t kMostElements = int64_t{1} << 27;  // of all nodes' logits that are there at once
 
 // What the routing gradient adds to dL/dlogit, [tokens, trees, levels]; contiguous arguments.
 Tensor routing_term(const Tensor& grad_y, const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_out,
@@ -236,16 +264,15 @@ Tensor routing_term(const Tensor& grad_y, const Tensor& x, const Tensor& weight_
                     double temperature) {
   const Shape& s = problem.shape;
   Tensor extra = torch::stable::new_empty(x, std::vector<int64_t>{s.tokens, s.walk()}, logits_type(x));
-  const auto rows = [&](const Tensor& t, int64_t width) { return torch::stable::view(t, std::vector<int64_t>{s.tokens, width}); };
-  const Tensor xs = rows(x, s.hidden), gs = rows(grad_y, s.hidden), ps = rows(path, s.walk()), ls = rows(logits, s.walk()),
-               in = torch::stable::transpose(weight_in, 0, 1), out = torch::stable::transpose(weight_out, 0, 1);
-  const int64_t piece = std::max<int64_t>(1, kMostElements / s.nodes());
+  const Tensor xs = rows_of(x, s.tokens, s.hidden), gs = rows_of(grad_y, s.tokens, s.hidden), ps = rows_of(path, s.tokens, s.walk()),
+               ls = rows_of(logits, s.tokens, s.walk()), in = torch::stable::transpose(in_eights(weight_in), 0, 1),
+               out = torch::stable::transpose(in_eights(weight_out), 0, 1);
+  const int64_t width = in.size(1), piece = std::max<int64_t>(1, kMostElements / width);
   for (int64_t begin = 0; begin < s.tokens; begin += piece) {
     const int64_t count = std::min(piece, s.tokens - begin);
-    const auto part = [&](const Tensor& t) { Tensor all = t; return torch::stable::narrow(all, 0, begin, count); };
-    const Tensor every = torch::stable::matmul(part(xs), in), gain = torch::stable::matmul(part(gs), out);
-    const Tensor p = part(ps), l = part(ls), e = part(extra);
-    check(hf_fff_cuda::routing({{count, s.hidden, s.trees, s.depth}, activation, every.const_data_ptr(), gain.const_data_ptr(),
+    const Tensor every = torch::stable::matmul(part_of(xs, begin, count), in), gain = torch::stable::matmul(part_of(gs, begin, count), out);
+    const Tensor p = part_of(ps, begin, count), l = part_of(ls, begin, count), e = part_of(extra, begin, count);
+    check(hf_fff_cuda::routing({{count, s.hidden, s.trees, s.depth}, activation, every.const_data_ptr(), gain.const_data_ptr(), width,
                                 bias_in.const_data_ptr(), static_cast<const int32_t*>(p.const_data_ptr()), l.const_data_ptr(),
                                 strength, temperature, e.mutable_data_ptr()},
                                problem.type, stream_of(x)));
