@@ -7,6 +7,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 BENCH_THREADS ?= 1,2
 BENCH_OUT ?= $(if $(BENCH_ARGS),build/bench,docs/results)
+CUDA_PYTHON ?= "$(VENV)/bin/python"
+CUDA_STAMP = $(if $(filter file,$(origin CUDA_PYTHON)),$(VENV)/.stamp)
 CXX_ARM ?= aarch64-linux-gnu-g++
 QEMU_ARM ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 TEXT ?=
@@ -21,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo publish-example test test-full test-compat test-arm sanitize lint clean venv \
-	bench bench-layer bench-trained bench-scaling bench-model bench-serve bench-pages
+	bench bench-layer bench-trained bench-scaling bench-model bench-serve bench-pages test-cuda bench-cuda
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # what is measured must not run side by side
 
@@ -67,6 +69,15 @@ test-full: $(VENV)/.stamp ## all tests
 test-compat: $(VENV_COMPAT)/.stamp ## the fast tests with the oldest supported transformers
 	@"$(VENV_COMPAT)/bin/python" $(PYTEST) $(FAST) $(PYTEST_ARGS)
 
+# $(call needs_gpu,TARGET): stops where there is none.
+define needs_gpu
+@$(CUDA_PYTHON) -c 'from hf_fff.ops import no_gpu; import sys; why = no_gpu(); sys.exit(why and f"make $(1) needs a GPU, and nothing was run: {why}")'
+endef
+
+test-cuda: $(CUDA_STAMP) ## the whole operator suite on a GPU; fails where there is none; CUDA_PYTHON=python3 takes that one's torch
+	$(call needs_gpu,test-cuda)
+	@$(CUDA_PYTHON) $(PYTEST) tests/ops tests/layers $(PYTEST_ARGS)
+
 sanitize: $(patsubst kernels/cpu/%.cpp,build/check-%.o,$(wildcard kernels/cpu/*.cpp)) ## the C++ core of the kernels under ASan and UBSan, with each instruction set of this machine; needs no Python
 	@$(CXX) $(SANITIZE) -pthread kernels/tests/check.cpp $^ -o build/check
 	@for isa in avx512 avx2 baseline; do HF_FFF_ISA=$$isa build/check || exit 1; done
@@ -88,10 +99,10 @@ lint: $(VENV)/.stamp ## ruff and mypy
 	@"$(VENV)/bin/python" -m ruff format --check --quiet .
 	@"$(VENV)/bin/python" -m mypy --no-error-summary hf_fff
 
-# $(call measure,NAME,COMMAND AND OPTIONS): the JSON of a measurement, which appears whole or not at all.
+# $(call measure,NAME,COMMAND AND OPTIONS[,HF-FFF]): the JSON of a measurement, which appears whole or not at all.
 define measure
 @mkdir -p build/bench "$(BENCH_OUT)"
-@"$(VENV)/bin/hf-fff" bench $(2) --json $(BENCH_ARGS) > "build/bench/$(1).part"
+@$(or $(3),"$(VENV)/bin/hf-fff") bench $(2) --json $(BENCH_ARGS) > "build/bench/$(1).part"
 @mv "build/bench/$(1).part" "$(BENCH_OUT)/$(1).json"
 endef
 
@@ -116,6 +127,13 @@ bench-scaling: $(VENV)/.stamp ## one layer from BERT-tiny's size to GPT-3's
 
 bench-model: $(VENV)/.stamp ## BERT-base in PyTorch
 	$(call measure,cpu-model,model --size bert-base --dtype float32$(,)bfloat16 --batch 1x16$(,)1x128$(,)8x128$(,)1x512 --rounds 7)
+
+bench-cuda: $(CUDA_STAMP) ## layers, models and training steps on a GPU, write docs/results/cuda-*.md; CUDA_PYTHON as above
+	$(call needs_gpu,bench-cuda)
+	$(call measure,cuda-forward,cuda --only forward$(,)graph,$(CUDA_PYTHON) -m hf_fff)
+	$(call measure,cuda-backward,cuda --only backward,$(CUDA_PYTHON) -m hf_fff)
+	$(call measure,cuda-model,cuda --only model$(,)train,$(CUDA_PYTHON) -m hf_fff)
+	@$(CUDA_PYTHON) -m hf_fff.bench.page "$(BENCH_OUT)"
 
 bench-pages: $(VENV)/.stamp ## the pages and pictures again, from the JSON
 	@"$(VENV)/bin/python" -m hf_fff.bench.page "$(BENCH_OUT)"

@@ -12,7 +12,7 @@ from zipfile import ZipFile
 import pytest
 
 from hf_fff import __version__
-from hf_fff.ops.loader import LIBRARIES
+from hf_fff.ops.loader import LIBRARIES, kernels_root
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {".cpp", ".cu", ".cuh", ".h", ".md", ".nix", ".py", ".toml"}
@@ -67,8 +67,9 @@ def test_python_code_is_complete(files):
 
 def test_kernels_are_sources(files):
     kernels = {name for name in files if name.startswith("hf_fff/_kernels/")}
-    assert {f"hf_fff/_kernels/{source}" for library in LIBRARIES.values() for source in library.sources} <= kernels
-    assert {".cpp", ".h"} <= {Path(name).suffix for name in kernels} <= SOURCES
+    sources = {path for library in LIBRARIES.values() for path in library.files()}
+    assert {f"hf_fff/_kernels/{path.relative_to(kernels_root()).as_posix()}" for path in sources} <= kernels
+    assert {".cpp", ".h", ".cu", ".cuh"} <= {Path(name).suffix for name in kernels} <= SOURCES
 
 
 def test_cards(files):

@@ -1,9 +1,9 @@
-"""The pages of docs/results that tell how fast this is on a CPU, from the JSON that the commands wrote.
+"""The pages of docs/results that tell how fast this is, from the JSON that the commands wrote.
 
 python -m hf_fff.bench.page docs/results
 
-For each of cpu-layer.json, cpu-scaling.json, cpu-model.json and serve.json in the folder it writes a page and a picture; what is measured
-with trained weights is in files of its own, cpu-layer-*.json and serve-*.json.
+For each of cpu-layer.json, cpu-scaling.json, cpu-model.json, serve.json and cuda-*.json in the folder it writes a page and a picture; what
+is measured with trained weights on a CPU is in files of its own, cpu-layer-*.json and serve-*.json.
 """
 
 import json
@@ -17,6 +17,21 @@ from .plot import plot
 
 PAPER_CLAIM = 4095 / 12  # arXiv 2311.10770: 1x11 against a dense layer of as many neurons
 GOALS = {"1x11": 0.95, "8x8": 0.85}  # of the speed of a model without feedforward networks
+# On a GPU: section, FFF, dtype, tokens, what it is compared with, and how many times as fast it should be
+GPU_GOALS: tuple[tuple[str, str, str, int, str, float], ...] = (
+    ("forward", "1x11", "bfloat16", 131072, "dense:3072", 8),
+    ("forward", "1x11", "bfloat16", 131072, "dense:4095", 10),
+    ("forward", "1x11", "bfloat16", 16384, "dense:3072", 6),
+    ("forward", "1x11", "bfloat16", 131072, "mlp:12", 0.5),
+    ("forward", "4x9", "bfloat16", 131072, "dense:3072", 2.5),
+    ("forward", "8x8", "bfloat16", 131072, "dense:3072", 1.4),
+    ("forward", "1x11", "float32", 131072, "dense:3072", 45),
+    ("forward", "8x8", "float32", 131072, "dense:3072", 8),
+    ("backward", "1x11", "bfloat16", 131072, "dense:3072", 3),
+    *(("backward", fff, "bfloat16", 131072, "masked", 1) for fff in ("1x11", "4x9", "8x8", "32x6")),
+    *(("graph", "1x11", "bfloat16", tokens, "dense:3072", 1) for tokens in (128, 256, 512, 1024, 2048)),
+)
+GPU_LIMIT = 0.9  # of the speed of a model without feedforward networks
 _BUSY = 0.25  # cores that others used: the figure is marked
 
 Told = Mapping[str, Any]
@@ -414,6 +429,200 @@ def serve_page(tolds: Sequence[Told]) -> list[str]:
     return lines
 
 
+_SECTIONS = {
+    "forward": "Forward",
+    "backward": "Backward",
+    "graph": "Forward in a CUDA graph",
+}
+
+
+_KERNELS = {"native": "CUDA kernels", "triton": "Triton kernels", "torch": "PyTorch"}
+
+
+def cuda_page(told: Told) -> list[str]:
+    from .cuda import lines as lines_of
+
+    gpu, rates = told["gpu"], told["rates"]
+    rows = lines_of(told)
+    lines = [
+        f"# How fast this is on a GPU: {told['device']}",
+        "",
+        f"`{told['line']}`. {gpu['name']}, compute capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, {gpu['memory_gib']} GiB, "
+        f"second-level cache {gpu['l2_mib']} MiB; a driver for CUDA up to {gpu['driver']}, CUDA {gpu['cuda']}; torch {told['torch']}, transformers "
+        f"{told['transformers']}, Python {told['python']}, hf_fff {told['hf_fff']}, FFFs in {_KERNELS[told['backend']]}; {told['date']}. It took {told['seconds']} s.",
+        "",
+        f"In the same run the device copied {rates['copy_gb_per_second']:.0f} GB/s (read and written), and multiplied bfloat16 matrices at "
+        f"{rates['matmul_tflops']:.0f} TFLOP/s.",
+        "",
+    ]
+    if rows:
+        lines += [
+            f"Hidden size {told['hidden_size']}, random weights and inputs. What the GPU takes, between two events; medians of rounds in which all "
+            "candidates came in another random order, the second-level cache overwritten before each; outputs and gradients checked against float64 first. "
+            "*dense* and *mlp* are Linear-GELU-Linear of so many neurons, the faster of torch's plain one and of one with a fused activation; *masked* is "
+            "the dense layer with a mask, as the reference code trains; *copy* copies the input; *tf32* lets float32 products be made in TF32. "
+            "A cell: how many times as fast the FFF is (below 1x the other is faster); of the others their time, and of dense layers in bfloat16 the part of "
+            "the speed above.",
+            "",
+            "*Way* is how the kernels compute it (*dense*: all nodes and a mask, which they do where that is faster). *Bytes a token* is what has to be moved from "
+            "and to the memory, at least: the input, the output (backward: the gradients, path and logits), and the rows of visited nodes once (backward: the gradients "
+            "of all); beside it, the part of the copy's bandwidth that this would take. *Error* is the largest relative one against float64 on the same path; *same "
+            "path* the share of tokens whose path is float64's.",
+            "",
+            "![times as fast as the dense layer, over tokens](FIGURE)",
+            "",
+        ]
+    for section, title in _SECTIONS.items():
+        for dtype in dict.fromkeys(row["dtype"] for row in rows if row["section"] == section):
+            of = [row for row in rows if (row["section"], row["dtype"]) == (section, dtype)]
+            lines += [f"## {title}, {dtype}", "", *_gpu_grid(of), *_rivals(told, section, dtype), *_roofline(of)]
+    lines += _gpu_goals(rows)
+    for row in told["rows"]:
+        if row["section"] == "model":
+            lines += _gpu_model(row, told["size"])
+    lines += _training([row for row in told["rows"] if row["section"] == "train"])
+    for row in told["rows"]:
+        where = f"{row['section']}, {row['dtype']}, {row['work']}"
+        lines += [f"Left out: {name} ({where}): {why}\n" for name, why in row["left_out"].items()]
+    lines += [f"**{section} failed**: {why}\n" for section, why in told["failed"].items()]
+    lines += [f"There was no time for all of {section}.\n" for section in told["stopped"]]
+    return lines
+
+
+def _named(row: Told) -> str:
+    return f"{row['fff']}{', routing gradient' if row['routing'] else ''}"
+
+
+def _gpu_grid(rows: Sequence[Told]) -> list[str]:
+    """For each FFF its times, and a line for each rival."""
+    tokens = sorted({row["tokens"] for row in rows})
+    fields = (
+        "section",
+        "dtype",
+        "tokens",
+        "fff",
+        "routing",
+        "microseconds",
+        "bytes_a_token",
+        "share",
+        "error",
+        "agreeing",
+        "way",
+    )
+    table_lines = []
+    for name in dict.fromkeys(map(_named, rows)):
+        of = {row["tokens"]: row for row in rows if _named(row) == name}
+        table_lines.append([f"**{name}**", *(micro(of[t]["microseconds"]) if t in of else "-" for t in tokens)])
+        for rival in dict.fromkeys(key for row in of.values() for key in row if key not in fields):
+            cells = (of[t].get(rival) if t in of else None for t in tokens)
+            table_lines.append([f"against {rival}", *("-" if cell is None else _ratio(cell) for cell in cells)])
+    return table(["", *(f"{t} tokens" for t in tokens)], table_lines)
+
+
+def _ratio(ratio: float) -> str:
+    return times(ratio) if ratio >= 10 else f"{ratio:.2f}x"
+
+
+def _rivals(told: Told, section: str, dtype: str) -> list[str]:
+    """What the others take."""
+    rows = [row for row in told["rows"] if (row["section"], row["dtype"]) == (section, dtype)]
+    names = dict.fromkeys(name for row in rows for name in row["seconds"] if name == "copy" or ":" in name)
+    cells = ([name, *(_rival(told, row, name) for row in rows)] for name in names)
+    return ["The others:", "", *table(["", *(f"{row['work']} tokens" for row in rows)], cells)]
+
+
+def _rival(told: Told, row: Told, name: str) -> str:
+    """The time; and of a dense layer in bfloat16 the part of the matrix product's speed."""
+    if (seconds := row["seconds"].get(name)) is None:
+        return "-"
+    if row["dtype"] != "bfloat16" or name == "copy":
+        return micro(1e6 * seconds)
+    width = int(name.split()[0].partition(":")[2])
+    products = 4 if row["section"] == "backward" else 2
+    operations = 2 * products * int(row["work"]) * told["hidden_size"] * width
+    return f"{micro(1e6 * seconds)} ({operations / seconds / 1e12 / told['rates']['matmul_tflops']:.0%})"
+
+
+def _roofline(rows: Sequence[Told]) -> list[str]:
+    """Bytes a token, the part of the bandwidth, and how far outputs are off."""
+    return [
+        *table(
+            ["", "tokens", "way", "bytes a token", "part of the bandwidth", "error", "same path"],
+            (
+                [
+                    _named(row),
+                    str(row["tokens"]),
+                    row["way"] or "-",
+                    f"{row['bytes_a_token']:.0f}",
+                    f"{100 * row['share']:.0f} %",
+                    _known(row["error"], "{:.1e}"),
+                    _known(row["agreeing"], "{:.2%}"),
+                ]
+                for row in rows
+            ),
+        ),
+    ]
+
+
+def _gpu_goals(rows: Sequence[Told]) -> list[str]:
+    found = {(r["section"], r["fff"], r["dtype"], r["tokens"]): r for r in rows if not r["routing"]}
+    judged = []
+    for *at, rival, goal in GPU_GOALS:
+        section, fff, dtype, tokens = at
+        measured = found.get((section, fff, dtype, tokens), {}).get(rival)
+        if measured is not None:
+            reached = "yes" if measured >= goal else "no"
+            judged.append(
+                [f"{fff} {dtype}, {section}, {tokens} tokens", rival, f"{goal:g}x", _ratio(measured), reached]
+            )
+    return ["## Goals", "", *table(["", "against", "goal", "measured", "reached"], judged)] if judged else []
+
+
+def _gpu_model(row: Told, size: str) -> list[str]:
+    seconds, lines = row["seconds"], []
+    for name, s in seconds.items():
+        suffix = " graph" if name.endswith(" graph") else ""
+        dense, none = seconds.get(f"dense{suffix}"), seconds.get(f"none{suffix}")
+        share = none / s if none else None
+        tree = not name.startswith(("dense", "none"))
+        lines.append(
+            [
+                name,
+                micro(1e6 * s),
+                _known(dense and dense / s, "{:.2f}x"),
+                _known(share, "{:.0%}"),
+                ("yes" if share >= GPU_LIMIT else "no") if tree and share else "",
+            ]
+        )
+    head = ["", "a batch", "times as fast as dense", "share of the limit's speed", f"{GPU_LIMIT:.0%} reached"]
+    return [
+        f"## {size}, {row['dtype']}, {row['work']}",
+        "",
+        "Random weights and ids, without padding, Python included; *graph* is the forward pass in a CUDA graph. *none* has no feedforward networks, which is the limit.",
+        "",
+        *table(head, lines),
+    ]
+
+
+def _training(rows: Sequence[Told]) -> list[str]:
+    if not rows:
+        return []
+    shown = []
+    for row in rows:
+        for kind, s in row["seconds"].items():
+            dense, memory = row["seconds"].get("dense"), row["peak_mb"].get(kind)
+            faster = _known(dense and dense / s, "{:.2f}x")
+            shown.append([row["work"], kind, micro(1e6 * s), faster, _known(memory, "{:.0f} MB")])
+    return [
+        "## A step of training",
+        "",
+        "Forward, backward and AdamW, bfloat16 autocast, float32 weights, with the routing gradient, Python included; memory is the most that was allocated, "
+        "weights and optimizer included.",
+        "",
+        *table(["", "in place of the FFNs", "a step", "times as fast as dense", "memory"], shown),
+    ]
+
+
 def _known(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
@@ -431,7 +640,7 @@ def write_pages(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none.
     """
-    files = sorted([*folder.glob("cpu-*.json"), *folder.glob("serve*.json")])
+    files = sorted([*folder.glob("cpu-*.json"), *folder.glob("serve*.json"), *folder.glob("cuda-*.json")])
     read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     pages: dict[str, Callable[[Told], list[str]]] = {
         "cpu-layer": lambda told: layer_page(told, [read[name] for name in read if name.startswith("cpu-layer-")]),
@@ -439,18 +648,26 @@ def write_pages(folder: Path) -> list[Path]:
         "cpu-model": model_page,
         "serve": lambda told: serve_page([told, *(read[name] for name in read if name.startswith("serve-"))]),
     }
+    pages |= dict.fromkeys((name for name in read if name.startswith("cuda-")), cuda_page)
     written = []
     for name in read.keys() & pages.keys():
         page = folder / f"{name}.md"
-        plot(read[name], page.with_suffix(".png"))
-        maker = "hf-fff bench serve --json" if name == "serve" else "make bench"
+        maker = {"serve": "hf-fff bench serve --json"}.get(
+            name, "make bench-cuda" if name.startswith("cuda-") else "make bench"
+        )
         source = f"Made by `python -m hf_fff.bench.page` from `{name}.json`, which `{maker}` writes."
         lines = pages[name](read[name])
+        figure = page.with_suffix(".png")
+        lines = [line.replace("(FIGURE)", f"({figure.name})") for line in lines]
+        if any(figure.name in line for line in lines):
+            plot(read[name], figure)
         with atomic_file(page) as path:
             path.write_text("\n".join([*lines[:2], source, "", *lines[2:]]).rstrip() + "\n", encoding="utf-8")
         written.append(page)
     if not written:
-        raise FileNotFoundError(f"{folder} has no cpu-layer.json, cpu-scaling.json, cpu-model.json or serve.json")
+        raise FileNotFoundError(
+            f"{folder} has no cpu-layer.json, cpu-scaling.json, cpu-model.json, serve.json or cuda-*.json"
+        )
     return sorted(written)
 
 

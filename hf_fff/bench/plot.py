@@ -86,6 +86,21 @@ def _serve(told: Mapping[str, Any], axes: Any) -> None:
     axes.legend(fontsize=6)
 
 
+def _cuda(told: Mapping[str, Any], axes: Any) -> None:
+    from .cuda import lines
+
+    def name(row: Mapping[str, Any]) -> str:
+        return f"{row['fff']}, {row['dtype']}, {row['section']}"
+
+    rows = [row for row in lines(told) if not row["routing"]]
+    for label, of in groupby(sorted(rows, key=name), key=name):
+        some = sorted(
+            (row["tokens"], row[first]) for row in of for first in [n for n in row if n.startswith("dense:")][:1]
+        )
+        axes.plot(*zip(*some, strict=True), marker="o", label=label)
+    _finish(axes, "tokens", "times as fast as the dense layer")
+
+
 def _finish(axes: Any, x: str, y: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -95,7 +110,7 @@ def _finish(axes: Any, x: str, y: str) -> None:
     axes.legend(fontsize=6)
 
 
-_DRAW = {"layer": _layer, "scaling": _scaling, "model": _model, "serve": _serve}
+_DRAW = {"layer": _layer, "scaling": _scaling, "model": _model, "serve": _serve, "cuda": _cuda}
 
 
 def csv_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -541,6 +542,83 @@ def bench_train(
     _caption(told, ["Weights are random: nothing here tells of quality."])
 
 
+@bench_app.command("cuda")
+@reports_errors
+def bench_cuda(
+    fff: Annotated[
+        str, typer.Option(help="Trees x depth of the layers, comma-separated.", show_default="1x11,4x9,8x8,32x6")
+    ] = "",
+    hidden_size: Annotated[int, typer.Option(min=1, help="Size of the layers' input and output.")] = 768,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or both, comma-separated.")] = "bfloat16,float32",
+    tokens: Annotated[
+        str,
+        typer.Option(
+            help="Token counts of the layers, comma-separated.",
+            show_default="forward 128,512,2048,16384,131072; backward the last three; graph 128,256,512,1024,2048",
+        ),
+    ] = "",
+    only: Annotated[
+        str, typer.Option(help="Sections to measure, comma-separated: forward, backward, graph, model, train.")
+    ] = "forward,backward,graph,model,train",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer shapes and rounds, and no cell begun after 90 seconds.")
+    ] = False,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="After which nothing new is begun; what was measured is told.")
+    ] = None,
+    rounds: Rounds = 30,
+    csv_file: Csv = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Time layers, models and training steps on a GPU against dense layers, narrow ones, a masked dense layer and a copy of the input."""
+    from dataclasses import replace
+
+    from ..config import FFFConfig
+
+    changes: dict[str, Any] = {"hidden_size": hidden_size, "rounds": rounds}
+    if fff:
+        changes["fff"] = tuple(part.strip() for part in fff.split(","))
+        try:
+            if other := [shape for shape in changes["fff"] if FFFConfig.from_shorthand(shape).kind != "tree"]:
+                raise ValueError(f"{other[0]} is no tree")
+        except ValueError as error:
+            raise bad_option("--fff", error) from error
+    if tokens:
+        counts = tuple(_numbers("--tokens", tokens))
+        changes |= {"tokens": counts, "backward_tokens": counts, "graph_tokens": counts}
+    _check_files(csv_file, plot)
+
+    from ..bench import cuda
+
+    changes["dtypes"] = tuple(_dtypes(dtype))
+    if seconds is not None:
+        changes["seconds"] = seconds
+    sections = [part.strip() for part in only.split(",")]
+    if wrong := [name for name in sections if name not in cuda.SECTIONS]:
+        raise bad_option("--only", ValueError(f"{wrong[0]!r} is not known (allowed: {', '.join(cuda.SECTIONS)})"))
+    gpu, begun = cuda.Gpu(), time.monotonic()
+
+    from ..bench import machine, page
+    from ..bench.load import Patience
+
+    plan = replace(cuda.Plan(), **changes)
+    measured = cuda.bench_cuda(plan.quick() if quick else plan, sections, gpu=gpu, tell=lambda words: err.print(words))
+    known = machine.gpu() or {}
+    words = {"--fff": fff, "--tokens": tokens, "--dtype": dtype, "--only": only}
+    line = " ".join(["hf-fff bench cuda", *(f"{name} {value}" for name, value in words.items() if value)])
+    line += " --quick" if quick else ""
+    about = {"line": line, "gpu": known, "device": known.get("name"), "seconds": round(time.monotonic() - begun)}
+    told = _told("cuda", Patience(), {**about, **measured}, device="cuda")
+    _write(told, cuda.lines(told), csv_file, plot)
+    if as_json:
+        print(json.dumps(told, indent=1))
+    else:
+        out.print("\n".join(page.cuda_page(told)), soft_wrap=True)
+    if measured["failed"]:
+        raise RuntimeError("; ".join(f"{section} failed: {why}" for section, why in measured["failed"].items()))
+
+
 _MODEL_LIMIT = 60.0  # seconds for the rounds of a workload, if three are done by then
 
 
@@ -598,7 +676,7 @@ def _check_files(csv_file: Path | None, plot: Path | None) -> None:
         raise bad_option("--plot", error) from error
 
 
-def _told(command: str, waiting: Any, results: Mapping[str, Any]) -> dict[str, Any]:
+def _told(command: str, waiting: Any, results: Mapping[str, Any], device: str = "cpu") -> dict[str, Any]:
     """What ``--json`` prints: the machine, what else it did, and the results."""
     from dataclasses import asdict
 
@@ -607,7 +685,7 @@ def _told(command: str, waiting: Any, results: Mapping[str, Any]) -> dict[str, A
 
     return {
         "command": command,
-        **facts(),
+        **facts(device),
         "load": asdict(worst(waiting.loads)),
         "seconds": round(waiting.measuring),
         **results,

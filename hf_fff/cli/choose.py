@@ -228,7 +228,7 @@ def choose(
     )
     with working(), resumable(output.with_name(f"{output.name}.work")):
         folder = ModelFolder.find(source)
-        load_kernels()
+        load_kernels(device)
         choice = search(
             folder,
             output,

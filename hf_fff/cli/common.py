@@ -189,23 +189,37 @@ def _tick(done: threading.Event, seconds: float = 5.0) -> None:
                 bar.refresh()
 
 
-def must_compile() -> bool:
-    """Whether the CPU kernel is to be compiled when it is loaded, which a user should hear of."""
+def must_compile(name: str = "cpu") -> bool:
+    """Whether a library is to be compiled when it is loaded, which a user should hear of."""
     from ..ops import loader
 
     facts = loader.describe()
-    key = facts["libraries"]["cpu"].get("key")  # none without a compiler
+    row = facts["libraries"][name]
+    key = row.get("targets", True) and row.get("key")  # none without a compiler, and no targets without a GPU
     asked = facts["backend_setting"] in ("torch", "hub") or facts["kernel_path"]
-    return bool(key and not asked and not Path(facts["cache"], f"cpu-{key}").exists())
+    return bool(key and not asked and not any(Path(facts["cache"]).glob(f"{name}-{key}*")))
 
 
-def load_kernels() -> None:
-    """Now, so that a bad ``HF_FFF_BACKEND`` is told before minutes of work."""
+def announce(name: str, what: str) -> None:
+    """Tells that a library is about to be compiled, if it is."""
+    from ..ops import loader
+
+    if must_compile(name):
+        err.print(f"compiling the {what}, once: this takes {loader.LIBRARIES[name].tools.takes}")
+
+
+def load_kernels(device: Device | None = Device.cpu) -> None:
+    """Now, so that a bad ``HF_FFF_BACKEND`` is told before minutes of work; those of the CPU, and of a GPU where ``device`` is one, or
+    may be."""
+    import torch
+
     from .. import ops
 
-    if must_compile():
-        err.print("compiling the CPU kernel, once: this takes some seconds")
+    announce("cpu", "CPU kernel")
     ops.load()
+    if device is not Device.cpu and torch.cuda.is_available():
+        announce("cuda", "CUDA kernels")
+        ops.load("cuda")
 
 
 def _version(wanted: bool) -> None:

@@ -146,7 +146,7 @@ def distill(
     )
     with working(), resumable(work):
         folder = ModelFolder.find(source)
-        load_kernels()
+        load_kernels(device)
         model = distil_folder(
             folder,
             output,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Json, Overwrite, app, bad_option, err, must_compile, out, reports_errors, table_of
+from .common import Json, Overwrite, announce, app, bad_option, err, must_compile, out, reports_errors, table_of
 
 
 @app.command()
@@ -28,6 +28,8 @@ def env(
         return
     from ..bench.machine import report
 
+    announce("cpu", "CPU kernel")
+    announce("cuda", "CUDA kernels")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="hf_fff: ")  # the same is told below
         facts = report()
@@ -74,6 +76,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     kernels, backend, packages = facts["kernels"], facts["backend"], facts["packages"]
     library = kernels["libraries"]["cpu"]
     runs = "PyTorch" if backend["cpu"] == "torch" else f"C++ kernel, {backend['isa']}"
+    on_gpu = kernels["libraries"].get("cuda", {}) if backend.get("cuda") else {}
     absent = "not installed"
     rows = [
         ("hf_fff", facts["hf_fff"]),
@@ -85,12 +88,30 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("GPU", facts["cuda"]),
         ("what FFFs run in, on the CPU", runs),
         ("kernel library", _library(library)),
-        ("C++ compiler", f"{library['compiler']}\n{library.get('version', '')}".strip()),
+        ("C++ compiler", _compiler(library)),
+        ("what FFFs run in, on the GPU", _ON_GPU.get(backend.get("cuda"), "")),
+        *((f"{name} (BERT-base, bf16)", _ways(ways)) for name, ways in facts.get("gpu_ways", {}).items()),
+        *([("CUDA kernel library", _library(on_gpu)), ("CUDA compiler", _compiler(on_gpu))] if on_gpu else []),
         ("kernel sources", kernels["sources"]),
         ("kernel cache", kernels["cache"]),
         *((f"{name}, as set", value) for name, value in sorted(os.environ.items()) if name.startswith("HF_FFF_")),
     ]
     return [(label, value) for label, value in rows if value]
+
+
+_ON_GPU = {"native": "CUDA kernels", "triton": "Triton kernels", "torch": "PyTorch", "nothing": "nothing"}
+
+
+def _ways(ways: dict[str, str]) -> str:
+    """Such as "tiles: 1x11; dense: 8x8, 32x6"."""
+    found: dict[str, list[str]] = {}
+    for fff, way in ways.items():
+        found.setdefault(way, []).append(fff)
+    return "; ".join(f"{way}: {', '.join(of)}" for way, of in found.items())
+
+
+def _compiler(library: dict[str, Any]) -> str:
+    return f"{library['compiler']}\n{library.get('version', '')}".strip()
 
 
 def _library(library: dict[str, Any]) -> str:
@@ -115,31 +136,41 @@ def _problems(facts: dict[str, Any], no_gpu: str | None) -> list[str]:
     if backend["cpu"] != "torch" and backend["isa"] == "baseline":
         why = "HF_FFF_ISA says so" if os.environ.get("HF_FFF_ISA") else "this processor has no AVX2"
         told.append(f"The C++ kernel runs without vector instructions, slowly: {why}.")
+    told += _gpu_problems(backend.get("cuda"), facts["kernels"]["libraries"].get("cuda", {}))
     if no_gpu:
         told.append(f"No GPU is used, so that distilling is slow: {no_gpu}")
     return told
 
 
+def _gpu_problems(runs: str | None, library: dict[str, Any]) -> list[str]:
+    if runs is None or (runs == "native" and not library.get("reason")):
+        return []
+    reason = library.get("reason") or library.get("status")
+    if runs == "native":
+        return [f"The CUDA kernels: {reason}"]
+    if runs == "nothing":
+        return [f"FFFs do not run on this GPU: HF_FFF_BACKEND=native, and the CUDA kernels cannot be loaded: {reason}"]
+    return [f"FFFs run in {_ON_GPU[runs]} on this GPU, not in the CUDA kernels: {reason}"]
+
+
 def _no_gpu() -> str | None:
     """Why there is none; None where there is one."""
-    import torch
+    from .. import ops
 
-    if torch.cuda.is_available():
-        return None
-    if not (torch.version.cuda or torch.version.hip):
-        return f"this PyTorch ({torch.__version__}) is built for CPUs alone."
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return "CUDA_VISIBLE_DEVICES hides them all."
-    return (
-        f"PyTorch ({torch.__version__}) finds none: there is none in this machine, or its driver is missing or older than "
-        "this PyTorch wants (see nvidia-smi)."
-    )
+    return ops.no_gpu()
 
 
 @app.command()
 @reports_errors
 def build(
     output: Annotated[Path | None, typer.Option(help="Folder to put the library in, for HF_FFF_KERNEL_PATH.")] = None,
+    cuda: Annotated[bool, typer.Option("--cuda", help="The CUDA kernels, by nvcc; needs no GPU.")] = False,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="With --cuda: GPUs to build for, comma-separated, such as 80,90 or 8.0,sm_90; all by default."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Build even if there is one already.")] = False,
     kernel_layout: Annotated[
         Path | None,
@@ -148,23 +179,37 @@ def build(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Build the CPU kernel now instead of on its first use; or write it as a kernel of the Hub, for the package kernels."""
+    """Build the CPU kernel, or the CUDA kernels, now instead of on its first use; or write it as a kernel of the Hub, for the package kernels."""
     from dataclasses import asdict
 
     from ..ops import loader
 
     if kernel_layout is not None:
+        if cuda:
+            raise bad_option("--cuda", ValueError("does not go with --kernel-layout, which writes the kernel of the CPU"))
         _write_layout(kernel_layout, output, overwrite, as_json)
         return
-    if force or must_compile():
+    if arch is not None and not cuda:
+        raise bad_option("--arch", ValueError("belongs to --cuda"))
+    try:
+        targets = loader.check_targets(arch.split(",") if arch is not None else ())
+    except ValueError as error:
+        raise bad_option("--arch", error) from error
+    if cuda:
+        err.print(
+            f"compiling the CUDA kernels, unless they are there: this takes {loader.LIBRARIES['cuda'].tools.takes}"
+        )
+    elif force or must_compile():
         err.print("compiling the CPU kernel: this takes some seconds")
-    status = loader.build("cpu", force=force, output=output)
+    status = loader.build("cuda" if cuda else "cpu", force=force, output=output, targets=targets)
     if as_json:
         print(json.dumps(asdict(status), indent=2, default=str))
-    elif status.loaded:
+    elif status.path is not None:
         out.print(f"{status.path} ({status.origin})", soft_wrap=True)
-    if not status.loaded:
+    if status.path is None:
         raise RuntimeError(status.reason)
+    if status.reason and not status.loaded:
+        err.print(f"built, and not loaded here: {status.reason}")
 
 
 def _write_layout(folder: Path, output: Path | None, overwrite: bool, as_json: bool) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import packed_backend, torch_backend
 from ._schema import ACTIVATIONS, ROWS, depth_of, library
 from .functions import fff, fff_packed, fff_train, pack
-from .loader import Status, load, setting, status
+from .loader import Status, load, no_gpu, setting, status
 
 __all__ = [
     "ACTIVATIONS",
@@ -29,9 +29,14 @@ __all__ = [
     "has_native",
     "isa",
     "load",
+    "no_gpu",
     "pack",
     "status",
+    "way",
 ]
+
+
+_LIBRARIES = ("cpu", "cuda")  # devices that have a native library, which has their name
 
 
 def _fallback(name: str, home: ModuleType = torch_backend) -> Any:
@@ -44,15 +49,22 @@ def _fallback(name: str, home: ModuleType = torch_backend) -> Any:
     in_torch = getattr(home, name)
 
     def kernel(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.device.type == "cpu" and not has_native() and load("cpu").loaded:
-            return operator(x, *args, **kwargs)
-        if home is packed_backend and x.device.type != "cpu":
+        device = x.device.type
+        if home is packed_backend and device != "cpu":
             raise ValueError(f"hf_fff::{name} is for the CPU, and got a tensor on {x.device}")
-        if x.device.type == "cuda" and (on_gpu := _triton()):
+        if device in _LIBRARIES and not has_native(device) and load(device).loaded:
+            return operator(x, *args, **kwargs)
+        if device == "cuda" and (on_gpu := _triton()):
             return getattr(on_gpu, name)(x, *args, **kwargs)
         return in_torch(x, *args, **kwargs)
 
     return kernel
+
+
+def _backward_dense(grad_y: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What the CUDA kernels call for wide layers: Triton between matrix products, or PyTorch alone."""
+    on_gpu = _triton() if grad_y.device.type == "cuda" else None
+    return (on_gpu or torch_backend).fff_backward(grad_y, *args, **kwargs)
 
 
 @cache
@@ -81,9 +93,38 @@ def has_native(device: str = "cpu") -> bool:
 
 def backend(device: str = "cpu") -> str:
     """``"native"``, ``"triton"`` or ``"torch"``: what a call on this device runs, loading the native library where there is one."""
-    if has_native(device) or (device == "cpu" and load("cpu").loaded):
+    there = device == "cpu" or (device == "cuda" and torch.cuda.is_available())
+    if has_native(device) or (there and load(device).loaded):
         return "native"
-    return "triton" if device == "cuda" and torch.cuda.is_available() and _triton() else "torch"
+    return "triton" if there and device == "cuda" and _triton() else "torch"
+
+
+def way(
+    n_trees: int,
+    depth: int,
+    hidden: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
+    routing: bool = False,
+) -> str | None:
+    """How the CUDA kernels do a call on the current device (docs/kernel-cuda.md); None where they are not in use.
+
+    Returns:
+        "gather", "sorted", "tiles", "columns" or "plain" (forward) or "conditional" (backward): only the nodes that tokens visit take part;
+        "dense": all nodes do, in matrix products, and a mask drops the others, which is faster for wide layers.
+    """
+    if not torch.cuda.is_available() or backend("cuda") != "native":
+        return None
+    found = ctypes.CDLL(str(load("cuda").path)).hf_fff_cuda_way
+    found.restype = ctypes.c_char_p
+    found.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] * 3 + [ctypes.c_bool] * 2
+    device = torch.cuda.get_device_properties()
+    kinds = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as cuda/fff.h counts them
+    capability = 10 * device.major + device.minor
+    facts = (kinds.index(dtype), capability, device.multi_processor_count)
+    return found(tokens, hidden, n_trees, depth, *facts, backward, routing).decode()
 
 
 def isa() -> str | None:
@@ -98,5 +139,6 @@ def isa() -> str | None:
 
 for _name in ("fff", "fff_train", "fff_backward"):
     library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
+library.impl("fff_backward_dense", _backward_dense, "CompositeExplicitAutograd")
 for _name in ("pack", "fff_packed"):
     library.impl(_name, _fallback(_name, packed_backend), "CompositeExplicitAutograd")

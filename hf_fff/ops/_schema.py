@@ -24,12 +24,14 @@ _ROUTING = "float routing_gradient=0.0, float routing_temperature=1.0"
 library = torch.library.Library(add_op_namespace_prefix("fff").split("::")[0], "DEF")
 library.define(f"fff({_WEIGHTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 library.define(f"fff_train({_WEIGHTS}, {_ROUTING}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-library.define(
-    "fff_backward(Tensor grad_y, Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor path, "
+_BACKWARD = (
+    "(Tensor grad_y, Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor path, "
     f"Tensor logits, int n_trees, str activation, {_ROUTING}, bool need_x=True, bool need_weights=True)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
+library.define(f"fff_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+# The same by matrix products over all nodes and a mask: what the CUDA kernels call where that is faster.
+library.define(f"fff_backward_dense{_BACKWARD}")
 # Frozen layers, for inference on a CPU: one flat buffer with rows of fewer bytes, and the forward pass over it.
 library.define(
     "pack(Tensor weight_in, Tensor bias_in, Tensor weight_out, int n_trees, str rows) -> Tensor",

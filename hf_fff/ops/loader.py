@@ -4,6 +4,9 @@ Order: ``HF_FFF_KERNEL_PATH``, the library that the wheel bundles, the cache, a 
 the cache cannot be used, into a private temporary folder). Nothing here fails for want of a compiler: one warning a
 process says why the slower path is taken. ``HF_FFF_BACKEND=native`` makes that an error, ``torch`` loads nothing, ``hub`` takes the kernel
 that ``HF_FFF_KERNEL_REPO`` names, or it is an error.
+
+The library for GPUs is compiled on first use for the GPUs that are there, and by ``build`` for any; on a machine that cannot run
+it, it is built and not loaded.
 """
 
 import atexit
@@ -23,7 +26,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -34,14 +37,61 @@ from filelock import FileLock
 logger = logging.getLogger(__name__)
 
 SETTINGS = ("auto", "native", "torch", "hub")
-_TIMEOUT = 300.0  # seconds that a compiler may take
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SOURCE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
 _CPU_FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512f|avx512_(bf16|vnni|fp16)|amx_\w+|asimd(dp)?|bf16|i8mm|sve2?")
 
-# No -march: the sources choose the instruction set when they run.
-_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
-_LINK = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-Wl,--no-as-needed",)
+
+@dataclass(frozen=True)
+class Toolchain:
+    """How sources become a library."""
+
+    variables: tuple[str, ...]  # of the environment, that name a compiler; it may have options behind it
+    names: tuple[str, ...]  # to look for otherwise
+    where: str  # they were looked for, should none be found
+    advice: str
+    flags: tuple[str, ...]
+    link: tuple[str, ...]
+    flags_variable: str  # of the environment, that holds further flags
+    timeout: float  # seconds that it may take
+    takes: str  # what it usually takes
+    version: str = ""  # what stands in the line of --version that tells it
+
+
+_TOOLCHAINS = {
+    "c++": Toolchain(
+        ("HF_FFF_CXX", "CXX"),
+        ("c++", "g++", "clang++"),
+        "none of c++, g++, clang++ is on PATH",
+        "Install g++ or clang++",
+        # No -march: the sources choose the instruction set when they run.
+        ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden"),
+        ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-Wl,--no-as-needed",),
+        "HF_FFF_CXXFLAGS",
+        timeout=300,
+        takes="about 25 s",
+    ),
+    "nvcc": Toolchain(
+        ("HF_FFF_NVCC",),
+        ("$CUDA_HOME/bin/nvcc", "$CUDA_PATH/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"),
+        "neither in CUDA_HOME or CUDA_PATH, nor on PATH, nor in /usr/local/cuda",
+        "Install the CUDA toolkit, or name its nvcc by HF_FFF_NVCC",
+        ("-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-shared"),
+        # The CUDA runtime is a static library, whose names must not mix with those of torch's.
+        ("-Xlinker", "--no-as-needed,--exclude-libs=ALL"),
+        "HF_FFF_NVCCFLAGS",
+        timeout=3600,
+        takes="some tens of seconds for each kind of GPU",
+        version="release",
+    ),
+}
+
+# The GPUs that kernels are compiled for. Code for one runs on later ones of its generation (86 on 87), and its PTX, which the driver
+# compiles, on all later ones.
+TARGETS = ("75", "80", "86", "89", "90", "100", "120")
+_SPECIFIC = ("90a", "100a", "120a")  # code for one kind of GPU alone
+_PTX = "+PTX"
+_EVERYWHERE = (*TARGETS[:-1], TARGETS[-1] + _PTX)
 
 
 @dataclass(frozen=True)
@@ -63,21 +113,47 @@ def _torch() -> Host:
     return Host("torch", torch.__version__, home, flags, ("-ltorch_cpu",), torch.ops.load_library)
 
 
+def _torch_cuda() -> Host:
+    # libtorch brings in libtorch_cuda where torch has it: so a torch for CPUs can build for GPUs.
+    host = _torch()
+    return replace(host, flags=(*host.flags, "-DUSE_CUDA"), libraries=(*host.libraries, "-ltorch"))
+
+
 @dataclass(frozen=True)
 class Library:
     """A kernel library: what it is compiled from, and the operator whose presence proves that it is the right one."""
 
     name: str
-    sources: tuple[str, ...]  # relative to kernels_root()
+    sources: tuple[str, ...]  # relative to kernels_root(); may be patterns
     operator: str | None = None
     dispatch_key: str = "CPU"
     compiler: str = "c++"
     host: Callable[[], Host] = _torch
     required: bool = False  # nothing else can do its work: it is an error that it cannot be loaded
+    otherwise: str = "the slower PyTorch code is"  # used
 
     @property
     def file_name(self) -> str:
         return f"libhf_fff_{self.name}.so"
+
+    @property
+    def tools(self) -> Toolchain:
+        return _TOOLCHAINS[self.compiler]
+
+    @property
+    def for_gpus(self) -> bool:
+        return self.compiler == "nvcc"
+
+    def files(self) -> list[Path]:
+        """Its sources.
+
+        Raises:
+            BuildError: one is missing.
+        """
+        found = {name: sorted(kernels_root().glob(name)) for name in self.sources}
+        if missing := [str(kernels_root() / name) for name, paths in found.items() if not paths]:
+            raise BuildError(f"the sources of the {self.name} library are not installed: {', '.join(missing)}")
+        return [path for paths in found.values() for path in paths]
 
 
 CORE = tuple(
@@ -88,15 +164,25 @@ LIBRARIES = {
     for row in (
         Library("cpu", ("torch-ext/torch_binding_cpu.cpp", *CORE), "hf_fff::fff"),
         Library("bench", ("torch-ext/bench_cpu.cpp", *CORE), "hf_fff_bench::fff_loop"),
+        Library(
+            "cuda",
+            ("torch-ext/torch_binding_cuda.cpp", "cuda/*.cu"),
+            "hf_fff::fff",
+            "CUDA",
+            "nvcc",
+            _torch_cuda,
+            otherwise="Triton kernels or PyTorch code are",
+        ),
     )
 }
-# kind of compiler -> environment variables that name one, names to look for
-_COMPILERS = {"c++": (("HF_FFF_CXX", "CXX"), ("c++", "g++", "clang++"))}
 
 
 @dataclass(frozen=True)
 class Status:
-    """What became of a library: where it came from if it is loaded, otherwise why it is not."""
+    """What became of a library: where it came from if it is loaded, otherwise why it is not.
+
+    One that was built for GPUs on a machine that cannot run it has a ``path`` and is not loaded.
+    """
 
     library: str
     loaded: bool = False
@@ -121,6 +207,7 @@ class BuildError(RuntimeError):
 class _Compiler:
     command: tuple[str, ...]
     version: str
+    targets: tuple[str, ...] = ()  # GPUs
 
 
 _statuses: dict[str, Status] = {}
@@ -163,24 +250,32 @@ def status(name: str = "cpu") -> Status | None:
     return _statuses.get(_library(name).name)
 
 
-def build(name: str = "cpu", *, force: bool = False, output: Path | None = None) -> Status:
+def build(name: str = "cpu", *, force: bool = False, output: Path | None = None, targets: Iterable[str] = ()) -> Status:
     """Compiles a library ahead of its first use, unless the cache has it already.
 
     Args:
         name: which library.
         force: compile even if the cache has it.
         output: a folder to put a copy in, for ``HF_FFF_KERNEL_PATH``.
+        targets: GPUs that it is for, such as ``"90"``; all of ``TARGETS`` without.
 
     Returns:
-        its status; not loaded, with a reason, if it could not be compiled or does not load.
+        its status; not loaded, with a reason, if it could not be compiled or does not load. It has a ``path`` if it was compiled.
+
+    Raises:
+        ValueError: a target that is not known, or a library that is not for GPUs.
     """
     library = _library(name)
+    wanted = check_targets(targets)
+    if wanted and not library.for_gpus:
+        raise ValueError(f"targets={','.join(wanted)} means nothing to the {name} library, which is not for GPUs")
     with _lock:
         try:
-            built = _cached_or_built(library, force=force, temporary=output is not None)
+            targets = (wanted or _EVERYWHERE) if library.for_gpus else ()
+            built = _cached_or_built(library, force=force, temporary=output is not None, targets=targets)
         except (OSError, BuildError) as error:
             return Status(name, reason=str(error))
-        if name not in _statuses or not _statuses[name].loaded:
+        if built.loaded and (name not in _statuses or not _statuses[name].loaded):
             _statuses[name] = built
     if output is None or built.path is None:
         return built
@@ -214,6 +309,11 @@ def describe() -> dict[str, Any]:
             row: dict[str, Any] = {"compiler": command, "version": compiler.version, "key": _key(library, compiler)}
         except (OSError, BuildError) as error:
             row = {"compiler": f"none: {error}"}
+        if library.for_gpus:
+            try:
+                row["targets"] = targets_here()
+            except BuildError as error:
+                row["targets"], row["no_gpu"] = [], str(error)
         found = _statuses.get(name)
         row["status"] = "not loaded yet" if found is None else found.backend
         if found is not None:
@@ -237,6 +337,103 @@ def cache_dir() -> Path:
         return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "hf_fff"
     except RuntimeError as error:  # an account without a home
         raise OSError(str(error)) from error
+
+
+def check_targets(names: Iterable[str]) -> tuple[str, ...]:
+    """GPUs to compile for, as ``"90"``, ``"sm_90"`` or ``"9.0"``, and with ``"+PTX"`` behind also for later ones: sorted, in the
+    first form.
+
+    Raises:
+        ValueError: one is not known.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        plain, ptx = name.strip().lower().removeprefix("sm_").replace(".", ""), ""
+        if plain.endswith(_PTX.lower()):
+            plain, ptx = plain[: -len(_PTX)], _PTX
+        if plain not in (*TARGETS, *_SPECIFIC) or (ptx and plain in _SPECIFIC):
+            allowed = ", ".join(sorted((*TARGETS, *_SPECIFIC), key=_order))
+            raise ValueError(
+                f"target {name!r} is not supported (allowed: {allowed}; all but those with an a also with {_PTX})"
+            )
+        found[plain] = found.get(plain) or ptx
+    return tuple(plain + found[plain] for plain in sorted(found, key=_order))
+
+
+def _order(target: str) -> tuple[int, str]:
+    return _number(target), target
+
+
+def _number(target: str) -> int:
+    return int(target.removesuffix(_PTX).rstrip("a"))
+
+
+def no_gpu() -> str | None:
+    """Why there is no GPU that torch can use; None where there is one."""
+    if torch.cuda.is_available():
+        return None
+    if not (torch.version.cuda or torch.version.hip):
+        return f"this PyTorch ({torch.__version__}) is built for CPUs alone."
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides them all."
+    return (
+        f"PyTorch ({torch.__version__}) finds none: there is none in this machine, or its driver is missing or older than "
+        "this PyTorch wants (see nvidia-smi)."
+    )
+
+
+def targets_here() -> tuple[str, ...]:
+    """What to compile for, so that every GPU here is served.
+
+    Raises:
+        BuildError: there is none, or one that cannot be served.
+    """
+    return tuple(sorted({_target_of(capability) for capability in _capabilities()}, key=_order))
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    if why := no_gpu():
+        raise BuildError(f"there is no GPU: {why}")
+    if not torch.version.cuda:
+        raise BuildError("the CUDA kernels are for GPUs of NVIDIA")
+    return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+
+
+def _target_of(capability: tuple[int, int]) -> str:
+    major, minor = capability
+    older = [target for target in TARGETS if _number(target) <= 10 * major + minor]
+    if not older:
+        raise BuildError(
+            f"a GPU here is an sm_{major}{minor}, and kernels are for sm_{', sm_'.join(TARGETS)} and later"
+        )
+    return older[-1] if _number(older[-1]) // 10 == major else older[-1] + _PTX
+
+
+def _serves(targets: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Whether a library for these runs on a GPU."""
+    number = 10 * capability[0] + capability[1]
+    for target in targets:
+        of = _number(target)
+        exact, later = of == number, of < number and not target.endswith("a")
+        if exact or (later and (target.endswith(_PTX) or of // 10 == capability[0])):
+            return True
+    return False
+
+
+def _check_gpus(library: Library, targets: Iterable[str], toolkit: str) -> None:
+    """Raises ``BuildError`` where the GPUs here cannot run what is compiled for ``targets`` by a compiler of that version."""
+    if not library.for_gpus:
+        return
+    for major, minor in _capabilities():
+        if not _serves(targets, (major, minor)):
+            raise BuildError(f"it was built for sm_{', sm_'.join(targets)}, and a GPU here is an sm_{major}{minor}")
+    release = re.search(r"release (\d+)", toolkit)
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()  # such as 13000
+    if release and driver and int(release[1]) > driver // 1000:
+        raise BuildError(
+            f"nvcc is of CUDA {release[1]}, and the driver knows CUDA up to {driver // 1000}.{driver % 1000 // 10}: update the driver, "
+            "or name an older nvcc by HF_FFF_NVCC"
+        )
 
 
 def _library(name: str) -> Library:
@@ -271,7 +468,8 @@ def _from_hub(library: Library) -> Status:
 
 
 def _warn(status: Status) -> None:
-    what = "" if status.loaded else f"the native {status.library} library is not used, the slower PyTorch code is: "
+    otherwise = LIBRARIES[status.library].otherwise
+    what = "" if status.loaded else f"the native {status.library} library is not used, {otherwise}: "
     more = "" if status.loaded else "\n`hf-fff env` tells more; HF_FFF_BACKEND=torch silences this."
     warnings.warn(f"hf_fff: {what}{status.reason}{more}", RuntimeWarning, stacklevel=3)
 
@@ -302,10 +500,23 @@ def _find(library: Library, wanted: str) -> Status:
         return Status(library.name, reason=f"{error}{problem}")
 
 
-def _cached_or_built(library: Library, *, force: bool = False, temporary: bool = True) -> Status:
-    compiler = _compiler(library)
+def _cached_or_built(
+    library: Library, *, force: bool = False, temporary: bool = True, targets: tuple[str, ...] = ()
+) -> Status:
+    """``targets``: what is asked for ahead; without, the GPUs here are to be served."""
+    here = () if targets or not library.for_gpus else targets_here()
+    compiler = _compiler(library, targets or here)
+    if here:
+        _check_gpus(library, here, compiler.version)
     try:
-        return _cached_or_built_in(cache_dir() / f"{library.name}-{_key(library, compiler)}", library, compiler, force)
+        cache = cache_dir()
+        folder = cache / "-".join((library.name, _key(library, compiler), *compiler.targets))
+        for other in sorted(cache.glob(f"{library.name}-{_key(library, compiler)}-*")) if here else ():
+            built_for = tuple(_read_manifest(other / library.file_name).get("targets", ()))
+            if all(_serves(built_for, c) for c in _capabilities()) and _is_whole(other / library.file_name):
+                folder, compiler = other, replace(compiler, targets=built_for)
+                break
+        return _cached_or_built_in(folder, library, compiler, force)
     except OSError as error:
         if not temporary:
             raise
@@ -329,13 +540,13 @@ def _remove(folder: Path, owner: int) -> None:
 def _cached_or_built_in(folder: Path, library: Library, compiler: _Compiler, force: bool) -> Status:
     path = folder / library.file_name
     if not force and _is_whole(path):
-        return _open(library, path, "cache")
+        return _open_here(library, path, "cache", compiler)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock", timeout=_TIMEOUT + 30):
+    with FileLock(folder / "lock", timeout=library.tools.timeout + 30):
         if not _is_whole(path):
             path.unlink(missing_ok=True)
         elif not force:  # another process built it while this one waited
-            return _open(library, path, "cache")
+            return _open_here(library, path, "cache", compiler)
         return _build_in(folder, library, compiler)
 
 
@@ -343,7 +554,7 @@ def _build_in(folder: Path, library: Library, compiler: _Compiler) -> Status:
     if hasattr(os, "ST_NOEXEC") and os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise OSError(f"{folder} is on a file system mounted noexec")
     path = folder / library.file_name
-    logger.info("hf_fff: compiling the %s library, once, about 25 s", library.name)
+    logger.info("hf_fff: compiling the %s library, once: this takes %s", library.name, library.tools.takes)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as work:
         fresh = Path(work) / library.file_name
@@ -351,10 +562,12 @@ def _build_in(folder: Path, library: Library, compiler: _Compiler) -> Status:
         # A library counts only together with its manifest: a process that dies anywhere here leaves nothing that loads.
         # Renamed before it is loaded, since the dynamic linker knows libraries by the name they had then.
         _manifest(path).unlink(missing_ok=True)
-        facts = {**_fingerprint(fresh), "sources": _source_digest(), "compiler": compiler.version}
+        facts = {**_fingerprint(fresh), "sources": _source_digest(library), "compiler": compiler.version}
+        if compiler.targets:
+            facts["targets"] = compiler.targets
         os.replace(fresh, path)
         seconds = time.perf_counter() - start
-        built = replace(_open(library, path, "built"), build_seconds=round(seconds, 2))
+        built = replace(_open_here(library, path, "built", compiler), build_seconds=round(seconds, 2))
         manifest = Path(work) / "manifest"
         host = library.host()
         manifest.write_text(json.dumps({**facts, host.name: host.version}, indent=2))
@@ -363,26 +576,34 @@ def _build_in(folder: Path, library: Library, compiler: _Compiler) -> Status:
 
 
 def _compile(library: Library, compiler: _Compiler, target: Path) -> None:
-    host, root = library.host(), kernels_root()
-    sources = [root / s for s in library.sources]
-    if missing := [str(s) for s in sources if not s.is_file()]:
-        raise BuildError(f"the sources of the {library.name} library are not installed: {', '.join(missing)}")
-    flags = [*_FLAGS, *host.flags, *_words("HF_FFF_CXXFLAGS"), f"-I{host.home / 'include'}", f"-I{root}"]
+    host, tools, sources = library.host(), library.tools, library.files()
+    flags = [
+        *tools.flags,
+        *host.flags,
+        *_words(tools.flags_variable),
+        f"-I{host.home / 'include'}",
+        f"-I{kernels_root()}",
+    ]
     compile_ = [*compiler.command, *flags]
-    inputs, link = list(map(str, sources)), [f"-L{host.home / host.lib}", *_LINK, *host.libraries]
+    for gpu in compiler.targets:
+        number = gpu.removesuffix(_PTX)
+        codes = [f"sm_{number}", *([f"compute_{number}"] if gpu.endswith(_PTX) else [])]
+        compile_ += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    inputs, link = list(map(str, sources)), [f"-L{host.home / host.lib}", *tools.link, *host.libraries]
     if len(sources) > 1:  # each by itself, as many at a time as there are cores
         objects = [str(target.with_name(f"{i}.o")) for i in range(len(sources))]
-        _run(compiler, [[*compile_, "-c", s, "-o", o] for s, o in zip(inputs, objects, strict=True)], target)
+        commands = [[*compile_, "-c", s, "-o", o] for s, o in zip(inputs, objects, strict=True)]
+        _run(compiler, commands, target, tools.timeout)
         inputs = objects
-    _run(compiler, [[*compile_, *inputs, "-o", str(target), *link]], target)
+    _run(compiler, [[*compile_, *inputs, "-o", str(target), *link]], target, tools.timeout)
     if not _looks_whole(target):
         raise BuildError(f"{compiler.command[0]} reported success and wrote no usable library")
 
 
-def _run(compiler: _Compiler, commands: list[list[str]], target: Path) -> None:
-    """Runs commands of the compiler side by side; when one fails or time is over, none of them is left."""
+def _run(compiler: _Compiler, commands: list[list[str]], target: Path, timeout: float) -> None:
+    """Runs commands of the compiler side by side; when one fails or ``timeout`` seconds are over, none of them is left."""
     log, environment = target.with_suffix(".log"), {**os.environ, "LC_ALL": "C"}
-    waiting, end = list(commands), time.monotonic() + _TIMEOUT
+    waiting, end = list(commands), time.monotonic() + timeout
     running: list[subprocess.Popen[bytes]] = []
     try:
         with log.open("wb") as out:  # a file: children that outlive a killed compiler would keep a pipe open
@@ -399,7 +620,7 @@ def _run(compiler: _Compiler, commands: list[list[str]], target: Path) -> None:
                     raise BuildError(f"{compiler.command[0]} failed (exit status {failed.returncode}):\n{last}")
                 running = [p for p in running if p.returncode is None]
                 if running and time.monotonic() > end:
-                    raise BuildError(f"{compiler.command[0]} took more than {_TIMEOUT:.0f} s and was stopped")
+                    raise BuildError(f"{compiler.command[0]} took more than {timeout:.0f} s and was stopped")
     finally:
         for process in (p for p in running if p.returncode is None):
             os.killpg(process.pid, signal.SIGKILL)
@@ -415,6 +636,15 @@ def _start(command: list[str], out: IO[bytes], environment: dict[str, str]) -> "
         raise BuildError(f"the compiler cannot be started: {error}") from error
 
 
+def _open_here(library: Library, path: Path, origin: str, compiler: _Compiler) -> Status:
+    """``_open``, if there are GPUs here that can run it."""
+    try:
+        _check_gpus(library, compiler.targets, compiler.version)
+    except BuildError as error:
+        return Status(library.name, path=path, origin=origin, reason=str(error))
+    return _open(library, path, origin)
+
+
 def _open(library: Library, path: Path, origin: str) -> Status:
     """Loads one file. Raises ``OSError`` if it is damaged or does not load, ``BuildError`` if it is the wrong one."""
     before = _statuses.get(library.name)
@@ -424,8 +654,11 @@ def _open(library: Library, path: Path, origin: str) -> Status:
         if not _looks_whole(path) or (_manifest(path).exists() and not _is_whole(path)):
             raise OSError(f"{path} is damaged or no shared library")
         # Operators of another version may take other arguments, which torch does not check.
-        if _read_manifest(path).get("sources") not in (None, _source_digest()):
+        facts = _read_manifest(path)
+        if facts.get("sources") not in (None, _source_digest(library)):
             raise BuildError(f"{path} was built from the sources of another version")
+        if "targets" in facts:
+            _check_gpus(library, facts["targets"], facts.get("compiler", ""))
         library.host().open(path)
         if library.operator and not _has_kernel(library.operator, library.dispatch_key):
             raise BuildError(f"{path} registers no kernel of {library.operator} for {library.dispatch_key}")
@@ -474,18 +707,18 @@ def _looks_whole(path: Path) -> bool:
     return len(head) == 64 and head.startswith(b"\x7fELF") and offset + size * count <= path.stat().st_size
 
 
-def _compiler(library: Library) -> _Compiler:
+def _compiler(library: Library, targets: tuple[str, ...] = ()) -> _Compiler:
     if os.name != "posix":
         raise BuildError("the native library is compiled on Linux and macOS only")
-    variables, names = _COMPILERS[library.compiler]
-    candidates, where = [[name] for name in names], f"none of {', '.join(names)} is on PATH"
-    if chosen := next((v for v in variables if _words(v)), None):
+    tools = library.tools
+    candidates, where = [[os.path.expandvars(name)] for name in tools.names], tools.where
+    if chosen := next((v for v in tools.variables if _words(v)), None):
         value = os.environ[chosen]
         candidates = [[value] if shutil.which(value) else _words(chosen)]  # CXX may hold options, "ccache g++"
         where = f"{chosen}={value}"
     command = next(([found, *rest] for name, *rest in candidates if (found := shutil.which(name))), None)
     if command is None:
-        advice = "Install g++ or clang++, or point HF_FFF_KERNEL_PATH at what `hf-fff build --output` made elsewhere."
+        advice = f"{tools.advice}, or point HF_FFF_KERNEL_PATH at what `hf-fff build --output` made elsewhere."
         raise BuildError(f"no {library.compiler} compiler found ({where}). {advice}")
     try:
         told = subprocess.run(
@@ -493,7 +726,8 @@ def _compiler(library: Library) -> _Compiler:
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         told = b""  # compiling will tell what is wrong with it
-    return _Compiler(tuple(command), next(iter(told.decode(errors="replace").splitlines()), ""))
+    lines = told.decode(errors="replace").splitlines()
+    return _Compiler(tuple(command), next((li for li in lines if tools.version in li), "".join(lines[:1])), targets)
 
 
 def _words(variable: str) -> list[str]:
@@ -504,16 +738,19 @@ def _words(variable: str) -> list[str]:
 
 
 def _key(library: Library, compiler: _Compiler) -> str:
-    host = library.host()
-    flags = (*_FLAGS, *host.flags, *_LINK, *host.libraries, *_words("HF_FFF_CXXFLAGS"))
+    host, tools = library.host(), library.tools
+    flags = (*tools.flags, *host.flags, *tools.link, *host.libraries, *_words(tools.flags_variable))
     machine = (platform.machine(), _cpu_flags(), host.version)
-    parts = (library.sources, _source_digest(), flags, compiler.command, compiler.version, machine)
+    parts = (library.sources, _source_digest(library), flags, compiler.command, compiler.version, machine)
     return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def _source_digest() -> str:
+def _source_digest(library: Library) -> str:
+    """Of all sources, but of those for GPUs where it is not for GPUs."""
     root, digest = kernels_root(), hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.suffix in _SOURCE_SUFFIXES and p.is_file()):
+        if "cuda" in path.relative_to(root).as_posix() and not library.for_gpus:
+            continue
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()

@@ -17,7 +17,7 @@ def test_all_that_stands_beside_a_figure():
     assert list(facts) == ["cpu", "threads", "isa", "backend", "torch", "hf_fff"] and all(facts.values())
     assert facts["threads"] == torch.get_num_threads()
     report = json.loads(json.dumps(machine.report()))
-    assert set(report) == {"hf_fff", "python", "platform", "packages", "cpu", "cuda", "backend", "kernels"}
+    assert set(report) == {"hf_fff", "python", "platform", "packages", "cpu", "cuda", "backend", "gpu_ways", "kernels"}
     assert report["packages"]["transformers"] == version("transformers")
     assert report["kernels"]["libraries"]["cpu"]["status"] == report["backend"]["cpu"] == facts["backend"]
 
@@ -28,7 +28,7 @@ def test_the_instruction_set_is_asked_for_after_the_library_is_loaded(monkeypatc
     monkeypatch.setattr(ops, "isa", lambda: "avx2" if loaded else None)
     assert machine.summary()["isa"] == "avx2"
     loaded.clear()
-    assert machine.report()["backend"] == {"cpu": "native", "isa": "avx2"}
+    assert machine.report()["backend"]["isa"] == "avx2"
 
 
 def test_pytorch_runs(monkeypatch):
@@ -38,7 +38,7 @@ def test_pytorch_runs(monkeypatch):
     monkeypatch.setenv("HF_FFF_BACKEND", "torch")
     assert machine.summary()["isa"] == "-" and machine.summary()["backend"] == "torch"
     report = machine.report()
-    assert report["backend"] == {"cpu": "torch", "isa": None}
+    assert report["backend"]["cpu"] == "torch" and report["backend"]["isa"] is None
     assert report["kernels"]["libraries"]["cpu"]["reason"] == "HF_FFF_BACKEND=torch"
 
 

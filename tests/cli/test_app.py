@@ -308,6 +308,7 @@ def report(**changes):
         "kernels": {"cpu_features": ["fma", "avx2"], "sources": "/s", "cache": "/c", "libraries": {"cpu": library}},
     }
     library |= changes.pop("library", {})
+    facts["kernels"]["libraries"] |= changes.pop("libraries", {})
     return {**facts, **changes}
 
 
@@ -332,6 +333,34 @@ def test_env_in_plain_words(monkeypatch):
     assert shown.endswith("Nothing is slow or missing.\n")
 
 
+def on_gpu(runs, **cuda):
+    library = {"compiler": "/usr/local/cuda/bin/nvcc", "version": "release 13.0", "targets": ["90"], "status": "torch"}
+    return {
+        "cuda": "a GPU, compute capability 9.0",
+        "backend": {"cpu": "native", "isa": "avx2", "cuda": runs},
+        "libraries": {"cuda": library | cuda},
+        "gpu_ways": {"forward": {"1x11": "tiles", "8x8": "dense", "32x6": "dense"}} if runs == "native" else {},
+    }
+
+
+def test_env_with_a_gpu(monkeypatch):
+    loaded = {"loaded": True, "path": "/cuda.so", "origin": "built", "reason": "", "status": "native"}
+    monkeypatch.setattr(env_command, "_no_gpu", lambda: None)
+    monkeypatch.setattr(machine, "report", lambda: report(**on_gpu("native", **loaded)))
+    shown = run("env").stdout
+    for row in (
+        ["GPU", "a GPU, compute capability 9.0"],
+        ["what FFFs run in, on the GPU", "CUDA kernels"],
+        ["forward (BERT-base, bf16)", "tiles: 1x11; dense: 8x8, 32x6"],
+        ["CUDA kernel library", "/cuda.so"],
+        ["CUDA compiler", "/usr/local/cuda/bin/nvcc"],
+    ):
+        assert row in cells(shown)
+    assert shown.endswith("Nothing is slow or missing.\n")
+    monkeypatch.setattr(machine, "report", report)
+    assert "CUDA" not in run("env").stdout
+
+
 NO_COMPILER = "none: no c++ compiler found (none of c++, g++, clang++ is on PATH). Install g++ or clang++"
 PROBLEMS = {
     "PyTorch runs": (
@@ -347,6 +376,15 @@ PROBLEMS = {
         {"backend": {"cpu": "native", "isa": "baseline"}},
         "without vector instructions, slowly: this processor",
     ),
+    "Triton on the GPU": (
+        on_gpu("triton", reason="no nvcc compiler found"),
+        "FFFs run in Triton kernels on this GPU, not in the CUDA kernels: no nvcc compiler found",
+    ),
+    "nothing on the GPU": (
+        on_gpu("nothing", reason="no nvcc compiler found"),
+        "FFFs do not run on this GPU: HF_FFF_BACKEND=native, and the CUDA kernels cannot be loaded: no nvcc",
+    ),
+    "a temporary one on the GPU": (on_gpu("native", reason="the cache is full"), "The CUDA kernels: the cache is full"),
 }
 
 
@@ -385,7 +423,7 @@ def test_env_says_why_pytorch_runs(monkeypatch):
     monkeypatch.setattr(ops, "has_native", lambda device="cpu": False)
     monkeypatch.setenv("HF_FFF_BACKEND", "torch")
     facts = json.loads(run("env", "--json").stdout)
-    assert facts["backend"] == {"cpu": "torch", "isa": None}
+    assert facts["backend"]["cpu"] == "torch" and facts["backend"]["isa"] is None
     assert facts["kernels"]["libraries"]["cpu"]["reason"] == "HF_FFF_BACKEND=torch"
     assert "slower than the C++ kernel: HF_FFF_BACKEND=torch" in run("env").stdout
     monkeypatch.setenv("HF_FFF_BACKEND", "cobol")
@@ -417,6 +455,14 @@ def test_build_says_what_the_compiler_said(tmp_path, monkeypatch):
     told = json.loads(run("build", "--json").stdout)
     assert not told["loaded"] and told["path"] is None and message in told["reason"]
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_build_for_gpus_without_nvcc(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_FFF_NVCC", str(tmp_path / "nvcc"))
+    monkeypatch.setenv("HF_FFF_CACHE", str(tmp_path / "cache"))
+    result = run("build", "--cuda", "--arch", "sm_90", "--output", tmp_path / "out")
+    assert result.exit_code == 1 and result.stdout == "" and listing(tmp_path) == {}
+    assert f"no nvcc compiler found (HF_FFF_NVCC={tmp_path}/nvcc). Install the CUDA toolkit" in result.stderr
 
 
 def test_convert_says_what_a_calibration_lacks(model, text, tmp_path):

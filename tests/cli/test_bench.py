@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 from command import listing, run, unwrapped
+from gpu_told import TOLD
 from tiny import tiny_bert
 
 from hf_fff import convert_ffn_to_fff, ops
-from hf_fff.bench import layer, scaling, shapes
+from hf_fff.bench import cuda, layer, machine, scaling, shapes
 from hf_fff.bench.load import Load
 
 SMALL = ("--hidden-size", 16, "--tokens", "1,5", "--threads", 1, "--rounds", 3)
@@ -187,6 +188,54 @@ def test_scaling_used_wrongly(monkeypatch, option, value):
     monkeypatch.setattr(scaling, "bench_scaling", lambda *a, **k: pytest.fail("timed"))
     result = run("bench", "scaling", option, value)
     assert result.exit_code == 2 and option in unwrapped(result.stderr) and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--tokens", v) for v in ("1,x", "0", "-3")]
+    + [("--fff", v) for v in ("2y3", "8x8,mlp:72", "none")]
+    + [("--only", v) for v in ("forward,sideways", "", "layer")]
+    + [("--dtype", "int8"), ("--hidden-size", "0"), ("--rounds", "2"), ("--csv", "nowhere/a.csv"), ("--plot", "a.doc")],
+)
+def test_cuda_used_wrongly(monkeypatch, tmp_path, option, value):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cuda, "Gpu", lambda: pytest.fail("began"))
+    result = run("bench", "cuda", option, value)
+    assert result.exit_code == 2 and option in unwrapped(result.stderr) and result.stdout == ""
+    assert listing(tmp_path) == {}
+
+
+def test_cuda_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(ops, "no_gpu", lambda: "there is none in this machine")
+    result = run("bench", "cuda", "--quick", "--json")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert "error: `hf-fff bench cuda` needs a GPU: there is none in this machine" in unwrapped(result.stderr)
+
+
+@pytest.mark.parametrize("failed", [{}, {"train": "it was late"}])
+def test_cuda(monkeypatch, tmp_path, failed):
+    """What is measured is printed and written, whatever failed."""
+    given = []
+
+    def measure(plan, sections, *, gpu, tell):
+        given.append((plan, sections, gpu))
+        return {n: TOLD[n] for n in ("hidden_size", "size", "rounds", "rates", "rows", "stopped")} | {"failed": failed}
+
+    monkeypatch.setattr(cuda, "Gpu", lambda: "a gpu")
+    monkeypatch.setattr(cuda, "bench_cuda", measure)
+    monkeypatch.setattr(machine, "gpu", lambda: TOLD["gpu"])
+    options = ("--fff", "1x11,2x3", "--tokens", "7,9", "--only", "graph,train", "--dtype", "float32", "--rounds", 5)
+    ran = run("bench", "cuda", *options, "--csv", tmp_path / "a.csv", "--json")
+    assert ran.exit_code == (1 if failed else 0), ran.output
+    told = json.loads(ran.stdout)
+    assert told["rows"] == TOLD["rows"] and told["device"] == "Some GPU" and told["failed"] == failed
+    assert told["line"] == "hf-fff bench cuda --fff 1x11,2x3 --tokens 7,9 --dtype float32 --only graph,train"
+    ((plan, sections, gpu),) = given
+    assert sections == ["graph", "train"] and gpu == "a gpu" and plan.fff == ("1x11", "2x3") and plan.rounds == 5
+    assert plan.tokens == plan.backward_tokens == plan.graph_tokens == (7, 9) and plan.dtypes == ("float32",)
+    assert len(list(csv.DictReader((tmp_path / "a.csv").open()))) == 3
+    assert ("it was late" in ran.stderr) is bool(failed)
+    assert "| **1x11** | 250 µs |" in run("bench", "cuda", "--quick").stdout and given[1][0] == cuda.Plan().quick()
 
 
 def test_a_layer_that_is_wrong(monkeypatch):

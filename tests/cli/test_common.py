@@ -132,7 +132,15 @@ BAD_CALLS = {
         for command in ("classify", "regress", "tokens", "qa", "mlm")
     },
     "env": [(("--frobnicate",), "--frobnicate")],
-    "build": [(("--output",), "--output")],
+    "build": [
+        (("--output",), "--output"),
+        (("--arch", "90"), "belongs to --cuda"),
+        (
+            ("--cuda", "--arch", "90,70"),
+            "target '70' is not supported (allowed: 75, 80, 86, 89, 90, 90a, 100, 100a, 120, 120a",
+        ),
+    ],
+    "bench cuda": [(("--only", "sideways"), "--only"), (("--tokens", "0"), "--tokens")],
     "bench layer": [(("--fff", "2y3"), "--fff"), (("--tokens", "0"), "--tokens")],
     "bench scaling": [(("--threads", "0"), "--threads"), (("--sizes", "nowhere"), "--sizes")],
     "bench serve": [(("--threads", "0"), "--threads"), (("--engines", "abacus"), "--engines")],
@@ -385,6 +393,27 @@ def test_a_compilation_is_told(tmp_path, monkeypatch, capsys, cached):
         (tmp_path / f"cpu-{key}").mkdir()
     common.load_kernels()
     assert ("compiling the CPU kernel" in capsys.readouterr().err) != cached
+
+
+@pytest.mark.parametrize(
+    ("device", "targets", "told"),
+    [("cuda", ["90"], True), (None, ["90"], True), ("cpu", ["90"], False), ("cuda", [], False), ("cuda", None, False)],
+)
+def test_a_compilation_for_the_gpu_is_told(tmp_path, monkeypatch, capsys, device, targets, told):
+    """Unless the CPU is asked for, or the GPU cannot be served, or what serves it is there."""
+    from hf_fff.ops import loader
+
+    facts = {"backend_setting": "auto", "kernel_path": None, "cache": str(tmp_path)}
+    facts["libraries"] = {"cpu": {}, "cuda": {"key": "12", "targets": ["90"] if targets is None else targets}}
+    if targets is None:
+        (tmp_path / "cuda-12-80-90").mkdir()
+    loaded = []
+    monkeypatch.setattr(loader, "describe", lambda: facts)
+    monkeypatch.setattr("hf_fff.ops.load", lambda name="cpu": loaded.append(name))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    common.load_kernels(common.Device(device) if device else None)
+    assert ("compiling the CUDA kernels, once" in capsys.readouterr().err) is told
+    assert loaded == (["cpu"] if device == "cpu" else ["cpu", "cuda"])
 
 
 @pytest.mark.parametrize("module", ["hf_fff", "hf_fff.cli"])

@@ -1,5 +1,6 @@
 """The loader, with a tiny library of its own and a fresh copy of the module in every test."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import pytest
 
 LOADER = Path(__file__).parents[2] / "hf_fff" / "ops" / "loader.py"
 SOURCE = '#include "tiny.h"\nextern "C" __attribute__((visibility("default"))) int tiny() { return TINY; }\n'
-VARIABLES = ("BACKEND", "KERNEL_PATH", "CACHE", "CXX", "CXXFLAGS")
+VARIABLES = ("BACKEND", "KERNEL_PATH", "CACHE", "CXX", "CXXFLAGS", "NVCC", "NVCCFLAGS")
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 
@@ -255,7 +256,7 @@ def test_a_compiler_that_is_no_program(root, tmp_path, monkeypatch):
 def test_a_compiler_that_hangs_is_stopped_with_its_children(root, compiler, tmp_path):
     compiler(f'(sleep 30; touch "{tmp_path}/survivor") & sleep 31')
     loader = fresh_loader(root)
-    loader._TIMEOUT = 0.5
+    loader._TOOLCHAINS["c++"] = dataclasses.replace(loader._TOOLCHAINS["c++"], timeout=0.5)
     start = time.monotonic()
     _, warning = load_warned(loader)
     assert "was stopped" in warning and time.monotonic() - start < 20
@@ -581,4 +582,4 @@ def test_the_real_sources_are_where_the_loader_looks():
     loader = util.module_from_spec(spec)
     spec.loader.exec_module(loader)
     for library in loader.LIBRARIES.values():
-        assert all((loader.kernels_root() / s).is_file() for s in library.sources)
+        assert all(path.is_file() for path in library.files())

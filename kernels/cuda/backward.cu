@@ -1,0 +1,448 @@
+// The backward pass: only rows of visited nodes take part, and every sum is made in a fixed order.
+//
+// 1. order: tokens are sorted by leaf, tree by tree (order.cu), so that neighbours share most of their paths.
+// 2. slopes: dL/dlogit of every visit, <grad_y, row of weight_out> times the activation's slope.
+// 3. grad_x: sums of the rows of weight_in, those slopes the coefficients (forward.cu).
+// 4. sums: the tokens that visited a node follow each other, at every level. A block takes a chunk of them, keeps the running
+//    sums of one path in registers, and writes a node's gradients when the path leaves it: each row of x and grad_y is read once
+//    for all levels. What a chunk's border cuts is written as a part.
+// 5. join: adds up the parts.
+#include <algorithm>
+
+#include "cuda/common.cuh"
+
+namespace hf_fff_cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+
+// ---- slopes --------------------------------------------------------------------------------------------------------------
+
+template <class T> struct Slopes {
+  Shape shape;
+  Activation activation;
+  const T *grad_y, *weight_out;
+  const int32_t* path;
+  const accumulator_t<T>*logits, *extra;
+  const int32_t* order;
+  accumulator_t<T>* slopes;
+  int64_t per_block;
+};
+
+// A warp: TOKENS neighbours; a row that they share is read once. CHUNKS = 0: rows of any length, grad_y read anew for each.
+template <class T, int VEC, int CHUNKS, int TOKENS>
+__global__ void __launch_bounds__(kThreads, CHUNKS * VEC * TOKENS <= 48 ? 2 : 1) slopes_kernel(Slopes<T> a) {
+  using A = accumulator_t<T>;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t hidden = a.shape.hidden, trees = a.shape.trees, nodes = a.shape.tree_nodes();
+  const int levels = int(a.shape.levels()), depth = int(a.shape.depth);
+  const int64_t last = min(a.shape.tokens, (blockIdx.x + int64_t(1)) * a.per_block);
+  for (int64_t first = blockIdx.x * a.per_block + warp * TOKENS; first < last; first += kWarps * TOKENS) {
+    int64_t token[TOKENS];
+    constexpr bool AHEAD = CHUNKS > 0 && sizeof(T) == 2;  // the next row on its way, where there are registers for it
+    Share<T, VEC, CHUNKS ? CHUNKS : 1> grad[TOKENS], row, next;
+#pragma unroll
+    for (int i = 0; i < TOKENS; ++i) {
+      token[i] = a.order[min(first + i, last - 1)];  // the last one twice changes nothing
+      if constexpr (CHUNKS > 0) grad[i].template read<true>(a.grad_y + token[i] * hidden, int(hidden), lane);
+    }
+    for (int64_t tree = 0; tree < trees; ++tree) {
+      const T* out = a.weight_out + tree * nodes * hidden;
+      int leaf[TOKENS];
+      A gain[TOKENS];  // lane l: of level l
+#pragma unroll
+      for (int i = 0; i < TOKENS; ++i) leaf[i] = leaf_of(a.path[(token[i] * trees + tree) * levels + depth], depth);
+      if constexpr (AHEAD) next.read(out, int(hidden), lane);
+#pragma unroll 1
+      for (int level = 0; level < levels; ++level) {
+        int before = -1;
+        if constexpr (AHEAD) {
+          row = next;
+          before = node_above(leaf[0], level, depth);
+          if (level + 1 < levels) next.read(out + node_above(leaf[0], level + 1, depth) * hidden, int(hidden), lane);
+        }
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i) {
+          const int node = node_above(leaf[i], level, depth);
+          A sum;
+          if constexpr (CHUNKS > 0) {
+            if (node != before) row.read(out + node * hidden, int(hidden), lane);
+            sum = warp_sum(grad[i].dot(row));
+          } else {
+            sum = dot_rows<T, VEC>(a.grad_y + token[i] * hidden, out + node * hidden, hidden, lane);
+          }
+          if (lane == level) gain[i] = sum;
+          before = node;
+        }
+      }
+      if (lane < levels)
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i) {
+          const int64_t at = (token[i] * trees + tree) * levels + lane;
+          a.slopes[at] = gain[i] * act_slope(a.activation, a.logits[at]) + (a.extra ? a.extra[at] : A(0));
+        }
+    }
+  }
+}
+
+template <class T> void slopes(Slopes<T> a, bool vectors, int processors, cudaStream_t stream) {
+  constexpr int VEC = vector_of<T>;
+  const int64_t tokens = a.shape.tokens, chunks = divide_up(a.shape.hidden, kWarp * VEC);
+  const int together = vectors && sizeof(T) < 8 && chunks <= (sizeof(T) == 4 ? 8 : 4) ? 2 : 1;
+  a.per_block = divide_up(std::max<int64_t>(1, divide_up(tokens, processors * 4)), kWarps * together) * kWarps * together;
+  const unsigned blocks = unsigned(divide_up(tokens, a.per_block));
+  if (!vectors) slopes_kernel<T, 1, 0, 1><<<blocks, kThreads, 0, stream>>>(a);
+  else if (together == 1) slopes_kernel<T, VEC, 0, 1><<<blocks, kThreads, 0, stream>>>(a);
+  else if constexpr (sizeof(T) < 8) {
+    if (chunks == 1) slopes_kernel<T, VEC, 1, 2><<<blocks, kThreads, 0, stream>>>(a);
+    else if (chunks == 2) slopes_kernel<T, VEC, 2, 2><<<blocks, kThreads, 0, stream>>>(a);
+    else if (chunks == 3) slopes_kernel<T, VEC, 3, 2><<<blocks, kThreads, 0, stream>>>(a);
+    else if (chunks == 4) slopes_kernel<T, VEC, 4, 2><<<blocks, kThreads, 0, stream>>>(a);
+    else if constexpr (sizeof(T) == 4) {
+      if (chunks <= 6) slopes_kernel<T, VEC, 6, 2><<<blocks, kThreads, 0, stream>>>(a);
+      else slopes_kernel<T, VEC, 8, 2><<<blocks, kThreads, 0, stream>>>(a);
+    }
+  }
+}
+
+// ---- sums over the tokens of a node --------------------------------------------------------------------------------------
+
+template <class T> struct Sums {
+  Shape shape;
+  Activation activation;
+  const T *x, *grad_y;
+  const accumulator_t<T>*slopes, *logits;
+  const uint32_t* keys;     // sorted, [trees, tokens]: tree and leaf
+  const int32_t* tokens;    // the same
+  int per_chunk, chunks;    // of one tree
+  accumulator_t<T>* parts;  // [trees, chunks, 2, levels, 2, hidden]: of a chunk's first and last run; of weight_in, weight_out
+  accumulator_t<T>* bias_parts;  // [trees, chunks, 2, levels]
+  T *into_in, *into_bias, *into_out;
+
+  __device__ int leaf(int64_t tree, int64_t i) const {
+    return int(keys[tree * shape.tokens + i] & ((uint32_t(1) << shape.depth) - 1));
+  }
+  __device__ int64_t part(int64_t tree, int64_t chunk, int slot, int level) const {
+    return ((tree * chunks + chunk) * 2 + slot) * shape.levels() + level;
+  }
+};
+
+constexpr int kBatch = 64;  // tokens whose coefficients lie in shared memory
+constexpr int kRing = 8;    // tokens whose numbers are on their way there; a thread fetches what itself will need
+
+template <int BYTES> __device__ inline void copy_own(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (BYTES >= 4) {
+    const uint32_t at = uint32_t(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+    return;
+  }
+#endif
+  using W = typename Word<BYTES>::type;
+  *static_cast<W*>(to) = __ldcs(static_cast<const W*>(from));
+}
+__device__ inline void copies_end() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+__device__ inline void copies_of_oldest() {  // all but the last kRing - 1 groups are there
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kRing - 1) : "memory");
+#endif
+}
+
+constexpr int kSumsThreads = 192;  // two blocks fit into a multiprocessor's registers
+
+template <class T, int VEC, int LEVELS> __global__ void __launch_bounds__(kSumsThreads, sizeof(T) < 8 ? 2 : 1) sums_kernel(Sums<T> a) {
+  using A = accumulator_t<T>;
+  extern __shared__ __align__(16) char memory[];  // [kRing][x, grad_y][threads] of Pack<T, VEC>
+  struct Pair { A slope, value; };
+  __shared__ Pair pairs[kBatch][LEVELS];
+  __shared__ int tokens[kBatch], leaves[kBatch];
+  const int64_t hidden = a.shape.hidden, trees = a.shape.trees, tree = blockIdx.x / a.chunks, nodes = a.shape.tree_nodes();
+  const int64_t chunk = blockIdx.x % a.chunks;
+  const int levels = int(a.shape.levels()), depth = int(a.shape.depth), level0 = int(blockIdx.z) * LEVELS;
+  const int64_t begin = chunk * a.per_chunk, end = min(a.shape.tokens, begin + a.per_chunk);
+  const int64_t column = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * VEC;
+  const bool here = column < hidden, first = column == 0, bias_here = blockIdx.y == 0 && threadIdx.x < kWarp;
+  const int before = begin ? a.leaf(tree, begin - 1) : -1, after = end < a.shape.tokens ? a.leaf(tree, end) : -1;
+  int leaf = a.leaf(tree, begin);
+  A in[LEVELS][VEC] = {}, out[LEVELS][VEC] = {}, bias[LEVELS] = {};
+
+  const auto flush = [&](int from) {  // the path leaves its nodes at the levels from `from` on
+#pragma unroll
+    for (int l = 0; l < LEVELS; ++l) {
+      const int level = level0 + l;
+      if (level < from || level >= levels) continue;
+      const int shift = depth - level, place = leaf >> shift;
+      const bool left = before >= 0 && before >> shift == place, right = after >= 0 && after >> shift == place;
+      if (!left && !right) {
+        const int64_t row = tree * nodes + (1 << level) - 1 + place;
+        if (here) {
+          store_once(a.into_in + row * hidden + column, Pack<T, VEC>::of(in[l]));
+          store_once(a.into_out + row * hidden + column, Pack<T, VEC>::of(out[l]));
+        }
+        if (first) a.into_bias[row] = from_acc<T>(bias[l]);
+      } else {
+        const int64_t part = a.part(tree, chunk, left ? 0 : 1, level);
+        if (here)
+#pragma unroll
+          for (int j = 0; j < VEC; ++j) {
+            a.parts[part * 2 * hidden + column + j] = in[l][j];
+            a.parts[(part * 2 + 1) * hidden + column + j] = out[l][j];
+          }
+        if (first) a.bias_parts[part] = bias[l];
+      }
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) in[l][j] = out[l][j] = 0;
+      bias[l] = 0;
+    }
+  };
+
+  for (int64_t base = begin; base < end; base += kBatch) {
+    const int count = int(min(int64_t(kBatch), end - base));
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      tokens[i] = a.tokens[tree * a.shape.tokens + base + i];
+      leaves[i] = a.leaf(tree, base + i);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * LEVELS; i += blockDim.x) {
+      const int t = i / LEVELS, l = i % LEVELS;
+      Pair pair{0, 0};
+      if (level0 + l < levels) {
+        const int64_t at = (int64_t(tokens[t]) * trees + tree) * levels + level0 + l;
+        pair = {a.slopes[at], act(a.activation, a.logits[at])};
+      }
+      pairs[t][l] = pair;
+    }
+    __syncthreads();
+    Pack<T, VEC>* ring = reinterpret_cast<Pack<T, VEC>*>(memory) + threadIdx.x;
+    const auto begin_copy = [&](int t) {
+      if (here && t < count) {
+        const int64_t from = int64_t(tokens[t]) * hidden + column;
+        copy_own<sizeof(T) * VEC>(ring + t % kRing * 2 * blockDim.x, a.x + from);
+        copy_own<sizeof(T) * VEC>(ring + (t % kRing * 2 + 1) * blockDim.x, a.grad_y + from);
+      }
+      copies_end();
+    };
+    for (int t = 0; t < kRing - 1; ++t) begin_copy(t);
+#pragma unroll 1
+    for (int t = 0; t < count; ++t) {
+      begin_copy(t + kRing - 1);
+      copies_of_oldest();
+      const int now = leaves[t];
+      if (now != leaf) {
+        flush(depth - (31 - __clz(now ^ leaf)));
+        leaf = now;
+      }
+      A xs[VEC], gs[VEC];
+      ring[t % kRing * 2 * blockDim.x].get(xs);
+      ring[(t % kRing * 2 + 1) * blockDim.x].get(gs);
+#pragma unroll
+      for (int l = 0; l < LEVELS; ++l) {
+        const Pair pair = pairs[t][l];
+        if (bias_here) bias[l] += pair.slope;
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) in[l][j] = fma(pair.slope, xs[j], in[l][j]), out[l][j] = fma(pair.value, gs[j], out[l][j]);
+      }
+    }
+  }
+  flush(0);
+}
+
+constexpr int kJoinColumns = 64, kJoinGroups = 8, kJoinThreads = kJoinColumns * kJoinGroups, kJoinParts = 4;
+constexpr int kShort = 8;  // parts that a thread adds up alone
+
+// A block: the run that begins in a chunk and goes on beyond it, if there is one at this level. Long ones have kJoinParts blocks.
+template <class T> __global__ void __launch_bounds__(kJoinThreads) join_kernel(Sums<T> a) {
+  using A = accumulator_t<T>;
+  __shared__ A sums[kJoinGroups][kJoinColumns];
+  const int64_t chunk = blockIdx.x % a.chunks, tree = blockIdx.x / a.chunks, hidden = a.shape.hidden;
+  const int level = blockIdx.y, quarter = blockIdx.z, shift = int(a.shape.depth) - level;
+  const auto place_at = [&](int64_t c) { return a.leaf(tree, c * a.per_chunk) >> shift; };  // where chunk c begins
+  if (chunk + 1 >= a.chunks) return;
+  const int place = a.leaf(tree, (chunk + 1) * a.per_chunk - 1) >> shift;
+  const bool is_long = chunk + kShort + 1 < a.chunks && place_at(chunk + kShort + 1) == place;
+  if (quarter && !is_long) return;
+  if (place_at(chunk + 1) != place || (chunk && a.leaf(tree, chunk * a.per_chunk - 1) >> shift == place)) return;
+  int64_t last = chunk + 1;  // the last chunk that begins with the run
+  if (is_long) {
+    int64_t beyond = a.chunks;
+    last = chunk + kShort + 1;
+    while (last + 1 < beyond) {
+      const int64_t middle = (last + beyond) / 2;
+      if (place_at(middle) == place) last = middle;
+      else beyond = middle;
+    }
+  } else {
+    while (last + 1 < a.chunks && place_at(last + 1) == place) ++last;
+  }
+  const int64_t row = tree * a.shape.tree_nodes() + (1 << level) - 1 + place;
+  const auto part = [&](int64_t c, int slot, int64_t at) { return a.parts[a.part(tree, c, slot, level) * 2 * hidden + at]; };
+  const auto write = [&](int64_t at, A sum) {
+    if (at < hidden) a.into_in[row * hidden + at] = from_acc<T>(sum);
+    else a.into_out[row * hidden + at - hidden] = from_acc<T>(sum);
+  };
+  if (!is_long) {
+    for (int64_t at = threadIdx.x; at < 2 * hidden; at += kJoinThreads) {
+      A sum = part(chunk, 1, at);
+      for (int64_t c = chunk + 1; c <= last; ++c) sum += part(c, 0, at);
+      write(at, sum);
+    }
+  } else {
+    const int column = threadIdx.x % kJoinColumns, group = threadIdx.x / kJoinColumns;
+    for (int64_t c = quarter * kJoinColumns; c < 2 * hidden; c += kJoinParts * kJoinColumns) {
+      const int64_t at = c + column;
+      A sum = 0;
+      if (at < 2 * hidden) {
+        if (group == 0) sum = part(chunk, 1, at);
+#pragma unroll 8
+        for (int64_t other = chunk + 1 + group; other <= last; other += kJoinGroups) sum += part(other, 0, at);
+      }
+      sums[group][column] = sum;
+      __syncthreads();
+      if (group == 0 && at < 2 * hidden) {
+        for (int g = 1; g < kJoinGroups; ++g) sum += sums[g][column];
+        write(at, sum);
+      }
+      __syncthreads();
+    }
+  }
+  if (quarter == 0 && threadIdx.x < kWarp) {
+    A sum = 0;
+    for (int64_t c = chunk + 1 + threadIdx.x; c <= last; c += kWarp) sum += a.bias_parts[a.part(tree, c, 0, level)];
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) a.into_bias[row] = from_acc<T>(sum + a.bias_parts[a.part(tree, chunk, 1, level)]);
+  }
+}
+
+template <class T> void sums(const Sums<T>& a, bool vectors, cudaStream_t stream) {
+  constexpr int VEC = sizeof(T) == 8 ? 2 : 4;
+  const int vec = vectors ? VEC : 1, levels = int(a.shape.levels());
+  const int size = vectors ? (levels <= 4 ? 4 : levels <= 8 || levels > 12 ? 8 : 12) : 8, groups = int(divide_up(levels, size));
+  const int64_t columns = divide_up(a.shape.hidden, vec), blocks = divide_up(columns, kSumsThreads);
+  const int threads = int(divide_up(divide_up(columns, blocks), kWarp) * kWarp);
+  const dim3 grid(unsigned(a.chunks * a.shape.trees), unsigned(divide_up(columns, threads)), unsigned(groups));
+  const int shared = kRing * 2 * threads * vec * int(sizeof(T));
+  const auto launch = [&](auto kernel) {
+    allow_shared(kernel, shared);
+    kernel<<<grid, threads, shared, stream>>>(a);
+  };
+  if (!vectors) launch(sums_kernel<T, 1, 8>);
+  else if (size == 4) launch(sums_kernel<T, VEC, 4>);
+  else if (size == 8) launch(sums_kernel<T, VEC, 8>);
+  else launch(sums_kernel<T, VEC, 12>);
+  if (a.chunks > 1)
+    join_kernel<T><<<dim3(grid.x, unsigned(levels), kJoinParts), kJoinThreads, 0, stream>>>(a);
+}
+
+// ---- the straight-through routing gradient -------------------------------------------------------------------------------
+
+// A thread: a visit of an inner node. What each child is worth: <grad_y, output of the path that descends greedily from it>.
+template <class T> __global__ void __launch_bounds__(kThreads) routing_kernel(Routing r) {
+  using A = accumulator_t<T>;
+  const int64_t levels = r.shape.levels(), nodes = r.shape.tree_nodes();
+  const int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
+  if (i >= r.shape.tokens * r.shape.walk()) return;
+  const int64_t token = i / r.shape.walk(), tree = i / levels % r.shape.trees;
+  const int level = int(i % levels), depth = int(r.shape.depth);
+  A* extra = static_cast<A*>(r.extra);
+  if (level == depth) {
+    extra[i] = 0;
+    return;
+  }
+  const T *every = static_cast<const T*>(r.every) + token * r.width + tree * nodes,
+          *gain = static_cast<const T*>(r.gain) + token * r.width + tree * nodes,
+          *bias = static_cast<const T*>(r.bias_in) + tree * nodes;
+  const int64_t node = node_above(leaf_of(r.path[i - level + depth], depth), level, depth);
+  A worth[2] = {0, 0};
+#pragma unroll
+  for (int child = 0; child < 2; ++child)
+    for (int64_t n = 2 * node + 1 + child; n < nodes;) {
+      const A z = to_acc(every[n]) + to_acc(bias[n]);
+      worth[child] = fma(act(r.activation, z), to_acc(gain[n]), worth[child]);
+      n = 2 * n + 1 + (z > 0);
+    }
+  const A s = sigmoid(static_cast<const A*>(r.logits)[i] / A(r.temperature));
+  extra[i] = A(r.strength) * (worth[1] - worth[0]) * s * (A(1) - s) / A(r.temperature);
+}
+
+struct Parts {
+  uint32_t* keys;
+  int32_t* tokens;
+  void *slopes, *sort, *parts, *bias_parts;
+  int per_chunk, chunks;
+  int64_t used;
+};
+
+Parts parts_of(const Problem& p, bool weights, void* workspace) {
+  const Shape& s = p.shape;
+  const int64_t number = p.type == Type::float64 ? 8 : 4;
+  Carve carve{static_cast<char*>(workspace)};
+  Parts r{};
+  r.keys = carve.take<uint32_t>(s.trees * s.tokens);
+  r.tokens = carve.take<int32_t>(s.trees * s.tokens);
+  r.slopes = carve.take<char>(number * s.tokens * s.walk());
+  r.sort = carve.take<char>(sort_by_leaf_workspace(s));
+  if (weights) {
+    const int64_t wanted = std::max<int64_t>(1, 4 * p.processors / s.trees);
+    r.per_chunk = int(std::max<int64_t>(kBatch, divide_up(divide_up(s.tokens, wanted), kBatch) * kBatch));
+    r.chunks = int(divide_up(s.tokens, r.per_chunk));
+    const int64_t runs = s.trees * r.chunks * 2 * s.levels();
+    r.parts = carve.take<char>(number * runs * 2 * s.hidden);
+    r.bias_parts = carve.take<char>(number * runs);
+  }
+  r.used = carve.used;
+  return r;
+}
+
+template <class T> const char* run(const Backward& b, cudaStream_t stream) {
+  using A = accumulator_t<T>;
+  const Shape& s = b.problem.shape;
+  const T *g = static_cast<const T*>(b.grad_y), *x = static_cast<const T*>(b.x), *in = static_cast<const T*>(b.weight_in),
+          *out = static_cast<const T*>(b.weight_out);
+  const A* logits = static_cast<const A*>(b.logits);
+  const bool vectors = b.problem.aligned && s.hidden % vector_of<T> == 0, weights = b.grad_weight_in;
+  const Parts p = parts_of(b.problem, weights, b.workspace);
+  if (weights) {
+    cudaMemsetAsync(b.grad_weight_in, 0, s.nodes() * s.hidden * sizeof(T), stream);
+    cudaMemsetAsync(b.grad_weight_out, 0, s.nodes() * s.hidden * sizeof(T), stream);
+    cudaMemsetAsync(b.grad_bias_in, 0, s.nodes() * sizeof(T), stream);
+  }
+  if (s.tokens == 0) return launched();
+  if (const char* error = sort_by_leaf(s, b.path, p.keys, p.tokens, p.sort, stream)) return error;
+  A* slope = static_cast<A*>(p.slopes);
+  slopes<T>({s, b.activation, g, out, b.path, logits, static_cast<const A*>(b.extra), p.tokens, slope, 0}, vectors,
+            b.problem.processors, stream);
+  if (b.grad_x) combine<T>({s, b.activation, in, b.path, slope, false, p.tokens, static_cast<T*>(b.grad_x)}, vectors,
+                            b.problem.processors, stream);
+  if (weights)
+    sums<T>({s, b.activation, x, g, slope, logits, p.keys, p.tokens, p.per_chunk, p.chunks, static_cast<A*>(p.parts),
+             static_cast<A*>(p.bias_parts), static_cast<T*>(b.grad_weight_in), static_cast<T*>(b.grad_bias_in),
+             static_cast<T*>(b.grad_weight_out)},
+            vectors, stream);
+  return launched();
+}
+
+}  // namespace
+
+bool backward_is_dense(const Problem& p, bool) { return p.type != Type::float64 && p.shape.trees >= 16; }
+
+int64_t backward_workspace(const Problem& p, bool weights) {
+  return p.shape.tokens ? parts_of(p, weights, nullptr).used : 0;
+}
+
+const char* routing(const Routing& r, Type type, cudaStream_t stream) {
+  const int64_t visits = r.shape.tokens * r.shape.walk();
+  if (visits == 0) return nullptr;
+  with_type(type, [&](auto t) { routing_kernel<decltype(t)><<<unsigned(divide_up(visits, kThreads)), kThreads, 0, stream>>>(r); });
+  return launched();
+}
+
+const char* backward(const Backward& b, cudaStream_t stream) {
+  return with_type(b.problem.type, [&](auto type) { return run<decltype(type)>(b, stream); });
+}
+
+}  // namespace hf_fff_cuda

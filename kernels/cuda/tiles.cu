@@ -1,0 +1,474 @@
+// The forward pass of one deep tree on tensor cores, for 16-bit numbers.
+//
+// A tree of up to 12 levels is a top part and subtrees of up to 6 levels, 63 nodes. Either part is small enough that all its
+// nodes times all its tokens, as a matrix product, cost less than fetching the rows of each token's path:
+//
+// 1. top: logits of the top part for tiles of tokens; each token walks down in them and draws a ticket
+//    at its subtree: its place in the list of the tokens there.
+// 2. subtree: tiles of tokens of one subtree. Logits of its nodes and of their ancestors, which the whole tile shares; each token
+//    walks down; the coefficients of the visited nodes, zeros elsewhere, times the rows of weight_out are the outputs.
+//
+// Every x is read twice, every y written once, and nothing else is as large. Coefficients are rounded to the 16-bit type.
+#include <algorithm>
+#include <cstdlib>
+
+#include "cuda/common.cuh"
+
+namespace hf_fff_cuda {
+namespace {
+
+constexpr int kColumns = 64;          // of a stage: rows of 128 bytes, eight pieces of 16
+constexpr int kStages = 4;
+constexpr int kSubLevels = 6, kSubNodes = 63, kTopLevels = 6;
+constexpr int kRows = 72;             // of a subtree with its ancestors: 63 + 6, in eights
+constexpr int kInner = 80;            // the same in sixteens
+constexpr int kBins = 1 << kTopLevels;
+template <int M> constexpr int kSubShared = M == 1 ? 69888 : 109056;  // bytes, of which the kernel makes sure
+
+__device__ inline void copy_16(uint32_t to, const void* from, bool real) {  // zeros where it is not
+#if __CUDA_ARCH__ >= 800
+  const int bytes = real ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+#endif
+}
+__device__ inline void copies_end_group() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int N> __device__ inline void copies_wait() {  // until at most N groups are under way
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// A kernel that says so early lets the next one's blocks come as soon as there is room; those wait for all that it writes.
+__device__ inline void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void matrices_4(uint32_t (&r)[4], uint32_t at) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+#endif
+}
+__device__ inline void matrices_2(uint32_t& a, uint32_t& b, uint32_t at) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(at) : "memory");
+#endif
+}
+__device__ inline void matrices_4_transposed(uint32_t (&r)[4], uint32_t at) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+#endif
+}
+
+// c[16 x 8] += a[16 x 16] b[16 x 8]
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float16) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// Where piece `piece` of a row of 128 bytes lies: shuffled, so that eight rows' equal pieces are in different banks.
+__device__ inline uint32_t piece_at(uint32_t base, int row, int piece) { return base + row * 128 + ((piece ^ (row & 7)) << 4); }
+
+// Columns [chunk * 64, + 64) of `count` rows into a stage. rows[i] < 0: zeros.
+template <int COUNT, int THREADS>
+__device__ inline void fetch(uint32_t stage, const char* base, int64_t row_bytes, const int* rows, int chunk) {
+  const int piece = threadIdx.x % 8;
+  const char* column = base + int64_t(chunk) * 128 + piece * 16;
+#pragma unroll
+  for (int i = 0; i < COUNT; i += THREADS / 8) {
+    const int row = i + threadIdx.x / 8;
+    if (COUNT % (THREADS / 8) == 0 || row < COUNT) {
+      const int from = rows[row];
+      copy_16(piece_at(stage, row, piece), column + int64_t(max(from, 0)) * row_bytes, from >= 0);
+    }
+  }
+}
+
+// sums[m][n][..]: logits of the warp's M times 16 tokens for NODES rows of weights, without bias. Stages: x then weights. A warp
+// reads all weights of a stage: the more tokens it has, the fewer bytes of shared memory a token costs, which is what binds.
+template <class T, int WARPS, int M, int NODES>
+__device__ inline void products(float (&sums)[M][NODES / 8][4], uint32_t shared, const T* x, const T* weight, int hidden,
+                                const int* tokens, const int* rows) {
+  constexpr int TOKENS = WARPS * M * 16, THREADS = WARPS * 32, STAGE = (TOKENS + NODES) * 128;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = hidden / kColumns;
+  const char *xs = reinterpret_cast<const char*>(x), *ws = reinterpret_cast<const char*>(weight);
+  const int64_t bytes = int64_t(hidden) * sizeof(T);
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < NODES / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
+  const auto begin = [&](int chunk) {
+    if (chunk < chunks) {
+      const uint32_t stage = shared + chunk % kStages * STAGE;
+      fetch<TOKENS, THREADS>(stage, xs, bytes, tokens, chunk);
+      fetch<NODES, THREADS>(stage + TOKENS * 128, ws, bytes, rows, chunk);
+    }
+    copies_end_group();
+  };
+  for (int c = 0; c < kStages - 1; ++c) begin(c);
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    copies_wait<kStages - 2>();
+    __syncthreads();  // this chunk is there, and nobody reads the stage that is filled next
+    begin(chunk + kStages - 1);
+    const uint32_t stage = shared + chunk % kStages * STAGE, weights = stage + TOKENS * 128;
+#pragma unroll
+    for (int k = 0; k < kColumns / 16; ++k) {
+      uint32_t a[M][4];
+#pragma unroll
+      for (int m = 0; m < M; ++m) matrices_4(a[m], piece_at(stage, (warp * M + m) * 16 + lane % 16, k * 2 + lane / 16));
+#pragma unroll
+      for (int n = 0; n + 1 < NODES / 8; n += 2) {
+        uint32_t b[4];
+        matrices_4(b, piece_at(weights, n * 8 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          multiply(sums[m][n], a[m], b[0], b[1], T());
+          multiply(sums[m][n + 1], a[m], b[2], b[3], T());
+        }
+      }
+      if constexpr (NODES / 8 % 2) {
+        constexpr int n = NODES / 8 - 1;
+        uint32_t b0, b1;
+        matrices_2(b0, b1, piece_at(weights, n * 8 + lane % 8, k * 2 + lane / 8 % 2));
+#pragma unroll
+        for (int m = 0; m < M; ++m) multiply(sums[m][n], a[m], b0, b1, T());
+      }
+    }
+  }
+  copies_wait<0>();
+  __syncthreads();
+}
+
+// The warp's sums to logits[token][node], rows of STRIDE floats.
+template <int M, int NODES, int STRIDE> __device__ inline void spill(const float (&sums)[M][NODES / 8][4], float* logits) {
+  const int row = threadIdx.x / 32 * M * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < NODES / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) logits[(row + m * 16 + i / 2 * 8) * STRIDE + n * 8 + column + i % 2] = sums[m][n][i];
+}
+
+template <class T> struct Top {
+  int tokens, hidden, levels;  // of the top part
+  const T *x, *weight, *bias;
+  int32_t *counts, *order;         // or null: how many tokens went to each subtree, and which, [subtrees, tokens]
+  Shape shape;                     // without them: the path and the logits are wanted, of all trees
+  int32_t* path;
+  float* logits;
+};
+
+template <class T, int M> __global__ void __launch_bounds__(128) top_kernel(Top<T> a) {
+  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, STRIDE = kBins + 1;
+  extern __shared__ __align__(128) char memory[];
+  __shared__ int tokens[TOKENS], rows[kBins], drawn[kBins];
+  __shared__ float bias[kBins];
+  let_next_begin();
+  const int tree = blockIdx.x % a.shape.trees, first = int(blockIdx.x / a.shape.trees) * TOKENS, nodes = (1 << a.levels) - 1;
+  const int64_t root = tree * a.shape.tree_nodes();
+  for (int i = threadIdx.x; i < TOKENS; i += WARPS * 32) tokens[i] = first + i < a.tokens ? first + i : -1;
+  for (int i = threadIdx.x; i < kBins; i += WARPS * 32) {
+    rows[i] = i < nodes ? i : -1;
+    bias[i] = i < nodes ? to_acc(a.bias[root + i]) : 0;
+    drawn[i] = 0;
+  }
+  __syncthreads();
+  float sums[M][kBins / 8][4];
+  products<T, WARPS, M, kBins>(sums, uint32_t(__cvta_generic_to_shared(memory)), a.x, a.weight + root * a.hidden, a.hidden, tokens, rows);
+  float* logits = reinterpret_cast<float*>(memory);
+  spill<M, kBins, STRIDE>(sums, logits);
+  __syncthreads();
+  const int t = threadIdx.x;
+  int bin = 0, number = 0;
+  const bool walks = t < TOKENS && first + t < a.tokens;
+  if (!a.counts) {
+    if (!walks) return;
+    const int64_t visits = (int64_t(first + t) * a.shape.trees + tree) * a.shape.levels();
+    int node = 0;
+    for (int level = 0; level < a.levels; ++level) {
+      const float z = logits[t * STRIDE + node] + bias[node];
+      a.path[visits + level] = node;
+      a.logits[visits + level] = z;
+      node = 2 * node + 1 + (z > 0);
+    }
+    return;
+  }
+  if (walks) {
+    int node = 0;
+    for (int level = 0; level < a.levels; ++level) node = 2 * node + 1 + (logits[t * STRIDE + node] + bias[node] > 0);
+    bin = node - nodes;
+    number = atomicAdd(drawn + bin, 1);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kBins; i += WARPS * 32)
+    if (const int count = drawn[i]) drawn[i] = atomicAdd(a.counts + i, count);  // its first ticket
+  __syncthreads();
+  if (walks) a.order[int64_t(bin) * a.tokens + drawn[bin] + number] = first + t;
+}
+
+template <class T> struct Sub {
+  int tokens, hidden, levels, top;  // levels of the tree, and of its top part
+  Activation activation;
+  const T *x, *weight_in, *bias, *weight_out;
+  T* y;
+  int32_t* path;
+  float* logits;
+  const int32_t *counts, *order;  // of the subtrees; null where the tree has no top part
+};
+
+template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(Sub<T> a) {
+  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, STRIDE = kRows + 1, COEFFICIENTS = kInner + 8, OUTPUT = kColumns + 8;
+  // Second phase, in the memory of the first one's stages: logits, coefficients, a warp's outputs, stages of weight_out.
+  constexpr int AT_COEFFICIENTS = (TOKENS * STRIDE * 4 + 127) / 128 * 128;
+  constexpr int AT_OUTPUT = AT_COEFFICIENTS + TOKENS * COEFFICIENTS * 2, AT_STAGES = AT_OUTPUT + TOKENS * OUTPUT * 2;
+  constexpr int STAGE = kInner * 128, STAGES = 3;
+  static_assert(AT_OUTPUT % 16 == 0 && AT_STAGES % 128 == 0 && AT_STAGES + STAGES * STAGE <= kSubShared<M>);
+  extern __shared__ __align__(128) char memory[];
+  __shared__ int tokens[TOKENS], rows[kInner], place[3];  // place: subtree, first of its tokens, how many
+  __shared__ float bias[kRows];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  wait_for_previous();
+  if (!a.order) {
+    if (threadIdx.x == 0) {
+      place[0] = 0;
+      place[1] = blockIdx.x * TOKENS;
+      place[2] = min(TOKENS, a.tokens - int(blockIdx.x) * TOKENS);
+    }
+  } else if (warp == 0) {  // which subtree has this tile? A lane: two subtrees
+    if (lane == 0) place[2] = 0;
+    __syncwarp();
+    const int bins = 1 << a.top, c0 = 2 * lane < bins ? a.counts[2 * lane] : 0, c1 = 2 * lane + 1 < bins ? a.counts[2 * lane + 1] : 0;
+    const int t0 = (c0 + TOKENS - 1) / TOKENS, t1 = (c1 + TOKENS - 1) / TOKENS;
+    int tiles = t0 + t1;
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(kAll, tiles, d);
+      if (lane >= d) tiles += other;
+    }
+    const int tile = int(blockIdx.x) - (tiles - t0 - t1);
+    if (tile >= 0 && tile < t0 + t1) {
+      const bool second = tile >= t0;
+      const int within = (second ? tile - t0 : tile) * TOKENS;
+      place[0] = 2 * lane + second;
+      place[1] = within;
+      place[2] = min(TOKENS, (second ? c1 : c0) - within);
+    }
+  }
+  __syncthreads();
+  const int start = place[1], count = place[2];
+  if (count <= 0) return;
+  const int root = (1 << a.top) - 1 + place[0], sub = a.levels - a.top;
+  const int32_t* order = a.order ? a.order + int64_t(place[0]) * a.tokens : nullptr;
+  for (int i = threadIdx.x; i < TOKENS; i += 128) tokens[i] = i < count ? (order ? order[start + i] : start + i) : -1;
+  for (int i = threadIdx.x; i < kInner; i += 128) {
+    int node = -1;
+    if (i < kSubNodes) {
+      const int level = 31 - __clz(i + 1);
+      if (level < sub) node = ((root + 1) << level) - 1 + i + 1 - (1 << level);
+    } else if (i - kSubNodes < a.top) {
+      node = ((root + 1) >> (a.top - (i - kSubNodes))) - 1;
+    }
+    rows[i] = node;
+    if (i < kRows) bias[i] = node >= 0 ? to_acc(a.bias[node]) : 0;
+  }
+  __syncthreads();
+  const uint32_t shared = uint32_t(__cvta_generic_to_shared(memory));
+  {
+    float sums[M][kRows / 8][4];
+    products<T, WARPS, M, kRows>(sums, shared, a.x, a.weight_in, a.hidden, tokens, rows);
+    spill<M, kRows, STRIDE>(sums, reinterpret_cast<float*>(memory));
+  }
+  const int chunks = a.hidden / kColumns;
+  const auto begin = [&](int chunk) {
+    if (chunk < chunks)
+      fetch<kInner, 128>(shared + AT_STAGES + chunk % STAGES * STAGE, reinterpret_cast<const char*>(a.weight_out),
+                         int64_t(a.hidden) * sizeof(T), rows, chunk);
+    copies_end_group();
+  };
+  for (int c = 0; c < STAGES - 1; ++c) begin(c);
+  uint4* zeros = reinterpret_cast<uint4*>(memory + AT_COEFFICIENTS);
+  for (int i = threadIdx.x; i < TOKENS * COEFFICIENTS * 2 / 16; i += 128) zeros[i] = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+  if (threadIdx.x < count) {
+    const float* logits = reinterpret_cast<const float*>(memory) + threadIdx.x * STRIDE;
+    T* coefficients = reinterpret_cast<T*>(memory + AT_COEFFICIENTS) + threadIdx.x * COEFFICIENTS;
+    const int64_t visits = int64_t(tokens[threadIdx.x]) * a.levels;
+    int at = 0;
+    for (int level = 0; level < a.levels; ++level) {
+      const int i = level < a.top ? kSubNodes + level : at;
+      const float z = logits[i] + bias[i];
+      coefficients[i] = from_acc<T>(act(a.activation, z));
+      if (a.path) {
+        a.path[visits + level] = rows[i];
+        a.logits[visits + level] = z;
+      }
+      if (level >= a.top) at = 2 * at + 1 + (z > 0);
+    }
+  }
+  __syncthreads();
+  uint32_t coefficients[M][kInner / 16][4];
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int k = 0; k < kInner / 16; ++k)
+      matrices_4(coefficients[m][k],
+                 shared + AT_COEFFICIENTS + ((warp * M + m) * 16 + lane % 16) * COEFFICIENTS * 2 + (k * 2 + lane / 16) * 16);
+  char* output = memory + AT_OUTPUT + warp * M * 16 * OUTPUT * 2;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    copies_wait<STAGES - 2>();
+    __syncthreads();
+    begin(chunk + STAGES - 1);
+    const uint32_t stage = shared + AT_STAGES + chunk % STAGES * STAGE;
+    constexpr int PART = kColumns / 8 / 2;  // half of the columns at a time, for the registers
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sums[M][PART][4] = {};
+#pragma unroll
+      for (int k = 0; k < kInner / 16; ++k)
+#pragma unroll
+        for (int n = 0; n < PART; n += 2) {
+          uint32_t b[4];
+          matrices_4_transposed(b, piece_at(stage, k * 16 + lane % 16, half * PART + n + lane / 16));
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+            multiply(sums[m][n], coefficients[m][k], b[0], b[1], T());
+            multiply(sums[m][n + 1], coefficients[m][k], b[2], b[3], T());
+          }
+        }
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int n = 0; n < PART; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; i += 2) {
+            const float pair[2] = {sums[m][n][i], sums[m][n][i + 1]};
+            *reinterpret_cast<uint32_t*>(output + (m * 16 + lane / 4 + i * 4) * OUTPUT * 2 + (half * PART + n) * 16 + lane % 4 * 4) =
+                Pack<T, 2>::of(pair).word;
+          }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4 * M; ++i) {
+      const int row = i * 4 + lane / 8, token = tokens[warp * M * 16 + row];
+      const uint4 word = *reinterpret_cast<const uint4*>(output + row * OUTPUT * 2 + lane % 8 * 16);
+      if (token >= 0) __stcs(reinterpret_cast<uint4*>(a.y + int64_t(token) * a.hidden + chunk * kColumns) + lane % 8, word);
+    }
+    __syncwarp();
+  }
+}
+
+template <int M> constexpr int kTopShared = kStages * (M * 64 + kBins) * 128;
+
+// Below: tiles of 64 tokens, so that there are enough of them. From then on: 128, which share what is read of the weights.
+int64_t few_tokens(int processors) { if (const char* e = getenv("FFF_FEW")) return atoll(e); return int64_t{64} * 4 * processors; }
+
+template <class T> void top_part(const Top<T>& a, int processors, cudaStream_t stream) {
+  if (int64_t(a.tokens) * a.shape.trees < few_tokens(processors)) {
+    allow_shared(top_kernel<T, 1>, kTopShared<1>);
+    top_kernel<T, 1><<<unsigned(divide_up(a.tokens, 64) * a.shape.trees), 128, kTopShared<1>, stream>>>(a);
+  } else {
+    allow_shared(top_kernel<T, 2>, kTopShared<2>);
+    top_kernel<T, 2><<<unsigned(divide_up(a.tokens, 128) * a.shape.trees), 128, kTopShared<2>, stream>>>(a);
+  }
+}
+
+struct Parts {
+  int32_t *counts, *order;
+  int64_t used;
+};
+Parts parts_of(const Shape& s, void* workspace) {
+  Carve carve{static_cast<char*>(workspace)};
+  Parts p{};
+  if (s.levels() > kSubLevels) {
+    p.counts = carve.take<int32_t>(kBins);
+    p.order = carve.take<int32_t>(s.tokens << (s.levels() - kSubLevels));
+  }
+  p.used = carve.used;
+  return p;
+}
+
+// Blocks of 128 threads, that may begin before the kernel before them has ended.
+template <class A> void launch_early(void (*kernel)(A), unsigned blocks, int shared, int capability, cudaStream_t stream, const A& a) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(128), config.dynamicSmemBytes = size_t(shared), config.stream = stream;
+  config.attrs = &early, config.numAttrs = capability >= 90 && !getenv("FFF_NOPDL") ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, a);
+}
+
+template <class T> const char* run(const Forward& f, cudaStream_t stream) {
+  const Shape& s = f.problem.shape;
+  const int tokens = int(s.tokens), hidden = int(s.hidden), levels = int(s.levels()), top = levels > kSubLevels ? levels - kSubLevels : 0;
+  const T *x = static_cast<const T*>(f.x), *in = static_cast<const T*>(f.weight_in), *bias = static_cast<const T*>(f.bias_in);
+  const Parts p = parts_of(s, f.workspace);
+  if (top) {
+    cudaMemsetAsync(p.counts, 0, kBins * sizeof(int32_t), stream);
+    top_part<T>({tokens, hidden, top, x, in, bias, p.counts, p.order, s, nullptr, nullptr}, f.problem.processors, stream);
+  }
+  const Sub<T> a{tokens, hidden, levels, top, f.activation, x, in, bias, static_cast<const T*>(f.weight_out), static_cast<T*>(f.y),
+                 f.path, static_cast<float*>(f.logits), p.counts, p.order};
+  const unsigned more = top ? 1u << top : 0;  // the last tile of each subtree is not full
+  if (tokens < few_tokens(f.problem.processors)) {
+    allow_shared(subtree_kernel<T, 1>, kSubShared<1>);
+    launch_early(subtree_kernel<T, 1>, unsigned(divide_up(tokens, 64)) + more, kSubShared<1>, f.problem.capability, stream, a);
+  } else {
+    allow_shared(subtree_kernel<T, 2>, kSubShared<2>);
+    launch_early(subtree_kernel<T, 2>, unsigned(divide_up(tokens, 128)) + more, kSubShared<2>, f.problem.capability, stream, a);
+  }
+  return launched();
+}
+
+}  // namespace
+
+int top_levels(const Problem& p) {
+  const bool serves = (p.type == Type::bfloat16 || p.type == Type::float16) && p.capability >= 80 && p.aligned &&
+                      p.shape.hidden % kColumns == 0;
+  return serves ? int(std::min<int64_t>(kTopLevels, p.shape.levels())) : 0;
+}
+
+template <class T> void top_paths(const Problem& p, const T* x, const T* weight, const T* bias, int32_t* path, float* logits,
+                                  cudaStream_t stream) {
+  top_part<T>({int(p.shape.tokens), int(p.shape.hidden), top_levels(p), x, weight, bias, nullptr, nullptr, p.shape, path, logits},
+              p.processors, stream);
+}
+template void top_paths(const Problem&, const bfloat16*, const bfloat16*, const bfloat16*, int32_t*, float*, cudaStream_t);
+template void top_paths(const Problem&, const float16*, const float16*, const float16*, int32_t*, float*, cudaStream_t);
+
+bool tiles_serve(const Problem& p) {
+  return top_levels(p) && p.shape.trees == 1 && p.shape.levels() <= kTopLevels + kSubLevels;
+}
+
+int64_t tiles_workspace(const Problem& p) { return parts_of(p.shape, nullptr).used; }
+
+const char* tiles_forward(const Forward& f, cudaStream_t stream) {
+  return f.problem.type == Type::bfloat16 ? run<bfloat16>(f, stream) : run<float16>(f, stream);
+}
+
+}  // namespace hf_fff_cuda
