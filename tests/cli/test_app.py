@@ -229,13 +229,13 @@ def test_a_backend_that_is_not_known(model, tmp_path, monkeypatch):
     before = listing(tmp_path)
     result = run("convert", model, tmp_path / "fast", "--fff", "2x3", "--init", "random")
     assert result.exit_code == 2 and listing(tmp_path) == before
-    assert "HF_FFF_BACKEND='cobol' is not known (allowed: auto, native, torch)" in unwrapped(result.stderr)
+    assert "HF_FFF_BACKEND='cobol' is not known (allowed: auto, native, torch, hub)" in unwrapped(result.stderr)
 
 
 def test_layers_that_are_not_there_and_output_in_the_source(model, tmp_path):
     before = listing(tmp_path)
     result = run("convert", model, tmp_path / "fast", "--fff", "2x3", "--layers", "1,7")
-    assert result.exit_code == 2 and "target_layers has 7; the model has layers 0 to 2" in unwrapped(result.output)
+    assert result.exit_code == 2 and "--layers has 7; the model has layers 0 to 2" in unwrapped(result.output)
     result = run("convert", model, model / "fast", "--fff", "2x3")
     assert result.exit_code == 2 and "lies in the source" in unwrapped(result.output)
     assert listing(tmp_path) == before
@@ -429,7 +429,7 @@ def test_env_says_why_pytorch_runs(monkeypatch):
     monkeypatch.setenv("HF_FFF_BACKEND", "cobol")
     wrong = run("env")
     assert wrong.exit_code == 2 and wrong.stdout == ""
-    assert "HF_FFF_BACKEND='cobol' is not known (allowed: auto, native, torch)" in unwrapped(wrong.stderr)
+    assert "HF_FFF_BACKEND='cobol' is not known (allowed: auto, native, torch, hub)" in unwrapped(wrong.stderr)
 
 
 def test_build(tmp_path):
