@@ -82,7 +82,8 @@ def compile(
     if not operations(graph) and not hasattr(model.config, "fff"):
         warnings.warn(f"this {type(model).__name__} holds no FFF: it becomes a plain model of OpenVINO", stacklevel=2)
     if batches is not None:
-        graph = quantised(graph, batches, names)
+        inputs = [{name: t.numpy() for name, t in complete(batch, names).items()} for batch in batches]
+        graph = quantised(graph, inputs)
     if rows != "f32":
         pack_rows(graph, rows)
     facts = {"precision": precision, "rows": rows, "outputs": kind, "model_class": type(model).__name__}

@@ -13,7 +13,7 @@ from task_rows import WORDS, tiny_tokenizer
 from tiny import tiny_bert
 
 from hf_fff import convert_ffn_to_fff
-from hf_fff.bench import load, page, serve
+from hf_fff.bench import load, page, process, serve
 from hf_fff.bench.serve import Served, System
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
@@ -75,7 +75,7 @@ class Fake:
 
 
 def test_turns_are_in_random_order(monkeypatch):
-    monkeypatch.setattr(serve, "_Server", Fake)
+    monkeypatch.setattr(process, "Server", Fake)
     monkeypatch.setattr(serve, "_finish", lambda *a: None)
     monkeypatch.setattr(load, "_clocks", lambda children=(): None)
     Fake.asked.clear()
