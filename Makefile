@@ -110,7 +110,7 @@ bench-trained: $(VENV)/.stamp ## a calibrated layer of MiniLM on real hidden sta
 	$(call measure,cpu-layer-trained-8x8,layer --weights build/bench/minilm-8x8 $(TRAINED))
 
 bench-frontier: $(VENV)/.stamp ## trees against MLPs that fit as well, in int8 inside OpenVINO
-	$(call measure,cpu-frontier,layer --engine openvino --fff 1x11$(,)4x9$(,)8x8$(,)32x6 --against mlp:107$(,)mlp:256$(,)mlp:512 --tokens 16$(,)128$(,)1024$(,)8192 --threads $(BENCH_THREADS))
+	$(call measure,cpu-frontier,layer --engine openvino --fff 1x11$(,)4x9$(,)8x8$(,)32x6 --against mlp:107$(,)mlp:256$(,)mlp:512$(,)mlp:3072 --tokens 16$(,)128$(,)1024$(,)8192 --threads $(BENCH_THREADS))
 
 bench-scaling: $(VENV)/.stamp ## one layer from BERT-tiny's size to GPT-3's
 	$(call measure,cpu-scaling,scaling --threads $(BENCH_THREADS))

@@ -218,6 +218,7 @@ def frontier_page(told: Told) -> list[str]:
             "",
             *grid([{"tree": row["fff"], **row} for row in shown], ("tree", "who"), lambda row: str(row["cell"])),
             *_ahead_of_mlps(of),
+            *_whole_ffn(of),
         ]
     threads = max(row["threads"] for row in rows)
     judged = [r for r in rows if r["threads"] == threads and r["hidden_size"] == 768 and r["weights"] == "random"]
@@ -272,6 +273,27 @@ def _ahead_of_mlps(rows: Sequence[Told]) -> list[str]:
         "they are not: " + (", ".join(behind) or "nowhere") + ".",
         "",
     ]  # fmt: skip
+
+
+def _whole_ffn(rows: Sequence[Told]) -> list[str]:
+    """Trees beside what they replace, where that was measured."""
+    shown = [
+        {**row, "tree": row["fff"], "rows": name, "ffn": row["engine"][full]}
+        for row in rows
+        for name in ("int8 rows", "bf16 rows", "fff")
+        if (full := f"mlp:{4 * row['hidden_size']}") in row["engine"]
+    ]
+    if not shown:
+        return []
+    return [
+        "How many times as fast as the whole feedforward network (4 x hidden size) in int8, both inside OpenVINO, call against call:",
+        "",
+        *grid(
+            [{**row, "rows": row["rows"].replace("fff", "float32 rows")} | {"name": row["rows"]} for row in shown],
+            ("tree", "rows"),
+            lambda row: f"{row['ffn'] / row['engine'][row['name']]:.1f}x",
+        ),
+    ]
 
 
 def _frontier_goal(row: Told) -> str:

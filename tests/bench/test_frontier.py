@@ -104,7 +104,14 @@ def test_used_wrongly(monkeypatch):
 
 
 def frontier_row(fff, threads, tokens, loop, int8, mlp, others=0.0):
-    engine = {"fff": 90.0, "int8 rows": int8, "bf16 rows": 70.0, "mlp:107": mlp, frontier.EMPTY: 10.0}
+    engine = {
+        "fff": 90.0,
+        "int8 rows": int8,
+        "bf16 rows": 70.0,
+        "mlp:107": mlp,
+        "mlp:3072": 600.0,
+        frontier.EMPTY: 10.0,
+    }
     size = {
         "fff": fff,
         "hidden_size": 768,
@@ -136,6 +143,7 @@ def test_page():
     assert (
         "trees are ahead of their MLP: 1x11 at 128 tokens; they are not: 1x11 at 1024." in text
     )  # at 16 it was disturbed
+    assert "| 1x11 | int8 rows | 50.0x * | 20.0x | 1.2x |" in text and "| 1x11 | float32 rows | 6.7x *" in text
     assert "| 1x11 | 0.25, goal 0.3 **reached** * | 0.156, goal 0.2 **reached** | 0.391, goal 0.15 |" in text
 
 
