@@ -141,7 +141,13 @@ def main():
         want = torch.from_numpy(model.encode(held_out))
         batch = dict(model.tokenizer(held_out[:64], padding=True, return_tensors="pt"))
         tasks = Tasks(options, model)
-        told = {"kind": Path(kind).name, "texts": len(held_out), "pairs": len(tasks.pairs), "test": len(tasks.test)}
+        told = {
+            "kind": Path(kind).name,
+            "compared": options.compare.stem,
+            "texts": len(held_out),
+            "pairs": len(tasks.pairs),
+            "test": len(tasks.test),
+        }
         told["fidelity"] = float(cosines(want, original).mean())  # of the model in torch, float32, to the original
         told["float32"] = tasks.scores(model.encode)
         for precision in options.precisions:

@@ -463,6 +463,9 @@ def _goal(name: str, goal: float, rows: Sequence[Told]) -> list[str]:
     return [name, f"{100 * goal:.0f} %", *(f"{100 * share:.0f} %" for share in shares), where]
 
 
+_TREE_ROWS = {"auto": "rows as the engine's precision"}
+
+
 def serve_page(tolds: Sequence[Told]) -> list[str]:
     lines = ["# How fast a model is served on a CPU", ""]
     lines += [
@@ -481,7 +484,9 @@ def serve_page(tolds: Sequence[Told]) -> list[str]:
             of.setdefault((row["engine"], row["model"]), []).append(row)
         random = rows[0]["weights"] == "random"
         lines += [
-            f"## {told['size']}, random weights, rows {told['tree_rows']}" if random else "## Trained weights",
+            f"## {told['size']}, random weights, {_TREE_ROWS.get(told['tree_rows'], 'rows of ' + told['tree_rows'])}"
+            if random
+            else "## Trained weights",
             "",
         ]
         distilled = any(row.get("distilled_cosine") is not None for row in rows)
@@ -498,7 +503,7 @@ def serve_page(tolds: Sequence[Told]) -> list[str]:
         installed = ", ".join(f"{name} {number}" for name, number in told["versions"].items())
         lines += [*machine_of(told, "hf-fff bench serve")]
         lines += [
-            f"{told['threads']} threads, {told['rounds']} rounds; trees with rows of {told['tree_rows']}; {installed}.",
+            f"{told['threads']} threads, {told['rounds']} rounds; trees with {_TREE_ROWS.get(told['tree_rows'], 'rows of ' + told['tree_rows'])}; {installed}.",
             "",
         ]
         shown = [row["workload"] + star(row) for row in next(iter(of.values()))]
