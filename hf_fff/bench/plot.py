@@ -52,12 +52,10 @@ def _frontier(told: Mapping[str, Any], axes: Any) -> None:
         rival = PAIRS.get(fff)
         for name, where, style in (("int8 rows", "loop", "-"), ("int8 rows", "engine", "--"), (rival, "engine", ":")):
             rows = [row for row in of if name in row[where]]
-            label = (
-                f"{fff if name != rival else f'{rival}, int8, for {fff}'}{'' if where == 'loop' else ', in OpenVINO'}"
-            )
+            label = f"{fff if name != rival else f'{rival}, int8, for {fff}'}{', in a loop' if where == 'loop' else ', a call of OpenVINO'}"
             times = [row[where][name] / row["tokens"] for row in rows]
             axes.plot([row["tokens"] for row in rows], times, style, color=f"C{i}", marker="o", label=label)
-    _finish(axes, "tokens", f"µs a token, {threads} threads (OpenVINO: a call from Python included)")
+    _finish(axes, "tokens", f"µs a token, {threads} thread{'s' * (threads > 1)}")
 
 
 def _scaling(told: Mapping[str, Any], axes: Any) -> None:
