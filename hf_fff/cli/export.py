@@ -37,9 +37,7 @@ def export(
     precision: Annotated[
         Precision, typer.Option(help="Of attention and all that is dense; int8 needs --text.")
     ] = Precision.int8,
-    rows: Annotated[
-        Rows, typer.Option(help="Of the trees; auto: as --precision, but of single trees bf16 in int8.")
-    ] = Rows.auto,
+    rows: Annotated[Rows, typer.Option(help="Of the trees; auto: as --precision.")] = Rows.auto,
     text: Annotated[
         list[Path] | None, typer.Option(help="Typical texts for int8, one a line; may be repeated.")
     ] = None,

@@ -21,6 +21,8 @@ from .library import OPERATION, engine, engine_version, extension
 from .quantise import calibration_batches, quantised
 
 PRECISIONS = ("int8", "bf16", "f32")
+# "auto" is as the precision. Beside int8 attention, which costs converted MiniLMs 0.013 to 0.017 of cosine to themselves in float32, int8 rows cost 0.002
+# more than bf16 ones, nothing that two tasks notice, and are faster with many trees (docs/openvino.md).
 ROWS = ("auto", *PRECISIONS)
 FORMAT_VERSION = 2
 _READ_VERSIONS = (1, FORMAT_VERSION)  # 1 knew no packed rows
@@ -45,7 +47,7 @@ def compile(
         precision: "int8" (weights and activations of all matrix products, by NNCF's post-training quantisation; between them
             bfloat16 where the CPU has it), "bf16" or "f32".
         rows: of the trees: "int8" (a quarter of float32's bytes), "bf16" (half) or "f32"; "auto" is as
-            ``precision``, but "bf16" beside int8 attention where no layer has more than one tree.
+            ``precision``: int8 rows are smaller and faster, and a little less exact.
         texts: for "int8": some hundreds of typical inputs, texts, pairs of texts or batches of tensors.
         tokenizer: for texts, for ``encode``, and to be saved; a ``SentenceTransformer`` brings its own.
         embedding: for ``encode``: how vectors are pooled; a ``SentenceTransformer`` brings its own, the mean without one.
@@ -61,6 +63,7 @@ def compile(
         raise ValueError(f"precision={precision!r} is not known (allowed: {', '.join(PRECISIONS)})")
     if rows not in ROWS:
         raise ValueError(f"rows={rows!r} is not known (allowed: {', '.join(ROWS)})")
+    rows = precision if rows == "auto" else rows
     if not isinstance(model, PreTrainedModel):
         inner = _only_model_in(model)
         if embedding is None and hasattr(model, "max_seq_length") and hasattr(model, "prompts"):
@@ -80,18 +83,10 @@ def compile(
     if batches is not None:
         inputs = [{name: t.numpy() for name, t in complete(batch, names).items()} for batch in batches]
         graph = quantised(graph, inputs)
-    rows = _auto_rows(precision, graph) if rows == "auto" else rows
     if rows != "f32":
         pack_rows(graph, rows)
     facts = {"precision": precision, "rows": rows, "outputs": kind, "model_class": type(model).__name__}
     return OpenVINOModel(graph, facts, model.config, tokenizer, embedding, ov_config)
-
-
-def _auto_rows(precision: str, graph: Any) -> str:
-    """int8 attention costs a converted MiniLM at 8x8 0.017 of cosine to itself in float32. There int8 rows cost 0.002 more than bf16 ones and are
-    faster; at 1x11, where a token has one path and most of a layer's time goes elsewhere, 0.009 more, and hardly faster (docs/openvino.md)."""
-    trees = [int(node.get_attributes()["n_trees"]) for node in operations(graph)]
-    return "bf16" if precision == "int8" and trees and max(trees) == 1 else precision
 
 
 def load(folder: str | Path, *, ov_config: Mapping[str, Any] | None = None) -> "OpenVINOModel":

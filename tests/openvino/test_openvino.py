@@ -23,7 +23,6 @@ from hf_fff import openvino as fff_openvino
 from hf_fff.models import known_types
 from hf_fff.openvino import graph as graphs
 from hf_fff.openvino import library, quantise
-from hf_fff.openvino import model as model_module
 from hf_fff.openvino.embedding import Embedding
 from hf_fff.ops import ACTIVATIONS, loader, packed_backend
 
@@ -305,17 +304,6 @@ def test_rows(precision, rows, want):
         batch = tiny_inputs(model, 4, 15)
         like = model if want == "f32" else optimize(model, want)
         close_where_visible(made(**batch), outputs(like, batch), batch["attention_mask"])
-
-
-@pytest.mark.parametrize(
-    ("precision", "kinds", "want"),
-    [("int8", [1], "bf16"), ("int8", [1, 2], "int8"), ("int8", [], "int8"), ("bf16", [1], "bf16"), ("f32", [2], "f32")],
-)
-def test_rows_by_themselves(precision, kinds, want, monkeypatch):
-    """Single trees lose more by int8 rows than they gain."""
-    nodes = [SimpleNamespace(get_attributes=lambda n=n: {"n_trees": n}) for n in kinds]
-    monkeypatch.setattr(model_module, "operations", lambda graph: nodes)
-    assert model_module._auto_rows(precision, None) == want
 
 
 def test_int8_attention_with_rows_of_int8(quantised_model):
