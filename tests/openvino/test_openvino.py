@@ -451,7 +451,7 @@ def test_wrong_models_and_options(monkeypatch):
         fff_openvino.compile(nn.Linear(2, 2), "f32")
     monkeypatch.setitem(__import__("sys").modules, "nncf", None)
     with pytest.raises(ImportError, match=r"hf-fff\[openvino\]"):
-        quantise.quantised(None, [], ())
+        quantise.quantised(None, [])
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(ImportError, match=r"hf-fff\[openvino\]"):
         fff_openvino.compile(model, "f32")
