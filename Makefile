@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo publish-example test test-full test-compat test-arm sanitize lint clean venv \
-	bench bench-layer bench-trained bench-scaling bench-model bench-serve bench-pages test-cuda bench-cuda
+	bench bench-layer bench-trained bench-frontier bench-scaling bench-model bench-serve bench-pages test-cuda bench-cuda
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # what is measured must not run side by side
 
@@ -99,17 +99,15 @@ lint: $(VENV)/.stamp ## ruff and mypy
 	@"$(VENV)/bin/python" -m ruff format --check --quiet .
 	@"$(VENV)/bin/python" -m mypy --no-error-summary hf_fff
 
-# $(call measure,NAME,COMMAND AND OPTIONS[,HF-FFF]): the JSON of a measurement, which appears whole or not at all.
+# $(call measure,NAME,COMMAND AND OPTIONS[,HF-FFF]): the JSON of a measurement, which appears whole or not at all; of one that was
+# interrupted the cells that were finished stay, and it goes on with the rest.
 define measure
 @mkdir -p build/bench "$(BENCH_OUT)"
-@$(or $(3),"$(VENV)/bin/hf-fff") bench $(2) --json $(BENCH_ARGS) > "build/bench/$(1).part"
+@$(or $(3),"$(VENV)/bin/hf-fff") bench $(2) $(if $(3),,--keep "build/bench/$(1).cells") --json $(BENCH_ARGS) > "build/bench/$(1).part"
 @mv "build/bench/$(1).part" "$(BENCH_OUT)/$(1).json"
 endef
 
-bench-serve: $(VENV)/.stamp ## engines against each other
-	$(call measure,serve,serve)
-
-bench: bench-layer bench-trained bench-scaling bench-model bench-serve bench-pages ## measure everything on this machine, write docs/results/{cpu-*,serve}.md; with BENCH_ARGS, such as "--rounds 3", into build/bench
+bench: bench-layer bench-trained bench-frontier bench-scaling bench-model bench-serve bench-pages ## measure everything on this machine, write docs/results/{cpu-*,serve}.md; with BENCH_ARGS, such as "--rounds 3", into build/bench
 
 bench-layer: $(VENV)/.stamp ## of that, one layer with random weights
 	$(call measure,cpu-layer,layer --fff 1x11$(,)8x8$(,)32x6 --dtype float32$(,)bfloat16 --against dense:3072 --threads $(BENCH_THREADS))
@@ -121,6 +119,9 @@ bench-trained: $(VENV)/.stamp ## a calibrated layer of MiniLM on real hidden sta
 			build/bench/minilm-$$fff --fff $$fff --layers 3 --text examples/data/everyday_calibrate.txt --steps 200 || exit 1; done
 	$(call measure,cpu-layer-trained-1x11,layer --weights build/bench/minilm-1x11 $(TRAINED))
 	$(call measure,cpu-layer-trained-8x8,layer --weights build/bench/minilm-8x8 $(TRAINED))
+
+bench-frontier: $(VENV)/.stamp ## trees against MLPs that fit as well, in int8 inside OpenVINO
+	$(call measure,cpu-frontier,layer --engine openvino --fff 1x11$(,)4x9$(,)8x8$(,)32x6 --against mlp:107$(,)mlp:256$(,)mlp:512$(,)mlp:3072 --tokens 16$(,)128$(,)1024$(,)8192 --threads $(BENCH_THREADS))
 
 bench-scaling: $(VENV)/.stamp ## one layer from BERT-tiny's size to GPT-3's
 	$(call measure,cpu-scaling,scaling --threads $(BENCH_THREADS))
@@ -134,6 +135,9 @@ bench-cuda: $(CUDA_STAMP) ## layers, models and training steps on a GPU, write d
 	$(call measure,cuda-backward,cuda --only backward,$(CUDA_PYTHON) -m hf_fff)
 	$(call measure,cuda-model,cuda --only model$(,)train,$(CUDA_PYTHON) -m hf_fff)
 	@$(CUDA_PYTHON) -m hf_fff.bench.page "$(BENCH_OUT)"
+bench-serve: $(VENV)/.stamp ## engines against each other, at BERT-base's size and, beside what distilled models keep, at MiniLM's
+	$(call measure,serve,serve --rounds 5)
+	$(call measure,serve-minilm,serve --size minilm --fidelity examples/experiments/quality_minilm.jsonl --fff-engines torch-packed$(,)openvino-int8 --rounds 7)
 
 bench-pages: $(VENV)/.stamp ## the pages and pictures again, from the JSON
 	@"$(VENV)/bin/python" -m hf_fff.bench.page "$(BENCH_OUT)"

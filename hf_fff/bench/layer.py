@@ -22,6 +22,7 @@ from ..config import FFFConfig
 from ..layers import FFF, PackedFFF
 from ..ops import loader, torch_backend
 from ..ops.packed_backend import packed_path
+from .kept import Kept
 from .load import Patience
 from .model import load_model
 from .timing import interleaved, turns
@@ -154,12 +155,14 @@ def bench_layers(
     backward: bool = True,
     rounds: int = 15,
     patience: Patience | None = None,
+    kept: Kept | None = None,
 ) -> list[Row]:
     """Times every layer at every number of tokens; all candidates with all numbers of threads take turns.
 
     Args:
         threads: numbers of them; as torch has it without.
         against: names and widths of further dense layers.
+        kept: where finished cells go, and from where those of an interrupted run come.
 
     Raises:
         RuntimeError: outputs or gradients are not what the definition says.
@@ -167,6 +170,7 @@ def bench_layers(
     """
     torch.manual_seed(0)
     before = torch.get_num_threads()
+    numbers, patience, kept = list(threads or [before]), patience or Patience(), kept or Kept()
     try:
         with torch.no_grad():
             rows: list[Row] = []
@@ -174,10 +178,14 @@ def bench_layers(
                 widths = {DENSE: layer.fff.config.nodes, **(against or {})}
                 dense = {name: dense_layer(layer.fff, width) for name, width in widths.items()}
                 for count in tokens:
-                    numbers = list(threads or [before])
-                    cell = _Cell(layer, dense, count, numbers, backward, rounds)
-                    measured, load = (patience or Patience()).measure(max(numbers), cell.measure)
-                    rows += [cell.row(n, measured, load.others) for n in numbers]
+
+                    def cell(layer: Layer = layer, dense: Any = dense, count: int = count) -> list[dict[str, Any]]:
+                        of = _Cell(layer, dense, count, numbers, backward, rounds)
+                        measured, load = patience.measure(max(numbers), of.measure)
+                        return [asdict(of.row(n, measured, load.others)) for n in numbers]
+
+                    key = (layer.fff.config.shorthand, str(layer.fff.weight_in.dtype), layer.weights, count)
+                    rows += [Row(**record) for record in kept.cell(key, cell, patience)]
             return rows
     finally:
         torch.set_num_threads(before)
@@ -206,6 +214,19 @@ def time_loops(
 ) -> dict[Key, float]:
     """Median seconds of the bare operations, in a loop inside a library, without Python around the call; empty where that library
     cannot be had or does not know the dtype or the activation."""
+    loops = tree_loops(fff, inputs, packed or {})
+    if not loops:
+        return {}
+    for name, layer in dense.items():
+        parts = (layer[0].weight, layer[0].bias, layer[2].weight, layer[2].bias)
+        loops[name] = partial(torch.ops.hf_fff_bench.dense_loop, inputs, *parts)
+    candidates = {(n, name): run for n, (name, run) in product(threads, loops.items())}
+    return turns(candidates, rounds=rounds, limit=limit, before=set_threads)
+
+
+def tree_loops(fff: FFF, inputs: Tensor, packed: Mapping[str, PackedFFF]) -> dict[str, Callable[[int], float]]:
+    """A layer and packed copies of it in loops inside the library: repeats -> seconds a call. Empty where there is no such library,
+    or it does not know the dtype or the activation."""
     c = fff.config
     fits = inputs.dtype == torch.float32 and c.activation == "gelu"
     if not fits or ops.backend() != "native" or not loader.load("bench").loaded:
@@ -214,13 +235,7 @@ def time_loops(
     loops: dict[str, Callable[[int], float]] = {
         "fff": lambda repeats: bench.fff_loop(inputs, *weights, fff.n_trees, c.depth, max(repeats, 3))
     }
-    for name, copy_ in (packed or {}).items():
-        loops[name] = partial(bench.fff_packed_loop, inputs, copy_.packed)
-    for name, layer in dense.items():
-        parts = (layer[0].weight, layer[0].bias, layer[2].weight, layer[2].bias)
-        loops[name] = partial(bench.dense_loop, inputs, *parts)
-    candidates = {(n, name): run for n, (name, run) in product(threads, loops.items())}
-    return turns(candidates, rounds=rounds, limit=limit, before=set_threads)
+    return loops | {name: partial(bench.fff_packed_loop, inputs, of.packed) for name, of in packed.items()}
 
 
 def set_threads(key: Key) -> None:

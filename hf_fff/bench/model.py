@@ -4,7 +4,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..layers import FFF
 from ..models import classes
 from ..surgery import convert_ffn_to_fff
 from ..surgery.folder import ModelFolder
+from .kept import Kept
 from .load import Patience
 from .shapes import bert
 from .timing import interleaved
@@ -96,6 +97,7 @@ def time_models(
     seed: int = 0,
     limit: float = float("inf"),
     patience: Patience | None = None,
+    kept: Kept | None = None,
 ) -> list[Timing]:
     """Times models on the devices where they are, and leaves them in evaluation mode. Each round they take their turns in another order, by ``seed``.
 
@@ -109,14 +111,17 @@ def time_models(
     order = random.Random(seed)
     for model in models.values():
         model.eval()
+    patience, kept = patience or Patience(), kept or Kept()
     timings = []
     for workload in workloads:
-        calls = {name: _call(name, model, workload) for name, model in models.items()}
-        times, load = (patience or Patience()).measure(
-            torch.get_num_threads(),
-            partial(interleaved, calls, rounds=rounds, order=order, limit=limit),
-        )
-        timings.append(Timing(workload.name, workload.tokens, times, load.others))
+
+        def cell(workload: Workload = workload) -> dict[str, Any]:
+            calls = {name: _call(name, model, workload) for name, model in models.items()}
+            run = partial(interleaved, calls, rounds=rounds, order=order, limit=limit)
+            times, load = patience.measure(torch.get_num_threads(), run)
+            return asdict(Timing(workload.name, workload.tokens, times, load.others))
+
+        timings.append(Timing(**kept.cell([workload.name], cell, patience)))
     return timings
 
 

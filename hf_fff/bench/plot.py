@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_file
+from .shapes import PAIRS
 
 _FORMATS = (".png", ".svg", ".pdf")
 
@@ -41,6 +42,20 @@ def _layer(told: Mapping[str, Any], axes: Any) -> None:
         times = [row["loop"] or row["forward"] for row in rows]
         axes.plot([row["tokens"] for row in rows], [t["dense"] / t["fff"] for t in times], marker="o", label=name)
     _finish(axes, "tokens", "times as fast as a dense layer of as many neurons")
+
+
+def _frontier(told: Mapping[str, Any], axes: Any) -> None:
+    threads = max(row["threads"] for row in told["rows"])
+    shown = [row for row in told["rows"] if row["threads"] == threads]
+    for i, fff in enumerate(dict.fromkeys(row["fff"] for row in shown)):
+        of = sorted((row for row in shown if row["fff"] == fff), key=lambda row: row["tokens"])
+        rival = PAIRS.get(fff)
+        for name, where, style in (("int8 rows", "loop", "-"), ("int8 rows", "engine", "--"), (rival, "engine", ":")):
+            rows = [row for row in of if name in row[where]]
+            label = f"{fff if name != rival else f'{rival}, int8, for {fff}'}{', in a loop' if where == 'loop' else ', a call of OpenVINO'}"
+            times = [row[where][name] / row["tokens"] for row in rows]
+            axes.plot([row["tokens"] for row in rows], times, style, color=f"C{i}", marker="o", label=label)
+    _finish(axes, "tokens", f"µs a token, {threads} thread{'s' * (threads > 1)}")
 
 
 def _scaling(told: Mapping[str, Any], axes: Any) -> None:
@@ -110,7 +125,14 @@ def _finish(axes: Any, x: str, y: str) -> None:
     axes.legend(fontsize=6)
 
 
-_DRAW = {"layer": _layer, "scaling": _scaling, "model": _model, "serve": _serve, "cuda": _cuda}
+_DRAW = {
+    "layer": _layer,
+    "frontier": _frontier,
+    "scaling": _scaling,
+    "model": _model,
+    "serve": _serve,
+    "cuda": _cuda,
+}
 
 
 def csv_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:

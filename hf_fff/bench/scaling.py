@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import FFFConfig
 from ..layers import FFF
 from . import machine
+from .kept import Kept
 from .layer import DENSE, Key, check_outputs, dense_layer, set_threads, time_loops
 from .load import Patience
 from .shapes import SIZES
@@ -127,6 +128,7 @@ def bench_scaling(
     threads: Sequence[int] | None = None,
     rounds: int = 15,
     patience: Patience | None = None,
+    kept: Kept | None = None,
 ) -> Scaling:
     """All sizes that the memory holds.
 
@@ -137,15 +139,16 @@ def bench_scaling(
     sizes = {name: dimensions(name) for name in names}
     torch.manual_seed(0)
     before = torch.get_num_threads()
-    numbers, wait, result = list(threads or [before]), patience or Patience(), Scaling()
+    numbers, wait, kept, result = list(threads or [before]), patience or Patience(), kept or Kept(), Scaling()
     try:
-        result.bandwidth = _curve(numbers, rounds, wait)
+        result.bandwidth = kept.cell(["bandwidth"], partial(_curve, numbers, rounds, wait), wait)
         for name in sizes:
             free, needed = machine.free_memory(), bytes_needed(name)
             if free is not None and needed > _SHARE * free:
                 result.skipped[name] = f"needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
                 continue
-            result.rows += _rows(name, tokens, numbers, rounds, wait)
+            cell = partial(_rows, name, tokens, numbers, rounds, wait)
+            result.rows += [Row(**record) for record in kept.cell([name], cell, wait)]
     finally:
         torch.set_num_threads(before)
     return result
@@ -163,7 +166,9 @@ def _curve(threads: Sequence[int], rounds: int, patience: Patience) -> list[dict
     return curve
 
 
-def _rows(name: str, tokens: Sequence[int], threads: Sequence[int], rounds: int, patience: Patience) -> list[Row]:
+def _rows(
+    name: str, tokens: Sequence[int], threads: Sequence[int], rounds: int, patience: Patience
+) -> list[dict[str, Any]]:
     hidden, inner, config = dimensions(name)
     fff = FFF(hidden, config)
     dense = dense_layer(fff, inner)
@@ -179,7 +184,7 @@ def _rows(name: str, tokens: Sequence[int], threads: Sequence[int], rounds: int,
                 visited, bandwidth[n, "tree"], load.others)
             for n in threads
         ]  # fmt: skip
-    return rows
+    return [asdict(row) for row in rows]
 
 
 def _times(fff: FFF, dense: Any, x: Tensor, threads: Sequence[int], rounds: int) -> dict[Key, float]:

@@ -15,9 +15,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers import FFF
+from ..ops import ROWS
+from ..packing import optimize
+from . import process
+from .kept import Kept
 from .load import Patience
 from .model import Workload, load_model, random_ids, real_rows
+from .timing import FEWEST
 
 ENGINES: dict[str, tuple[str, ...]] = {  # and the packages that each needs
     "torch-f32": (),
+    "torch-packed": (),  # torch-f32 with the trees of hf_fff.optimize
     "torch-bf16": (),
     "torchao-int8": ("torchao",),
     "onnxruntime-int8": ("onnxruntime", "onnx", "onnxscript"),
@@ -44,6 +52,7 @@ LENGTHS = (
 )  # fmt: skip
 _TOKENS = 512  # in a workload, where few batches allow it: trees are not timed on a handful of paths
 _SECONDS = 0.2  # of a turn
+_LIMIT = 60.0  # seconds for the rounds of a workload, once FEWEST are made
 _SAMPLES = 300  # batches or texts that int8 looks at
 
 
@@ -147,6 +156,7 @@ def bench_serve(
     rounds: int = 9,
     seed: int = 0,
     patience: Patience | None = None,
+    kept: Kept | None = None,
     tell: Callable[[str], object] = lambda _: None,
 ) -> tuple[list[Served], list[dict[str, Any]]]:
     """Measures all systems.
@@ -165,14 +175,14 @@ def bench_serve(
     threads = threads or len(
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
-    patience, order = patience or Patience(), random.Random(seed)
+    patience, kept, order = patience or Patience(), kept or Kept(), random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="hf-fff-serve-") as place, ExitStack() as stack:
         root = Path(place)
         folders = {name: _folder(root / "models" / str(i), source) for i, (name, source) in enumerate(sources.items())}
         torch.save([list(map(dict, w.batches)) for w in work], root / "work.pt")
         (root / "texts.json").write_text(json.dumps(list(texts)), encoding="utf-8")
         told = {"root": str(root), "threads": threads, "rows": rows}
-        servers: dict[System, _Server] = {}
+        servers: dict[System, process.Server] = {}
         for i, system in enumerate(systems):
             tell(f"making {system.name}")
             own = {
@@ -182,41 +192,17 @@ def bench_serve(
                 "made": str(root / "made" / str(i)),
             }
             _finish(own, system.name)
-            servers[system] = stack.enter_context(_served(own, system.name))
+            servers[system] = stack.enter_context(process.served(_command(own, "serve"), system.name))
         found = [Served(s, cold_start=servers[s].cold_start) for s in systems]
         facts = []
-        pids = [server.process.pid for server in servers.values()]
         for number, workload in enumerate(work):
             tell(f"timing {workload.name}")
-            calls = {s: max(1, int(_SECONDS / min(servers[s].ask("time", number, 2)))) for s in systems}
-            times: dict[System, list[list[float]]] = {s: [] for s in systems}
-            others = []
-            for _ in range(rounds):
-
-                def turn(number: int = number, calls: Mapping[System, int] = calls) -> dict[System, list[float]]:
-                    return {
-                        s: servers[s].ask("time", number, calls[s]) for s in order.sample(list(systems), len(systems))
-                    }
-
-                result, load = patience.measure(threads, turn, children=pids)
-                others.append(load.others)
-                for system, values in result.items():
-                    times[system].append(values)
-            count = len(workload.batches)
-            for served in found:
-                turns = times[served.system]
-                every = sorted(t for values in turns for t in values)
-                served.seconds[workload.name] = statistics.median(map(statistics.median, turns)) / count
-                served.p95[workload.name] = every[min(len(every) - 1, int(0.95 * len(every)))] / count
-            known = [o for o in others if o is not None]
-            facts.append(
-                {
-                    "workload": workload.name,
-                    "tokens": workload.tokens / count,
-                    "others": statistics.median(known) if known else None,
-                    "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-                }
-            )
+            cell = partial(_cell, number, workload, servers, rounds, threads, order, patience)
+            told_of = kept.cell([workload.name], cell, patience)
+            facts.append(told_of["facts"])
+            for name in ("seconds", "p95"):
+                for served, value in zip(found, told_of[name], strict=True):
+                    getattr(served, name)[workload.name] = value
         if texts:
             _compare(found, servers)
         for served in found:
@@ -224,7 +210,47 @@ def bench_serve(
     return found, facts
 
 
-def _compare(found: Sequence[Served], servers: Mapping["System", "_Server"]) -> None:
+def _cell(
+    number: int,
+    workload: Workload,
+    servers: Mapping[System, process.Server],
+    rounds: int,
+    threads: int,
+    order: random.Random,
+    patience: Patience,
+) -> dict[str, Any]:
+    """Seconds of a batch for each system, and what is to be known beside them."""
+    calls = {s: max(1, int(_SECONDS / min(server.ask("time", number, 2)))) for s, server in servers.items()}
+    pids = [server.process.pid for server in servers.values()]
+    times: dict[System, list[list[float]]] = {s: [] for s in servers}
+    others, begin = [], time.monotonic()
+
+    def turn() -> dict[System, list[float]]:
+        return {s: servers[s].ask("time", number, calls[s]) for s in order.sample(list(servers), len(servers))}
+
+    for done in range(rounds):
+        if done >= FEWEST and time.monotonic() - begin > _LIMIT:
+            break
+        result, load = patience.measure(threads, turn, children=pids)
+        others.append(load.others)
+        for system, values in result.items():
+            times[system].append(values)
+    count = len(workload.batches)
+    every = [sorted(t for values in turns for t in values) for turns in times.values()]
+    known = [o for o in others if o is not None]
+    return {
+        "seconds": [statistics.median(map(statistics.median, turns)) / count for turns in times.values()],
+        "p95": [values[min(len(values) - 1, int(0.95 * len(values)))] / count for values in every],
+        "facts": {
+            "workload": workload.name,
+            "tokens": workload.tokens / count,
+            "others": statistics.median(known) if known else None,
+            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        },
+    }
+
+
+def _compare(found: Sequence[Served], servers: Mapping[System, process.Server]) -> None:
     teacher = next((s for s in found if s.system.engine == EAGER), None)
     if teacher is None:
         return
@@ -235,8 +261,50 @@ def _compare(found: Sequence[Served], servers: Mapping["System", "_Server"]) -> 
             served.cosine = float(nn.functional.cosine_similarity(vectors, want, dim=-1).mean())
 
 
-def records(found: Sequence[Served], facts: Sequence[Mapping[str, Any]], trained: bool) -> list[dict[str, Any]]:
-    """A line for each system and workload, with its ratios (above 1 is faster) to the first model in OpenVINO int8 and in torch."""
+def fidelities(path: Path) -> dict[str, dict[str, float]]:
+    """What distilled models keep of the original, by kind: from lines of JSON as ``examples/experiments/quality_minilm.py`` prints them, those
+    of the run "general" on unseen sentences. Means over seeds; of runs with several rates, of those that kept the most.
+
+    Raises:
+        ValueError: a line is not of that form, or none is of that run.
+    """
+    runs: dict[str, dict[str, list[Mapping[str, float]]]] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            told = json.loads(line)
+            if told["run"] == "general":
+                rates = json.dumps(
+                    [told.get(n) for n in ("steps", "plain_steps", "learning_rate", "fff_learning_rate")]
+                )
+                kept = {name: float(told["distilled"]["unseen_short"][name]) for name in ("cosine", "neighbours")}
+                runs.setdefault(told["fff"], {}).setdefault(rates, []).append(kept)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold lines of quality_minilm.py: {error!r}") from error
+    if not runs:
+        raise ValueError(f'{path} has no lines of the run "general"')
+
+    def mean(of: Sequence[Mapping[str, float]], name: str) -> float:
+        return statistics.fmean(kept[name] for kept in of)
+
+    best = {kind: max(of.values(), key=lambda kept: mean(kept, "cosine")) for kind, of in runs.items()}
+    found = {
+        k: {"cosine": mean(of, "cosine"), "neighbours": mean(of, "neighbours"), "runs": len(of)}
+        for k, of in best.items()
+    }
+    return {"dense": {"cosine": 1.0, "neighbours": 1.0, "runs": 0}, **found}
+
+
+def records(
+    found: Sequence[Served],
+    facts: Sequence[Mapping[str, Any]],
+    trained: bool,
+    fidelity: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[dict[str, Any]]:
+    """A line for each system and workload, with its ratios (above 1 is faster) to the first model in OpenVINO int8 and in torch.
+
+    Args:
+        fidelity: what distilled models of the same shapes keep, by model.
+    """
     first = found[0].system.model
     known = {s.system: s for s in found}
     rows = []
@@ -258,6 +326,8 @@ def records(found: Sequence[Served], facts: Sequence[Mapping[str, Any]], trained
             row["share_of_the_limit"] = none.seconds[name] / served.seconds[name] if none else None
             peak = None if served.peak_memory is None else served.peak_memory / 1e6
             row |= {"cold_start": served.cold_start, "peak_mb": peak, "cosine": served.cosine}
+            of = (fidelity or {}).get(served.system.model)
+            row |= {f"distilled_{name}": of and of[name] for name in ("cosine", "neighbours", "runs")}
             rows.append(row)
     return rows
 
@@ -273,66 +343,15 @@ def _folder(place: Path, source: str | Callable[[], Any]) -> str | Path:
 
 
 def _command(told: Mapping[str, Any], what: str) -> tuple[list[str], dict[str, str]]:
-    n = str(told["threads"])
-    environment = {**os.environ, "OMP_NUM_THREADS": n, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    return [sys.executable, "-m", __name__, what, json.dumps(told)], environment
+    return process.command(__name__, what, json.dumps(told), threads=told["threads"])
 
 
 def _finish(told: Mapping[str, Any], name: str) -> None:
     """Makes what a system's process serves, in a process of its own, whose memory nobody counts."""
-    command, environment = _command(told, "make")
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    words, environment = _command(told, "make")
+    ran = subprocess.run(words, env=environment, capture_output=True, text=True)
     if ran.returncode:
-        raise RuntimeError(f"{name} cannot be made: {last_line(ran.stderr)}")
-
-
-def last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "its process ended")
-
-
-class _Server:
-    def __init__(self, told: Mapping[str, Any], name: str, errors: Any) -> None:
-        command, environment = _command(told, "serve")
-        self.name, self.errors, start = name, errors, time.perf_counter()
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
-        self._answer()
-        self.cold_start = time.perf_counter() - start
-
-    def ask(self, *question: Any) -> Any:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(question) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # told below
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            raise RuntimeError(f"the process of {self.name} ended: {last_line(self.errors.read())}")
-        return json.loads(line)
-
-
-@contextmanager
-def _served(told: Mapping[str, Any], name: str) -> Iterator[_Server]:
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-        server = _Server(told, name, errors)
-        try:
-            yield server
-        finally:
-            assert server.process.stdin is not None
-            server.process.stdin.close()
-            try:
-                server.process.wait(10)
-            except subprocess.TimeoutExpired:
-                server.process.kill()
-                server.process.wait()
+        raise RuntimeError(f"{name} cannot be made: {process.last_line(ran.stderr)}")
 
 
 def _model(source: str) -> Any:
@@ -429,6 +448,10 @@ def _opened(told: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], Tensor]
     model = _model(told["source"])
     if engine == "torch-bf16":
         model = model.bfloat16()
+    elif engine == "torch-packed":
+        rows = "int8" if told["rows"] == "auto" else told["rows"]
+        if rows in ROWS and any(isinstance(m, FFF) for m in model.modules()):
+            model = optimize(model, rows)
     elif engine == "torchao-int8":
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -437,19 +460,15 @@ def _opened(told: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], Tensor]
 
 
 @torch.no_grad()
-def _serve(told: Mapping[str, Any], answers: Any) -> None:
-    def answer(value: Any) -> None:
-        print(json.dumps(value), file=answers, flush=True)
-
-    call = _opened(told)
+def _serve(told: Mapping[str, Any]) -> None:
+    answer, call = process.answers(), _opened(told)
     root = Path(told["root"])
     work = torch.load(root / "work.pt", weights_only=True)
     if not bool(call(work[0][0]).isfinite().all()):
         raise RuntimeError("its output is not finite")
     gc.collect()
     answer("ready")
-    for line in sys.stdin:
-        what, *given = json.loads(line)
+    for what, *given in process.questions():
         if what == "time":
             batches, times = work[given[0]], []
             for _ in range(given[1]):
@@ -487,13 +506,11 @@ def _vectors(call: Callable[[Mapping[str, Tensor]], Tensor], given: Mapping[str,
 
 def main() -> None:
     what, told = sys.argv[1], json.loads(sys.argv[2])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
     warnings.simplefilter("ignore")
     if what == "make":
         _make(told)
     else:
-        _serve(told, answers)
+        _serve(told)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ SIZES = {
     "gpt-3": Size(12288, 49152, 96, 96),
 }
 
+# Trees, and the MLP whose layerwise fit is about theirs: the rival that counts.
+PAIRS = {"1x11": "mlp:107", "4x9": "mlp:256", "8x8": "mlp:256", "32x6": "mlp:512"}
+
 
 def size_of(name: str) -> Size:
     """Raises ``ValueError`` for a name that is not known."""

@@ -21,7 +21,8 @@ from ..models.usage import fff_usage
 from ..surgery import convert_ffn_to_fff
 from .load import Patience
 from .model import Workload, random_ids
-from .serve import last_line, peak_memory
+from .process import last_line
+from .serve import peak_memory
 from .shapes import bert
 from .timing import interleaved
 

@@ -28,6 +28,12 @@ Patience = Annotated[
         min=0, help="Seconds to spend, in all, on measuring again what was measured while the machine was busy."
     ),
 ]
+Keep = Annotated[
+    Path | None,
+    typer.Option(
+        help="File for finished cells, as they come: interrupted, the same command goes on from it. Removed at the end."
+    ),
+]
 Csv = Annotated[Path | None, typer.Option("--csv", help="File of values to write, one line a time.")]
 Plot = Annotated[Path | None, typer.Option(help="Picture to write, such as bench.png.")]
 
@@ -35,6 +41,7 @@ Plot = Annotated[Path | None, typer.Option(help="Picture to write, such as bench
 @bench_app.command("layer")
 @reports_errors
 def bench_layer(
+    context: typer.Context,
     fff: Annotated[str, typer.Option(help="Trees x depth, comma-separated, such as 1x11,8x8.")] = "1x11",
     hidden_size: Annotated[int, typer.Option(min=1, help="Size of input and output.")] = 768,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or both, comma-separated.")] = "float32",
@@ -50,9 +57,18 @@ def bench_layer(
         ),
     ] = None,
     inputs: Annotated[Path | None, typer.Option(help="Texts, one a line, whose hidden states --weights gets.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="openvino",
+            help="Instead: time what is --against as int8 inside OpenVINO, and trees with rows of float32, int8 and bf16 in loops of their own "
+            "and inside OpenVINO; forward alone.",
+        ),
+    ] = None,
     backward: Annotated[bool, typer.Option(help="Time the backward passes too.")] = True,
     rounds: Rounds = 15,
     patience: Patience = 0,
+    keep: Keep = None,
     csv_file: Csv = None,
     plot: Plot = None,
     as_json: Json = False,
@@ -71,24 +87,44 @@ def bench_layer(
     widths = _widths(against)
     if (weights is None) != (inputs is None):
         raise bad_option("--inputs", ValueError("--weights and --inputs belong together"))
-    _check_files(csv_file, plot)
+    dtypes = _dtypes(dtype)
+    if engine is not None:
+        from ..bench import frontier
+
+        try:
+            if why := frontier.missing(engine):
+                raise ValueError(why)
+            if list(dtypes) != ["float32"]:
+                raise ValueError(f"takes layers of float32, which are then packed; --dtype is {dtype}")
+        except ValueError as error:
+            raise bad_option("--engine", error) from error
+    _check_files(csv_file, plot, keep)
 
     from ..bench import layer
     from ..bench.load import Patience
 
-    dtypes = _dtypes(dtype)
     layers = []
     if weights is not None and inputs is not None:
         trained = layer.trained_layer(weights, read_text([inputs]))
         configs, hidden_size = [trained.fff.config], trained.fff.hidden_size
         layers = [layer.with_dtype(trained, of) for of in dtypes.values()]
     layers += [layer.random_layer(config, hidden_size, of) for config in configs for of in dtypes.values()]
-    waiting = Patience(patience)
-    rows = layer.bench_layers(
-        layers, counts, threads=thread_counts, against=widths, backward=backward, rounds=rounds, patience=waiting
-    )
+    waiting, kept = Patience(patience), _kept(context, keep)
+    options: dict[str, Any] = {"threads": thread_counts, "against": widths, "rounds": rounds}
+    if engine is not None:
+        found = frontier.bench_frontier(layers, counts, patience=waiting, kept=kept, **options)
+        told = _told("frontier", waiting, {"versions": frontier.versions(engine), "rows": frontier.as_records(found)})
+        _write(told, frontier.as_lines(found), csv_file, plot)
+        if as_json:
+            print(json.dumps(told, indent=1))
+        else:
+            _show_frontier(told)
+        kept.done()
+        return
+    rows = layer.bench_layers(layers, counts, backward=backward, patience=waiting, kept=kept, **options)
     told = _told("layer", waiting, {"rows": layer.as_records(rows), "threads_faster": layer.thread_scaling(rows)})
     _write(told, layer.as_lines(rows), csv_file, plot)
+    kept.done()
     if as_json:
         print(json.dumps(told, indent=1))
         return
@@ -109,6 +145,22 @@ def bench_layer(
     _caption(
         told, [f"A call from Python takes {overhead:.1f} µs more than the operation." for overhead in _overheads(told)]
     )
+
+
+def _show_frontier(told: Mapping[str, Any]) -> None:
+    title = "{fff}, {nodes} neurons, hidden size {hidden_size}, threads {threads}, weights {weights}"
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in told["rows"]:
+        groups.setdefault(title.format_map(row), []).append(row)
+    for name, group in groups.items():
+        for where, what in (("loop", "in a loop"), ("engine", "inside OpenVINO, MLPs in int8")):
+            names = list(group[0][where])
+            table = _table("tokens", *names, title=f"{name}, {what}: microseconds a call")
+            for row in group:
+                table.add_row(str(row["tokens"]), *(_number(row[where][n]) for n in names))
+            if names:
+                out.print(table)
+    _caption(told, [])
 
 
 def _overheads(told: Mapping[str, Any]) -> list[float]:
@@ -146,6 +198,7 @@ def _backward_table(rows: Sequence[Mapping[str, Any]]) -> Any:
 @bench_app.command("scaling")
 @reports_errors
 def bench_scaling(
+    context: typer.Context,
     sizes: Annotated[
         str | None, typer.Option(help="Sizes, comma-separated, such as bert-base,gpt-3; all of them by default.")
     ] = None,
@@ -153,6 +206,7 @@ def bench_scaling(
     threads: Threads = None,
     rounds: Rounds = 9,
     patience: Patience = 0,
+    keep: Keep = None,
     csv_file: Csv = None,
     plot: Plot = None,
     as_json: Json = False,
@@ -160,7 +214,7 @@ def bench_scaling(
     """Time one layer from BERT-tiny's size to GPT-3's: the dense FFN against the deepest tree with at most as many neurons."""
     counts = _numbers("--tokens", tokens)
     thread_counts = _numbers("--threads", threads) if threads is not None else None
-    _check_files(csv_file, plot)
+    _check_files(csv_file, plot, keep)
 
     from ..bench import scaling
     from ..bench.load import Patience
@@ -171,11 +225,12 @@ def bench_scaling(
             scaling.dimensions(name)
     except ValueError as error:
         raise bad_option("--sizes", error) from error
-    waiting = Patience(patience)
-    result = scaling.bench_scaling(names, counts, threads=thread_counts, rounds=rounds, patience=waiting)
+    waiting, kept = Patience(patience), _kept(context, keep)
+    result = scaling.bench_scaling(names, counts, threads=thread_counts, rounds=rounds, patience=waiting, kept=kept)
     rows = [row.record() for row in result.rows]
     told = _told("scaling", waiting, {"rows": rows, "bandwidth": result.bandwidth, "skipped": result.skipped})
     _write(told, rows, csv_file, plot)
+    kept.done()
     if as_json:
         print(json.dumps(told, indent=1))
         return
@@ -201,6 +256,7 @@ def bench_scaling(
 @bench_app.command("model")
 @reports_errors
 def bench_model(
+    context: typer.Context,
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="Model folders; ratios are to the first.")
     ] = None,
@@ -223,6 +279,7 @@ def bench_model(
     device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
     seed: Seed = 0,
     patience: Patience = 0,
+    keep: Keep = None,
     csv_file: Csv = None,
     plot: Plot = None,
     as_json: Json = False,
@@ -236,7 +293,7 @@ def bench_model(
         raise bad_option("MODEL", ValueError("give model folders, or --size, one of the two"))
     if size is not None and text is not None:
         raise bad_option("--text", ValueError("needs a model's tokenizer, and --size has none: give model folders"))
-    _check_files(csv_file, plot)
+    _check_files(csv_file, plot, keep)
 
     from dataclasses import asdict
 
@@ -272,8 +329,8 @@ def bench_model(
         vocabulary = min(model.config.vocab_size for model in loaded.values())
         sizes = [[int(n) for n in shape.split("x")] for shape in shapes]
         workloads = [random_ids(rows, tokens, vocabulary, seed=seed) for rows, tokens in sizes]
-    waiting = Patience(patience)
-    timings = time_models(loaded, workloads, rounds=rounds, seed=seed, patience=waiting, limit=_MODEL_LIMIT)
+    waiting, kept = Patience(patience), _kept(context, keep)
+    timings = time_models(loaded, workloads, rounds=rounds, seed=seed, patience=waiting, limit=_MODEL_LIMIT, kept=kept)
     empty = limits(loaded)
     rows = [
         {**asdict(t), "microseconds": t.microseconds, "ratios": t.ratios, "shares": t.shares(empty)} for t in timings
@@ -297,6 +354,7 @@ def bench_model(
         for name, seconds in t.seconds.items()
     ]
     _write(told, lines, csv_file, plot)
+    kept.done()
     if as_json:
         print(json.dumps(told, indent=1))
         return
@@ -321,6 +379,7 @@ def bench_model(
 @bench_app.command("serve")
 @reports_errors
 def bench_serve(
+    context: typer.Context,
     models: Annotated[
         list[str] | None,
         typer.Argument(metavar="[MODEL]...", help="Model folders, the dense one first: it is timed in all --engines."),
@@ -334,7 +393,7 @@ def bench_serve(
     engines: Annotated[
         str,
         typer.Option(
-            help="For the dense model, comma-separated: torch-f32, torch-bf16, torchao-int8, onnxruntime-int8, openvino-bf16, "
+            help="For the dense model, comma-separated: torch-f32, torch-packed (with the trees of hf_fff.optimize), torch-bf16, torchao-int8, onnxruntime-int8, openvino-bf16, "
             "openvino-int8. One that is not installed is left out, and the output says why."
         ),
     ] = "torch-f32,torch-bf16,torchao-int8,onnxruntime-int8,openvino-bf16,openvino-int8",
@@ -348,10 +407,18 @@ def bench_serve(
     text: Annotated[
         Path | None, typer.Option(help="With folders: typical texts, one a line, for int8, mixed and the fidelity.")
     ] = None,
+    fidelity: Annotated[
+        Path | None,
+        typer.Option(
+            help="Without folders: what distilled models of these kinds keep, lines of JSON of "
+            "examples/experiments/quality_minilm.py; stands beside the speed."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every engine; as many as there are cores.")] = None,
     rounds: Rounds = 9,
     seed: Seed = 0,
     patience: Patience = 0,
+    keep: Keep = None,
     csv_file: Csv = None,
     plot: Plot = None,
     as_json: Json = False,
@@ -364,7 +431,7 @@ def bench_serve(
         raise bad_option("--text", ValueError("needs a model's tokenizer: give model folders"))
     if models and text is None:
         raise bad_option("--text", ValueError("int8 looks at some hundreds of typical texts: name a file of them"))
-    _check_files(csv_file, plot)
+    _check_files(csv_file, plot, keep)
 
     from functools import partial
 
@@ -378,6 +445,14 @@ def bench_serve(
     from ..config import FFFConfig
     from ..surgery.folder import ModelFolder
 
+    try:
+        if fidelity is not None and models:
+            raise ValueError("is for random weights: folders are compared themselves")
+        if fidelity is not None and not fidelity.is_file():
+            raise ValueError(f"there is no file {fidelity}")
+        quality = serve.fidelities(fidelity) if fidelity is not None else None
+    except ValueError as error:
+        raise bad_option("--fidelity", error) from error
     used: dict[str, list[str]] = {}
     left_out: dict[str, str] = {}
     for option, given in (("--engines", engines), ("--fff-engines", fff_engines)):
@@ -426,7 +501,7 @@ def bench_serve(
     first, *rest = sources
     systems = [serve.System(first, name) for name in used["--engines"]]
     systems += [serve.System(name, engine) for name in rest for engine in used["--fff-engines"]]
-    waiting = Patience(patience)
+    waiting, kept = Patience(patience), _kept(context, keep)
     found, load = serve.bench_serve(
         sources,
         systems,
@@ -437,9 +512,10 @@ def bench_serve(
         rounds=rounds,
         seed=seed,
         patience=waiting,
+        kept=kept,
         tell=lambda words: err.print(words),
     )
-    lines = serve.records(found, load, bool(models))
+    lines = serve.records(found, load, bool(models), quality)
     about = {
         "size": None if models else size,
         "rounds": rounds,
@@ -450,6 +526,7 @@ def bench_serve(
     told = _told("serve", waiting, {**about, "rows": lines})
     told["threads"] = threads or told["cores"]
     _write(told, lines, csv_file, plot)
+    kept.done()
     if as_json:
         print(json.dumps(told, indent=1))
         return
@@ -458,17 +535,18 @@ def bench_serve(
     for served in found:
         of = [r for r in lines if (r["engine"], r["model"]) == (served.system.engine, served.system.model)]
         cells = [_number(r["milliseconds"]) + (f"  {r['to_openvino']:.2f}x" if r["to_openvino"] else "") for r in of]
-        cosine = "" if served.cosine is None else f"{served.cosine:.3f}"
+        cosine = served.cosine if quality is None else quality.get(served.system.model, {}).get("cosine")
         table.add_row(
             served.system.engine,
             served.system.model,
             *cells,
             f"{served.cold_start:.1f} s",
             "-" if served.peak_memory is None else f"{served.peak_memory / 1e6:.0f}",
-            cosine,
+            "" if cosine is None else f"{cosine:.3f}",
         )
     out.print(table)
-    notes = [] if models else ["Weights are random: nothing here tells of quality."]
+    notes = [] if models else ["Weights are random: speed alone."]
+    notes += [] if quality is None else [f"Cosines are those of distilled models of the same kinds ({fidelity})."]
     _caption(told, [*notes, *(f"{name} was left out: {why}." for name, why in left_out.items())])
 
 
@@ -663,17 +741,31 @@ def _dtypes(text: str) -> dict[str, Any]:
     return {name: DTYPES[name] for name in names}
 
 
-def _check_files(csv_file: Path | None, plot: Path | None) -> None:
+def _check_files(csv_file: Path | None, plot: Path | None, keep: Path | None = None) -> None:
     """What cannot be written is better told before the measurement than after it."""
     from ..bench.plot import check_plot
 
-    if csv_file is not None and not csv_file.parent.is_dir():
-        raise bad_option("--csv", ValueError(f"there is no folder {csv_file.parent}"))
+    for option, file in (("--csv", csv_file), ("--keep", keep)):
+        if file is not None and not file.parent.is_dir():
+            raise bad_option(option, ValueError(f"there is no folder {file.parent}"))
     try:
         if plot is not None:
             check_plot(plot)
     except ValueError as error:
         raise bad_option("--plot", error) from error
+
+
+def _kept(context: typer.Context, keep: Path | None) -> Any:
+    """Where finished cells go; figures depend on the command as it was typed, and on the machine."""
+    from ..bench.kept import Kept
+    from ..bench.machine import facts
+
+    words = {n: value for n, value in context.params.items() if n not in _FREE}
+    same = {n: value for n, value in facts().items() if n != "date"}
+    return Kept(keep, {n: str(value) for n, value in {**words, **same}.items()})
+
+
+_FREE = ("patience", "keep", "csv_file", "plot", "as_json")  # options on which no figure depends
 
 
 def _told(command: str, waiting: Any, results: Mapping[str, Any], device: str = "cpu") -> dict[str, Any]:

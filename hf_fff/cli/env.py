@@ -186,7 +186,9 @@ def build(
 
     if kernel_layout is not None:
         if cuda:
-            raise bad_option("--cuda", ValueError("does not go with --kernel-layout, which writes the kernel of the CPU"))
+            raise bad_option(
+                "--cuda", ValueError("does not go with --kernel-layout, which writes the kernel of the CPU")
+            )
         _write_layout(kernel_layout, output, overwrite, as_json)
         return
     if arch is not None and not cuda:

@@ -37,7 +37,7 @@ def export(
     precision: Annotated[
         Precision, typer.Option(help="Of attention and all that is dense; int8 needs --text.")
     ] = Precision.int8,
-    rows: Annotated[Rows, typer.Option(help="Of the trees; auto: f32 with --precision f32, else bf16.")] = Rows.auto,
+    rows: Annotated[Rows, typer.Option(help="Of the trees; auto: as --precision.")] = Rows.auto,
     text: Annotated[
         list[Path] | None, typer.Option(help="Typical texts for int8, one a line; may be repeated.")
     ] = None,

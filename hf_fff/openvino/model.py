@@ -22,10 +22,9 @@ from .library import OPERATION, engine, engine_version, extension
 from .quantise import calibration_batches, quantised
 
 PRECISIONS = ("int8", "bf16", "f32")
+# "auto" is as the precision. Beside int8 attention, which costs converted MiniLMs 0.013 to 0.017 of cosine to themselves in float32, int8 rows cost 0.002
+# more than bf16 ones, nothing that two tasks notice, and are faster with many trees (docs/openvino.md).
 ROWS = ("auto", *PRECISIONS)
-# What "auto" is. int8 rows beside int8 attention took a converted MiniLM to a cosine of 0.986 to itself in float32, where bf16 rows kept
-# 0.991 (docs/openvino.md).
-_AUTO = {"int8": "bf16", "bf16": "bf16", "f32": "f32"}
 FORMAT_VERSION = 2
 _READ_VERSIONS = (1, FORMAT_VERSION)  # 1 knew no packed rows
 _GRAPH, _WEIGHTS, _FACTS = "openvino_model.xml", "openvino_model.bin", "fff_openvino.json"
@@ -48,8 +47,8 @@ def compile(
         model: a transformers model with any head, or what holds one, as a ``SentenceTransformer`` does.
         precision: "int8" (weights and activations of all matrix products, by NNCF's post-training quantisation; between them
             bfloat16 where the CPU has it), "bf16" or "f32".
-        rows: of the trees: "int8" (a quarter of float32's bytes), "bf16" (half) or "f32"; "auto" is "f32" with
-            ``precision="f32"``, else "bf16": int8 rows are smaller and faster, and less exact.
+        rows: of the trees: "int8" (a quarter of float32's bytes), "bf16" (half) or "f32"; "auto" is as
+            ``precision``: int8 rows are smaller and faster, and a little less exact.
         texts: for "int8": some hundreds of typical inputs, texts, pairs of texts or batches of tensors.
         tokenizer: for texts, for ``encode``, and to be saved; a ``SentenceTransformer`` brings its own.
         embedding: for ``encode``: how vectors are pooled; a ``SentenceTransformer`` brings its own, the mean without one.
@@ -66,7 +65,7 @@ def compile(
         raise ValueError(f"precision={precision!r} is not known (allowed: {', '.join(PRECISIONS)})")
     if rows not in ROWS:
         raise ValueError(f"rows={rows!r} is not known (allowed: {', '.join(ROWS)})")
-    rows = _AUTO[precision] if rows == "auto" else rows
+    rows = precision if rows == "auto" else rows
     if not isinstance(model, PreTrainedModel):
         inner = _only_model_in(model)
         if embedding is None and hasattr(model, "max_seq_length") and hasattr(model, "prompts"):
@@ -85,7 +84,8 @@ def compile(
     if not operations(graph) and not hasattr(model.config, "fff"):
         warnings.warn(f"this {type(model).__name__} holds no FFF: it becomes a plain model of OpenVINO", stacklevel=2)
     if batches is not None:
-        graph = quantised(graph, batches, names)
+        inputs = [{name: t.numpy() for name, t in complete(batch, names).items()} for batch in batches]
+        graph = quantised(graph, inputs)
     if rows != "f32":
         pack_rows(graph, rows)
     facts = {"precision": precision, "rows": rows, "outputs": kind, "model_class": type(model).__name__}

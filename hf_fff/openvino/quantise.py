@@ -31,8 +31,8 @@ def calibration_batches(texts: Any, tokenizer: Any, max_length: int, samples: in
     return as_batches(texts, given, max_length=max_length, batch_tokens=_BATCH_TOKENS)
 
 
-def quantised(graph: Any, batches: list[Batch], names: tuple[str, ...]) -> Any:
-    """A graph with int8 matrix products; FFFs stay as they are.
+def quantised(graph: Any, inputs: list[dict[str, Any]]) -> Any:
+    """A graph with int8 matrix products, after a look at some typical inputs; FFFs stay as they are.
 
     Raises:
         ImportError: NNCF is not installed.
@@ -47,16 +47,10 @@ def quantised(graph: Any, batches: list[Batch], names: tuple[str, ...]) -> Any:
     with _quiet():
         return nncf.quantize(
             graph,
-            nncf.Dataset([_inputs(batch, names) for batch in batches]),
-            subset_size=len(batches),
+            nncf.Dataset(inputs),
+            subset_size=len(inputs),
             model_type=nncf.ModelType.TRANSFORMER,
         )
-
-
-def _inputs(batch: Batch, names: tuple[str, ...]) -> dict[str, Any]:
-    from .model import complete
-
-    return {name: tensor.numpy() for name, tensor in complete(batch, names).items()}
 
 
 @contextmanager

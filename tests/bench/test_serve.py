@@ -13,7 +13,7 @@ from task_rows import WORDS, tiny_tokenizer
 from tiny import tiny_bert
 
 from hf_fff import convert_ffn_to_fff
-from hf_fff.bench import load, page, serve
+from hf_fff.bench import load, page, process, serve
 from hf_fff.bench.serve import Served, System
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
@@ -60,6 +60,57 @@ def test_records():
     assert rows[0]["to_torch"] is None and rows[0]["to_openvino"] == 1 and rows[0]["weights"] == "trained"
 
 
+def quality_line(fff, cosine, run="general", **told):
+    kept = {"unseen_short": {"cosine": cosine, "neighbours": cosine - 0.25}}
+    return json.dumps({"run": run, "fff": fff, "steps": 9, "distilled": kept, **told})
+
+
+def test_what_distilled_models_keep(tmp_path):
+    """Means over seeds, of the rates that kept the most; other runs do not count."""
+    lines = [
+        quality_line("8x8", 0.5),
+        quality_line("8x8", 0.75, learning_rate=1),
+        quality_line("8x8", 0.875, learning_rate=1),
+    ]
+    lines += [quality_line("8x8", 1.0, run="rates"), quality_line("none", 0.375), json.dumps({"run": "calibration"})]
+    (tmp_path / "lines").write_text("\n".join(lines))
+    found = serve.fidelities(tmp_path / "lines")
+    assert found["8x8"] == {"cosine": 0.8125, "neighbours": 0.5625, "runs": 2} and found["none"]["runs"] == 1
+    assert found["dense"]["cosine"] == 1 and set(found) == {"dense", "8x8", "none"}
+    rows = serve.records(
+        [served("8x8", "openvino-int8", 1.0), served("1x11", "openvino-int8", 1.0)], [{"workload": "w"}], False, found
+    )
+    assert [r["distilled_cosine"] for r in rows] == [0.8125, None] and rows[0]["distilled_runs"] == 2
+    for wrong, message in (
+        ("{", "does not hold lines"),
+        ("[]", "does not hold lines"),
+        (lines[3], "no lines of the run"),
+    ):
+        (tmp_path / "lines").write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            serve.fidelities(tmp_path / "lines")
+
+
+def test_page_of_equal_fidelity():
+    """A tree against the smallest MLP that keeps as much, or the one that keeps most; random weights are marked in every row."""
+    quality = {"mlp:72": 0.92, "mlp:224": 0.94, "8x8": 0.93, "32x6": 0.95, "1x11": 0.91}
+    seconds = {"mlp:72": 0.02, "mlp:224": 0.04, "8x8": 0.025, "32x6": 0.08, "1x11": 0.016}
+    fidelity = {kind: {"cosine": c, "neighbours": c / 2, "runs": 1} for kind, c in quality.items()}
+    found = [served("dense", "openvino-int8", 0.1), *(served(kind, "openvino-int8", s) for kind, s in seconds.items())]
+    rows = serve.records(found, [{"workload": "w", "others": 0.0, "load": 0.0}], False, fidelity)
+    told = {
+        "cpu": "Some CPU", "cores": 2, "threads": 2, "isa": "avx512", "caches": {}, "torch": "2", "transformers": "5", "python": "3", "hf_fff": "0",
+        "date": "a day", "load": {"before": 0, "after": 0, "others": 0}, "seconds": 7, "versions": {}, "size": "minilm", "tree_rows": "int8",
+        "rounds": 3, "left_out": {}, "rows": rows,
+    }  # fmt: skip
+    lines = page.serve_page([told])
+    assert "| openvino-int8 | 8x8 | random: speed alone | 25 ms, **4.00x** | 0.930 | 0.465 |" in lines
+    assert "| openvino-int8 | dense | random: speed alone | 100 ms, **1.00x** | - | - |" in lines
+    assert "| openvino-int8 | 8x8 (0.930) | mlp:224 (0.940) | 1.60x ahead |" in lines
+    assert "| openvino-int8 | 32x6 (0.950) | mlp:224 (0.940: keeps less) | 0.50x |" in lines
+    assert "| openvino-int8 | 1x11 (0.910) | mlp:72 (0.920) | 1.25x ahead |" in lines
+
+
 class Fake:
     """A server that answers from a list of seconds a call, and remembers who was asked."""
 
@@ -75,7 +126,7 @@ class Fake:
 
 
 def test_turns_are_in_random_order(monkeypatch):
-    monkeypatch.setattr(serve, "_Server", Fake)
+    monkeypatch.setattr(process, "Server", Fake)
     monkeypatch.setattr(serve, "_finish", lambda *a: None)
     monkeypatch.setattr(load, "_clocks", lambda children=(): None)
     Fake.asked.clear()
@@ -165,6 +216,9 @@ WRONG = {
     "text": (["--text", "a.txt"], "needs a model's tokenizer"),
     "no text": (["dense"], "int8 looks at some hundreds"),
     "plot": (["--plot", "a.doc"], "must end in one of"),
+    "keep": (["--keep", "nowhere/a"], "there is no folder nowhere"),
+    "fidelity": (["--fidelity", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+    "fidelity of folders": (["dense", "--text", __file__, "--fidelity", __file__], "is for random weights"),
 }
 
 

@@ -106,6 +106,22 @@ def test_a_trained_layer_beside_a_random_one(tmp_path, tokenizer):
     assert len({row["hidden_size"] for row in rows}) == 1
 
 
+def test_finished_cells_are_kept_until_all_is_told(tmp_path, monkeypatch):
+    """They are of the same measurement where the options are, but for those on which no figure depends."""
+    file, heads = tmp_path / "cells", []
+    monkeypatch.setattr(layer, "bench_layers", lambda *a, kept, **k: heads.append(file.read_text()) or [])
+    for options in ((), ("--rounds", 4), ("--patience", 5)):
+        ran = run("bench", "layer", "--keep", file, *options, "--json")
+        assert ran.exit_code == 0 and not file.exists(), ran.output
+    assert heads[0] == heads[2] != heads[1]
+
+    def interrupted(*a, **k):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(layer, "bench_layers", interrupted)
+    assert run("bench", "layer", "--keep", file).exit_code == 1 and file.exists()
+
+
 def test_scaling(tmp_path, monkeypatch):
     monkeypatch.setitem(shapes.SIZES, "tiny", shapes.Size(8, 20, 1, 2))
     monkeypatch.setattr(scaling, "BUFFERS", (1,))

@@ -23,7 +23,6 @@ from hf_fff import openvino as fff_openvino
 from hf_fff.models import known_types
 from hf_fff.openvino import graph as graphs
 from hf_fff.openvino import library, quantise
-from hf_fff.openvino import model as model_module
 from hf_fff.openvino.embedding import Embedding
 from hf_fff.ops import ACTIVATIONS, loader, packed_backend
 
@@ -267,7 +266,7 @@ def int8(kind="2x3"):
     pytest.importorskip("nncf", reason="nncf is not installed")
     model = convert_ffn_to_fff(tiny_bert(initializer_range=0.1), kind)
     texts = [" ".join(WORDS[(i + 7 * j) % 100] for j in range(4 + i % 9)) for i in range(40)]
-    return model, fff_openvino.compile(model, rows="int8", texts=texts, tokenizer=tiny_tokenizer(), ov_config=ONE)
+    return model, fff_openvino.compile(model, texts=texts, tokenizer=tiny_tokenizer(), ov_config=ONE)
 
 
 @pytest.fixture(scope="module")
@@ -307,12 +306,8 @@ def test_rows(precision, rows, want):
         close_where_visible(made(**batch), outputs(like, batch), batch["attention_mask"])
 
 
-def test_rows_by_themselves():
-    assert model_module._AUTO == {"int8": "bf16", "bf16": "bf16", "f32": "f32"}
-    assert set(model_module._AUTO) == set(model_module.PRECISIONS)
-
-
 def test_int8_attention_with_rows_of_int8(quantised_model):
+    """Which are what they are without being named."""
     nodes = graphs.operations(quantised_model._graph)
     assert quantised_model.rows == "int8" and len(nodes) == 3
     headers = [
@@ -456,7 +451,7 @@ def test_wrong_models_and_options(monkeypatch):
         fff_openvino.compile(nn.Linear(2, 2), "f32")
     monkeypatch.setitem(__import__("sys").modules, "nncf", None)
     with pytest.raises(ImportError, match=r"hf-fff\[openvino\]"):
-        quantise.quantised(None, [], ())
+        quantise.quantised(None, [])
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(ImportError, match=r"hf-fff\[openvino\]"):
         fff_openvino.compile(model, "f32")
