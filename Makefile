@@ -135,6 +135,7 @@ bench-cuda: $(CUDA_STAMP) ## layers, models and training steps on a GPU, write d
 	$(call measure,cuda-backward,cuda --only backward,$(CUDA_PYTHON) -m hf_fff)
 	$(call measure,cuda-model,cuda --only model$(,)train,$(CUDA_PYTHON) -m hf_fff)
 	@$(CUDA_PYTHON) -m hf_fff.bench.page "$(BENCH_OUT)"
+
 bench-serve: $(VENV)/.stamp ## engines against each other, at BERT-base's size and, beside what distilled models keep, at MiniLM's
 	$(call measure,serve,serve --rounds 5)
 	$(call measure,serve-minilm,serve --size minilm --fidelity examples/experiments/quality_minilm.jsonl --fff-engines torch-packed$(,)openvino-int8 --rounds 7)
