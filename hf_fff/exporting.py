@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .layers import PackedFFF
+from .layers import Packed
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -61,9 +61,9 @@ def private_copy(model: Any, engine: str) -> Any:
     """A float32 copy to be changed, which shares its parameters with the model where they are float32.
 
     Raises:
-        ValueError: the model is no float32, bfloat16 or float16 model on a CPU, or its trees are packed.
+        ValueError: the model is no float32, bfloat16 or float16 model on a CPU, or it is packed.
     """
-    packed = next((name for name, module in model.named_modules() if isinstance(module, PackedFFF)), None)
+    packed = next((name for name, module in model.named_modules() if isinstance(module, Packed)), None)
     if packed is not None:
         raise ValueError(f"{packed} is packed: export the model that was optimized")
     tensors = list(chain(model.parameters(), model.buffers()))

@@ -45,7 +45,7 @@ def export(
     Raises:
         ImportError: a package of the extra ``onnx`` is missing.
         FileExistsError: the folder is not empty, and ``overwrite`` is not set.
-        ValueError: another precision, a float64 model, packed trees, a model that torch.onnx cannot export.
+        ValueError: another precision, a float64 model, a packed one, one that torch.onnx cannot export.
     """
     if precision not in PRECISIONS:
         raise ValueError(
@@ -81,7 +81,7 @@ def to_model(model: Any) -> Any:
     """The ``onnx_ir.Model`` of a transformers model in float32, each FFF a function of the domain ``hf_fff``.
 
     Raises:
-        ValueError: the model is no float32, bfloat16 or float16 model on a CPU, its trees are packed, or torch.onnx cannot export it.
+        ValueError: the model is no float32, bfloat16 or float16 model on a CPU, it is packed, or torch.onnx cannot export it.
     """
     own = private_copy(model, "ONNX Runtime")
     kinds = {}
