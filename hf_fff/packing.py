@@ -86,7 +86,9 @@ def _check_plain(name: str, layer: nn.Module) -> None:
     for field, weight in layer.named_parameters(recurse=False):
         kind = type(weight.data)
         if kind is not torch.Tensor or not weight.is_floating_point():
-            raise ValueError(f"{name}.{field} is a {kind.__name__} of {weight.dtype}: quantised weights cannot be packed")
+            raise ValueError(
+                f"{name}.{field} is a {kind.__name__} of {weight.dtype}: quantised weights cannot be packed"
+            )
         if weight.device.type != "cpu":
             raise ValueError(
                 f"{name}.{field} is on {weight.device}, and packed layers are for the CPU: move the model there first"

@@ -49,7 +49,8 @@ def at_random(self, x):
 def calibrated(args, dense, tokenizer, texts):
     """The model after its layerwise fit, and what that says of itself."""
     place = args.cache and args.cache / "-".join(
-        str(getattr(args, name)) for name in ("fff", "seed", "routing_gradient", "calibration_steps", "calibration_batch")
+        str(getattr(args, name))
+        for name in ("fff", "seed", "routing_gradient", "calibration_steps", "calibration_batch")
     )
     if place and (place / "report.json").exists():
         fast = FastBertModel.from_pretrained(place, dtype=torch.float32).to(dense.device)

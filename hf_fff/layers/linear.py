@@ -33,7 +33,7 @@ class PackedLinear(Packed):
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: str) -> None:
         super().__init__()
         self.kind, (self.out_features, self.in_features) = kind, weight.shape
-        weight, scale = weight.detach().float(), None
+        weight, scale = weight.detach().float().contiguous(), None
         if kind == "int8":
             scale = (weight.abs().amax(dim=1) / 127).clamp_min(_TINY)
             weight = torch.round(weight / scale[:, None]).to(torch.int8)
@@ -47,11 +47,12 @@ class PackedLinear(Packed):
         """``[..., in] -> [..., out]``, in the dtype of ``x``."""
         self.check_mode()
         if torch.is_grad_enabled() and x.requires_grad:
-            return _NoGradient.apply(x, self)  # type: ignore[no-any-return]
+            return _NoGradient.apply(x, self)
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
         """The same, without autograd, of which oneDNN's operators know nothing."""
+        x = x.contiguous()  # oneDNN reads what it is given as if it were
         # Made at the first call: oneDNN's tensors are neither copied nor saved.
         ready = self._ready = self._ready or self._prepared()
         if self.kind == "bf16":
@@ -98,7 +99,9 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("a packed layer has no gradients: it is for inference. Train the model that it was packed from.")
+        raise RuntimeError(
+            "a packed layer has no gradients: it is for inference. Train the model that it was packed from."
+        )
 
 
 class PackedMLP(nn.Module):

@@ -2,6 +2,6 @@
 standard operations. `docs/onnx.md`.
 """
 
-from .export import export, operations
+from .model import export, operations
 
 __all__ = ["export", "operations"]
