@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -55,6 +56,13 @@ def example_of(model: Any) -> dict[str, Tensor]:
     ids = torch.arange(2, 2 + 9).expand(shape) % model.config.vocab_size
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     return {name: example[name].contiguous() for name in inputs_of(model)}
+
+
+def complete(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """What the graph takes, by name: tokens are visible and of the first segment unless told otherwise."""
+    ids = tensors["input_ids"]
+    fill = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
+    return {name: tensors[name] if name in tensors else fill[name](ids) for name in names}
 
 
 def private_copy(model: Any, engine: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, modeling_outputs
 from transformers.utils.generic import ModelOutput
 
-from ..exporting import inputs_of, only_model_in
+from ..exporting import complete, inputs_of, only_model_in
 from ..files import atomic_folder, check_output
 from .embedding import Embedding
 from .graph import align_rows, operations, pack_rows, to_graph
@@ -283,10 +283,3 @@ class OpenVINOModel:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(target)
             (target / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def complete(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """What the graph takes, by name: tokens are visible and of the first segment unless told otherwise."""
-    ids = tensors["input_ids"]
-    fill = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
-    return {name: tensors[name] if name in tensors else fill[name](ids) for name in names}

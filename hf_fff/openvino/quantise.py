@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..exporting import complete
 from ..surgery.text import Batch, as_batches, shuffled
 
 _BATCH_TOKENS = 256  # small batches: inputs of similar length together, so that little padding is seen
@@ -54,8 +55,6 @@ def quantised(graph: Any, batches: list[Batch], names: tuple[str, ...]) -> Any:
 
 
 def _inputs(batch: Batch, names: tuple[str, ...]) -> dict[str, Any]:
-    from .model import complete
-
     return {name: tensor.numpy() for name, tensor in complete(batch, names).items()}
 
 
