@@ -12,6 +12,7 @@ from .controls import MLP
 from .packed import Packed
 
 LINEARS = ("int8", "bf16")
+_TINY = 1e-30  # a scale of zeros
 
 
 class PackedLinear(Packed):
@@ -117,9 +118,6 @@ class PackedMLP(nn.Module):
         """``[..., hidden_size] -> [..., hidden_size]``."""
         act, _ = activation_functions(self.config.activation)
         return self.down(act(self.up(x)))
-
-
-_TINY = 1e-30  # a scale of zeros
 
 
 @cache
