@@ -11,9 +11,11 @@ from tiny import HEADS, outputs, tiny_bert, tiny_inputs, tiny_model
 from torch import nn
 
 import hf_fff
-from hf_fff import FFF, optimize
+from hf_fff import FFF, optimize, packing
 from hf_fff import convert_ffn_to_fff as convert_and_warn
-from hf_fff.layers import PackedFFF
+from hf_fff.layers import LINEARS, PackedFFF, PackedLinear, PackedMLP
+from hf_fff.layers.linear import why_not
+from hf_fff.models import known_types
 
 
 def convert(model, config="4x3", **options):
@@ -231,3 +233,75 @@ def test_peft_target_parameters():
         assert abs(oracle.array(merged(x)) - want).max() < 1e-4 * abs(want).max()
         packed, _ = oracle.fff_packed(x, ffn.weight_in, ffn.bias_in, ffn.weight_out, 3, "int8")
         assert abs(oracle.array(optimize(merged)(x)) - packed).max() < 0.03 * abs(packed).max()
+
+
+# ---- what is dense ------------------------------------------------------------------------------------------------------------
+
+
+def can(kind):
+    if why := why_not(kind):
+        pytest.skip(f"no products of {kind} here: {why}")
+
+
+@pytest.mark.parametrize("linears", LINEARS)
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+def test_linears(head, linears):
+    can(linears)
+    model = convert(tiny_bert(HEADS[head]), {0: "4x3", 1: "mlp:8", 2: "none"}).train()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    fast, batch = optimize(model, linears=linears), tiny_inputs(model)
+    assert model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    kinds = [type(m) for m in fast.modules()]
+    assert nn.Linear not in kinds and kinds.count(PackedFFF) == 1 and kinds.count(PackedMLP) == 1
+    assert kinds.count(PackedLinear) == 2 + sum(type(m) is nn.Linear for m in model.modules())
+    a, b = outputs(fast, batch), outputs(model.eval(), batch)
+    assert near(a, b) and not any(torch.equal(a[k], b[k]) for k in b)
+
+
+@pytest.mark.parametrize("linears", LINEARS)
+def test_linears_of_a_dense_model(linears):
+    can(linears)
+    model = tiny_bert()
+    assert near(outputs(optimize(model, linears=linears), tiny_inputs(model)), outputs(model, tiny_inputs(model)), 0.05)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "modernbert",
+        *(pytest.param(f, marks=pytest.mark.full) for f in known_types() if f not in ("bert", "modernbert")),
+    ],
+)
+def test_linears_of_other_families(family):
+    can("int8")
+    model = convert(tiny_model(family))
+    batch = {k: v for k, v in tiny_inputs(model).items() if k != "token_type_ids"}
+    assert near(outputs(optimize(model, "bf16", "int8"), batch), outputs(model, batch), 0.2)
+
+
+def test_copies_with_linears_are_not_saved_either(tmp_path):
+    can("int8")
+    model = convert(tiny_bert())
+    fast, batch = optimize(model, linears="int8"), tiny_inputs(model)
+    first = outputs(fast, batch)  # what is made at the first call is no part of copies and states
+    other = optimize(convert(tiny_bert(seed=1)), linears="int8")
+    other.load_state_dict(fast.state_dict())
+    for same in (copy.deepcopy(fast), other):
+        assert all(torch.equal(v, first[k]) for k, v in outputs(same, batch).items())
+    with pytest.raises(RuntimeError, match="save the model that was optimized"):
+        fast.save_pretrained(tmp_path / "out")
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        fast.train()(**batch)
+
+
+def test_linears_that_cannot_be(monkeypatch):
+    model = convert(tiny_bert())
+    with pytest.raises(ValueError, match=r"linears='int4' is not known \(allowed: int8, bf16, None\)"):
+        optimize(model, linears="int4")
+    monkeypatch.setattr(packing, "why_not", lambda kind: "no such products")
+    with pytest.raises(RuntimeError, match="linears='bf16' does not work here: no such products"):
+        optimize(model, linears="bf16")
+    with torch.no_grad():
+        model.encoder.layer[0].attention.self.query.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="query.weight is not finite"):
+        optimize(model, linears="int8")

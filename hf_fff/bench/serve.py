@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..exporting import complete
 from ..layers import FFF
+from ..layers.linear import why_not
 from ..ops import ROWS
 from ..packing import optimize
 from . import process
@@ -39,6 +41,8 @@ ENGINES: dict[str, tuple[str, ...]] = {  # and the packages that each needs
     "torch-f32": (),
     "torch-packed": (),  # torch-f32 with the trees of hf_fff.optimize
     "torch-bf16": (),
+    "torch-packed-bf16": (),  # hf_fff.optimize(linears=...)
+    "torch-packed-int8": (),
     "torchao-int8": ("torchao",),
     "onnxruntime-int8": ("onnxruntime", "onnx", "onnxscript"),
     "openvino-bf16": ("openvino",),
@@ -101,7 +105,7 @@ def missing(engine: str) -> str | None:
             version(package)
         except PackageNotFoundError:
             return f"{package} is not installed"
-    return None
+    return why_not(engine.rpartition("-")[2]) if engine.startswith("torch-packed") else None
 
 
 def versions() -> dict[str, str]:
@@ -164,7 +168,7 @@ def bench_serve(
     Args:
         sources: models by name: a folder, or what makes one with random weights.
         texts: typical ones for int8, and for the fidelity; random ids without them.
-        rows: of trees inside OpenVINO, as ``hf_fff.openvino.compile`` knows them.
+        rows: of trees, as ``hf_fff.openvino.compile`` knows them; packed ones in torch are of bf16 where these are not.
 
     Returns:
         What was found of each system; and for each workload its name, visible tokens a batch, and the load beside it.
@@ -385,39 +389,9 @@ def _make(told: Mapping[str, Any]) -> None:
         options = _examples(root, source) if precision == "int8" else {}
         openvino.compile(_model(source), precision, rows=told["rows"], **options).save_pretrained(made)
     elif engine.startswith("onnxruntime"):
-        _make_onnx(_model(source), made)
+        from .. import onnx
 
-
-class _Positional(nn.Module):
-    """Takes tensors by position and returns the tensors among the outputs."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
-        return tuple(value for value in out.values() if isinstance(value, Tensor))
-
-
-def _make_onnx(model: Any, made: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    made.mkdir(parents=True)
-    model.set_attn_implementation("eager")  # as inside OpenVINO
-    ids, mask = (torch.ones(2, 9, dtype=torch.long) for _ in range(2))
-    mask[1, 5:] = 0  # one that hides nothing would be left out of the graph
-    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with torch.no_grad():
-        torch.onnx.export(
-            _Positional(model).eval(),
-            (ids, mask),
-            str(made / "plain.onnx"),
-            input_names=["input_ids", "attention_mask"],
-            dynamic_shapes=(free, free),
-            dynamo=True,
-        )
-    quantize_dynamic(made / "plain.onnx", made / "model.onnx", weight_type=QuantType.QInt8)
+        onnx.export(_model(source), made, engine.partition("-")[2])
 
 
 def _opened(told: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -441,17 +415,18 @@ def _opened(told: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], Tensor]
         session = runtime.InferenceSession(
             Path(told["made"]) / "model.onnx", options, providers=["CPUExecutionProvider"]
         )
-        names = {port.name for port in session.get_inputs()}
+        names = [port.name for port in session.get_inputs()]
         return lambda batch: torch.from_numpy(
-            session.run(None, {k: v.numpy() for k, v in batch.items() if k in names})[0]
+            session.run(None, {k: v.numpy() for k, v in complete(batch, names).items()})[0]
         )
     model = _model(told["source"])
     if engine == "torch-bf16":
         model = model.bfloat16()
-    elif engine == "torch-packed":
-        rows = "int8" if told["rows"] == "auto" else told["rows"]
-        if rows in ROWS and any(isinstance(m, FFF) for m in model.modules()):
-            model = optimize(model, rows)
+    elif engine.startswith("torch-packed"):
+        linears = engine.removeprefix("torch-packed-") if engine != "torch-packed" else None
+        rows = told["rows"] if told["rows"] in ROWS else linears or "int8"
+        if linears or any(isinstance(m, FFF) for m in model.modules()):
+            model = optimize(model, rows, linears)
     elif engine == "torchao-int8":
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 

@@ -393,8 +393,8 @@ def bench_serve(
     engines: Annotated[
         str,
         typer.Option(
-            help="For the dense model, comma-separated: torch-f32, torch-packed (with the trees of hf_fff.optimize), torch-bf16, torchao-int8, onnxruntime-int8, openvino-bf16, "
-            "openvino-int8. One that is not installed is left out, and the output says why."
+            help="For the dense model, comma-separated: torch-f32, torch-bf16, torch-packed (hf_fff.optimize), torch-packed-bf16 and torch-packed-int8 "
+            "(with linears), torchao-int8, onnxruntime-int8, openvino-bf16, openvino-int8. One that is not installed is left out, and the output says why."
         ),
     ] = "torch-f32,torch-bf16,torchao-int8,onnxruntime-int8,openvino-bf16,openvino-int8",
     fff_engines: Annotated[str, typer.Option(help="For the other models, comma-separated.")] = "openvino-int8",

@@ -5,7 +5,8 @@ from typing import Any
 from ..config import FFFConfig
 from .controls import MLP, NoFFN
 from .fff import FFF, OutputBias
-from .packed import PackedFFF
+from .linear import LINEARS, PackedLinear, PackedMLP
+from .packed import Packed, PackedFFF
 from .wrappers import ChannelsFirst, FeedforwardBlock
 
 Feedforward = FFF | MLP | NoFFN
@@ -13,13 +14,17 @@ _OF_KIND: dict[str, type[FFF] | type[MLP] | type[NoFFN]] = {"tree": FFF, "mlp": 
 
 __all__ = [
     "FFF",
+    "LINEARS",
     "MLP",
     "ChannelsFirst",
     "Feedforward",
     "FeedforwardBlock",
     "NoFFN",
     "OutputBias",
+    "Packed",
     "PackedFFF",
+    "PackedLinear",
+    "PackedMLP",
     "feedforward",
 ]
 

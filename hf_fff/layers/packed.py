@@ -12,7 +12,28 @@ from ..ops.packed_backend import read_header
 from .fff import FFF
 
 
-class PackedFFF(nn.Module):
+class Packed(nn.Module):
+    """What is frozen, and made for a CPU."""
+
+    def check_mode(self) -> None:
+        """Raises where it is to be trained."""
+        if self.training:
+            raise RuntimeError(
+                "a packed layer cannot be trained: put the model into evaluation mode, or train the one it was packed from"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "Packed":
+        after = fn(torch.empty(0, dtype=torch.uint8))
+        if after.device.type not in ("cpu", "meta") or after.dtype != torch.uint8:
+            what = f"on {after.device}" if after.dtype == torch.uint8 else f"of {after.dtype}"
+            raise ValueError(
+                f"a packed layer cannot be {what}: packed layers are for the CPU. There, use the model that was packed"
+            )
+        super()._apply(fn, *args, **kwargs)
+        return self
+
+
+class PackedFFF(Packed):
     """An ``FFF`` whose rows are int8 or bf16. It holds no other copy of the weights, so there is nothing to keep in step.
 
     Args:
@@ -54,21 +75,8 @@ class PackedFFF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden_size] -> [..., hidden_size]``, in the dtype of ``x`` (float32, bfloat16 or float16)."""
-        if self.training:
-            raise RuntimeError(
-                "a packed layer cannot be trained: put the model into evaluation mode, or train the one it was packed from"
-            )
+        self.check_mode()
         return ops.fff_packed(x, self.packed, self.config.activation)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "PackedFFF":
-        after = fn(torch.empty(0, dtype=torch.uint8))
-        if after.device.type not in ("cpu", "meta") or after.dtype != torch.uint8:
-            what = f"on {after.device}" if after.dtype == torch.uint8 else f"of {after.dtype}"
-            raise ValueError(
-                f"a packed layer cannot be {what}: packed layers are for the CPU. There, use the model that was packed"
-            )
-        super()._apply(fn, *args, **kwargs)
-        return self
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]

@@ -1,54 +1,20 @@
 """From a torch model to a graph of OpenVINO in which each FFF is one operation."""
 
-import copy
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..exporting import Positional, example_of, private_copy
 from ..layers import FFF, ChannelsFirst, NoFFN
 from ..ops import ACTIVATIONS, pack
 from .library import engine, extension
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
 # What a hidden token holds reaches its neighbours through a convolution: the trees go over all tokens.
 _MIXING = {"convbert"}
-
-
-class _Traced(nn.Module):
-    """A model that takes tensors by position and returns a tuple of tensors; knows the mask while it runs."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.mask: Tensor | None = None
-        self.names: list[str] = []
-        self.kind = ""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
-        """Ids ``[..., tokens]`` -> the tensors among the model's outputs."""
-        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        self.mask = attention_mask
-        try:
-            out = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **segments)
-        finally:
-            self.mask = None
-        found = {name: value for name, value in out.items() if isinstance(value, Tensor)}
-        self.names, self.kind = list(found), type(out).__name__
-        return tuple(found.values())
-
-
-def inputs_of(model: Any) -> tuple[str, ...]:
-    """What the graph takes: segment ids only where the model has more than one kind of segment."""
-    known = inspect.signature(model.forward).parameters
-    segments = "token_type_ids" in known and getattr(model.config, "type_vocab_size", 2) > 1
-    return INPUTS if segments else INPUTS[:2]
 
 
 def to_graph(model: Any) -> tuple[Any, str]:
@@ -57,14 +23,8 @@ def to_graph(model: Any) -> tuple[Any, str]:
     Raises:
         ValueError: the model is no float32, bfloat16 or float16 model on a CPU, or OpenVINO cannot convert it.
     """
-    traced = _Traced(_private_copy(model)).eval()
-    names = inputs_of(model)
-    shape = (2, 3, 9) if "MultipleChoice" in type(model).__name__ else (2, 9)
-    ids = torch.arange(2, 2 + 9).expand(shape) % model.config.vocab_size
-    example = {name: ids if name == "input_ids" else torch.ones_like(ids) for name in names}
-    if "token_type_ids" in example:
-        example["token_type_ids"] = torch.zeros_like(ids)
-    example = {name: value.contiguous() for name, value in example.items()}
+    traced = Positional(_own_copy(model)).eval()
+    example = example_of(model)
     openvino, extensions = engine(), [str(extension()), _operation(traced)]
     with _quiet(), torch.no_grad():
         try:
@@ -73,26 +33,15 @@ def to_graph(model: Any) -> tuple[Any, str]:
             kind = getattr(model.config, "model_type", "?")
             raise ValueError(f"OpenVINO cannot convert this {type(model).__name__} ({kind}): {error}") from error
     for port in graph.inputs:
-        port.get_tensor().set_names({next(name for name in names if name in port.get_names())})
+        port.get_tensor().set_names({next(name for name in example if name in port.get_names())})
     for port, name in zip(graph.outputs, traced.names, strict=True):
         port.get_tensor().set_names({name})
     return graph, traced.kind
 
 
-def _private_copy(model: Any) -> Any:
-    """A float32 copy to be changed, which shares its parameters with the model where they are float32."""
-    tensors = list(chain(model.parameters(), model.buffers()))
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"the model has weights of dtype={tensor.dtype}, in which OpenVINO does not compute: model.float() makes them float32"
-            )
-        if tensor.device.type != "cpu":
-            raise ValueError(f"the model is on device={tensor.device}: move it to the CPU first, model.cpu()")
-    whole = all(t.dtype == torch.float32 for t in tensors if t.is_floating_point())
-    own = copy.deepcopy(model, {id(t): t for t in tensors}) if whole else copy.deepcopy(model).float()
-    # As fast as "sdpa" in the engine, whose softmax over nothing but minus infinity (a token that sees hidden ones alone) is NaN.
-    own.set_attn_implementation("eager")
+def _own_copy(model: Any) -> Any:
+    """The copy that the engine converts, with what it is to find in the trees."""
+    own = private_copy(model, "OpenVINO")
     for module in list(own.modules()):
         if isinstance(module, FFF):
             settings = [module.n_trees, ACTIVATIONS.index(module.config.activation)]
@@ -104,7 +53,7 @@ def _private_copy(model: Any) -> Any:
     return own
 
 
-def _operation(traced: _Traced) -> Any:
+def _operation(traced: Positional) -> Any:
     """An extension that makes one operation of each FFF."""
     from openvino.frontend.pytorch import ModuleExtension
 

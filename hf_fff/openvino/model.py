@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, modeling_ou
 from transformers.utils.generic import ModelOutput
 
 from ..adapters import check_not_adapted
+from ..exporting import complete, inputs_of, only_model_in
 from ..files import atomic_folder, check_output
 from .embedding import Embedding
-from .graph import align_rows, inputs_of, operations, pack_rows, to_graph
+from .graph import align_rows, operations, pack_rows, to_graph
 from .library import OPERATION, engine, engine_version, extension
 from .quantise import calibration_batches, quantised
 
@@ -67,7 +68,7 @@ def compile(
         raise ValueError(f"rows={rows!r} is not known (allowed: {', '.join(ROWS)})")
     rows = precision if rows == "auto" else rows
     if not isinstance(model, PreTrainedModel):
-        inner = _only_model_in(model)
+        inner = only_model_in(model)
         if embedding is None and hasattr(model, "max_seq_length") and hasattr(model, "prompts"):
             embedding = Embedding.of_modules(model)
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
@@ -285,22 +286,3 @@ class OpenVINOModel:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(target)
             (target / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def complete(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """What the graph takes, by name: tokens are visible and of the first segment unless told otherwise."""
-    ids = tensors["input_ids"]
-    fill = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
-    return {name: tensors[name] if name in tensors else fill[name](ids) for name in names}
-
-
-def _only_model_in(module: Any) -> Any:
-    """The transformers model that a module of another kind holds.
-
-    Raises:
-        ValueError: there is none, or more than one.
-    """
-    found = [m for m in module.modules() if isinstance(m, PreTrainedModel)] if isinstance(module, nn.Module) else []
-    if not found or not all(m in set(found[0].modules()) for m in found):
-        raise ValueError(f"a transformers model is wanted, or what holds one, and this is a {type(module).__name__}")
-    return found[0]

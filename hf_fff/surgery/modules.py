@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import FORMAT_VERSION, FFFConfig, LayersLike, resolve_layers
 from ..files import atomic_files
-from ..layers import FeedforwardBlock, OutputBias, PackedFFF, feedforward
+from ..layers import FeedforwardBlock, OutputBias, Packed, feedforward
 from ..modes import evaluating
 from ..ops.torch_backend import activation_functions
 from .calibration import Calibration, calibrate_alone
@@ -71,7 +71,7 @@ def save_fff(module: nn.Module, folder: str | Path) -> None:
         ValueError: nothing in it is converted, or it is packed.
     """
     blocks = {name: m for name, m in module.named_modules() if isinstance(m, FeedforwardBlock)}
-    if packed := [name for name, block in blocks.items() if isinstance(block.ffn, PackedFFF)]:
+    if packed := [name for name, m in module.named_modules() if isinstance(m, Packed)]:
         raise ValueError(
             f"{packed[0]} is packed: save the module that was optimized, and optimize it again after loading"
         )

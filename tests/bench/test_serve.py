@@ -159,6 +159,27 @@ def folders(tmp_path_factory):
     return root
 
 
+def opened(folders, tmp_path, engine, model="2x3"):
+    told = {"engine": engine, "source": str(folders / model), "root": str(tmp_path), "made": str(tmp_path / "made")}
+    told |= {"threads": 1, "rows": "auto"}
+    serve._make(told)
+    return serve._opened(told)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["torch-packed-bf16", "torch-packed-int8", pytest.param("onnxruntime-int8", marks=pytest.mark.full)],
+)
+def test_engines_give_what_torch_does(folders, tmp_path, engine):
+    if why := serve.missing(engine):
+        pytest.skip(why)
+    batch = {"input_ids": torch.arange(5, 45).view(4, 10), "attention_mask": torch.ones(4, 10, dtype=torch.long)}
+    with torch.no_grad():
+        found, want = (opened(folders, tmp_path, name)(batch) for name in (engine, "torch-f32"))
+    assert not torch.equal(found, want)
+    assert torch.nn.functional.cosine_similarity(found, want, dim=-1).median() > 0.98
+
+
 def test_folders(folders, tmp_path):
     """Served from real processes: fidelity is that of the models, and a page is made of what is told."""
     pytest.importorskip("nncf", reason="nncf is not installed")

@@ -542,7 +542,7 @@ def test_export_command(tmp_path):
         (["--rows", "f16"], "'auto', 'int8', 'bf16', 'f32'"),
         (["--precision", "int8"], "some hundreds of typical texts"),
         (["--precision", "f32"], "not empty"),
-        (["--engine", "onnx"], "'openvino'"),
+        (["--engine", "tvm"], "'openvino', 'onnx'"),
     ):
         result = run("export", tmp_path / "m", tmp_path / "out", *options)
         assert result.exit_code == 2 and message in unwrapped(result.output)
