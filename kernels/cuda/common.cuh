@@ -240,10 +240,9 @@ bool columns_serve(const Problem&);
 int64_t columns_workspace(const Problem&, bool train);
 const char* columns_forward(const Forward&, cudaStream_t);
 
-// Levels [begin, levels) of all walks (forward.cu); the path and logits above are known. `by_tree`: tree after tree, not token
-// after token.
+// Levels [begin, levels) of all walks (forward.cu); the path and logits above are known.
 template <class T> void walk_down(const Problem&, const T* x, const T* weight_in, const T* bias_in, int32_t* path,
-                                  accumulator_t<T>* logits, int begin, bool by_tree, cudaStream_t);
+                                  accumulator_t<T>* logits, int begin, cudaStream_t);
 
 // ---- tensor cores (tiles.cu) ---------------------------------------------------------------------------------------------
 int top_levels(const Problem&);  // that `top_paths` does; 0: it does not serve

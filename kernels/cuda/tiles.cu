@@ -10,7 +10,6 @@
 //
 // Every x is read twice, every y written once, and nothing else is as large. Coefficients are rounded to the 16-bit type.
 #include <algorithm>
-#include <cstdlib>
 
 #include "cuda/common.cuh"
 
@@ -385,7 +384,7 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
 template <int M> constexpr int kTopShared = kStages * (M * 64 + kBins) * 128;
 
 // Below: tiles of 64 tokens, so that there are enough of them. From then on: 128, which share what is read of the weights.
-int64_t few_tokens(int processors) { if (const char* e = getenv("FFF_FEW")) return atoll(e); return int64_t{64} * 4 * processors; }
+int64_t few_tokens(int processors) { return int64_t{64} * 4 * processors; }
 
 template <class T> void top_part(const Top<T>& a, int processors, cudaStream_t stream) {
   if (int64_t(a.tokens) * a.shape.trees < few_tokens(processors)) {
@@ -419,7 +418,7 @@ template <class A> void launch_early(void (*kernel)(A), unsigned blocks, int sha
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks), config.blockDim = dim3(128), config.dynamicSmemBytes = size_t(shared), config.stream = stream;
-  config.attrs = &early, config.numAttrs = capability >= 90 && !getenv("FFF_NOPDL") ? 1 : 0;
+  config.attrs = &early, config.numAttrs = capability >= 90 ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, a);
 }
 

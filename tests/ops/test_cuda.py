@@ -421,12 +421,13 @@ def test_a_path_that_is_none_harms_nothing():
         assert all(g.isfinite().all() for g in grads)
 
 
-def test_out_of_memory_is_torchs_own_error():
+def test_out_of_memory_is_an_error_and_harms_nothing():
+    """Through the stable ABI torch's error comes as a plain RuntimeError; what it says goes to stderr."""
     x, *weights = there(random_layer(1, 3, 64, 4, dtype=torch.bfloat16))
     huge = x[:1].expand(1 << 29, 64)  # contiguous, it would be 64 GB, and its output too
     if torch.cuda.mem_get_info()[0] > 120 << 30:
         pytest.skip("this GPU has room for it")
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(RuntimeError):
         ops.fff(huge, *weights, 1)
     assert ops.fff(x, *weights, 1).isfinite().all()
 
@@ -434,7 +435,8 @@ def test_out_of_memory_is_torchs_own_error():
 @pytest.mark.parametrize("way", ["plain", "gather", "tiles"])
 def test_more_than_2_to_the_31_elements(way):
     hidden, tokens = 768, (1 << 31) // 768 + 1000
-    if torch.cuda.mem_get_info()[0] < 24 << 30:
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
         pytest.skip("not enough memory")
     few, *weights = there(random_layer(1, 7, hidden, 64, dtype=torch.bfloat16))
     x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=DEVICE)
@@ -450,7 +452,12 @@ def test_what_is_said_about_the_way():
     assert ops.way(1, 11, 768, 131072, torch.bfloat16) == "tiles"
     assert ops.way(1, 11, 768, 64, torch.bfloat16) == "gather"
     assert ops.way(1, 11, 33, 64, torch.float64) == "plain"
+    assert ops.way(8, 8, 768, 131072, torch.bfloat16) == "columns"
+    assert ops.way(32, 6, 768, 131072, torch.bfloat16) == "dense"
+    assert ops.way(32, 6, 768, 131072, torch.float32) == "gather"
+    assert ops.way(1, 11, 768, 131072, torch.float32) == "sorted"
     assert ops.way(1, 11, 768, 131072, torch.bfloat16, backward=True) == "conditional"
+    assert ops.way(32, 6, 768, 131072, torch.bfloat16, backward=True) == "dense"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
