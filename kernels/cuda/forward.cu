@@ -403,12 +403,13 @@ Way forward_way(const Problem& p, Way wanted) {
   const Shape& s = p.shape;
   if (serves(p, Way::tiles) && s.tokens > 4096) return Way::tiles;
   if (p.type == Type::float32 && serves(p, Way::sorted) && s.depth >= 8 && s.tokens >= 32768) return Way::sorted;
-  if (!serves(p, Way::gather)) return Way::plain;
-  if (s.trees == 1) return Way::gather;
+  if (p.type == Type::float64) return Way::plain;
+  Way best = serves(p, Way::gather) ? Way::gather : Way::plain;
+  if (s.trees == 1 && best == Way::gather) return best;
   const Costs& cost = p.type == Type::float32 ? kSingle : kHalf;
   const double scale = double(s.tokens) / 131072 * double(s.hidden) / 768;
   double least = scale * cost.gather * double(s.walk()) + kGatherCall;
-  Way best = Way::gather;
+  if (best == Way::plain) least *= 2;  // nobody measured it
   if (s.tokens >= 8192 && serves(p, Way::columns)) {
     const double columns = scale * cost.columns * double(s.walk()) + kColumnsCall;
     if (columns < least) least = columns, best = Way::columns;
