@@ -127,7 +127,7 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
 
 bool columns_serve(const Problem& p) {
   const Shape& s = p.shape;
-  return (p.type == Type::bfloat16 || p.type == Type::float16) && (p.capability == 90 || p.capability == 100) && p.aligned &&
+  return (p.type == Type::bfloat16 || p.type == Type::float16) && shared_kb(p.capability) * 1024 >= kShared && p.aligned &&
          s.hidden % 8 == 0 && units_of(s) >= 1;  // which also means that a row's number has 16 bits
 }
 

@@ -206,6 +206,16 @@ template <class F> auto with_type(Type type, const F& f) {
   }
 }
 
+// KB of shared memory that a block may have; of GPUs that are not known, what all since 8.6 have.
+inline int shared_kb(int capability) {
+  switch (capability) {
+    case 75: return 64;
+    case 80: case 87: return 163;
+    case 90: case 100: case 101: case 103: case 110: return 227;
+    default: return 99;
+  }
+}
+
 // Lets a kernel have more shared memory than the usual 48 KB.
 template <class K> void allow_shared(K kernel, int bytes) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

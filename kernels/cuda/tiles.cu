@@ -383,11 +383,13 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
 
 template <int M> constexpr int kTopShared = kStages * (M * 64 + kBins) * 128;
 
-// Below: tiles of 64 tokens, so that there are enough of them. From then on: 128, which share what is read of the weights.
-int64_t few_tokens(int processors) { return int64_t{64} * 4 * processors; }
+// Tiles of 64 tokens where there are few of them, or little shared memory. Otherwise 128, which share what is read of the weights.
+bool small_tiles(int64_t tokens, const Problem& p) {
+  return tokens < int64_t{64} * 4 * p.processors || shared_kb(p.capability) * 1024 < kSubShared<2> + 2048;
+}
 
-template <class T> void top_part(const Top<T>& a, int processors, cudaStream_t stream) {
-  if (int64_t(a.tokens) * a.shape.trees < few_tokens(processors)) {
+template <class T> void top_part(const Top<T>& a, const Problem& p, cudaStream_t stream) {
+  if (small_tiles(a.tokens * a.shape.trees, p)) {
     allow_shared(top_kernel<T, 1>, kTopShared<1>);
     top_kernel<T, 1><<<unsigned(divide_up(a.tokens, 64) * a.shape.trees), 128, kTopShared<1>, stream>>>(a);
   } else {
@@ -429,12 +431,12 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   const Parts p = parts_of(s, f.workspace);
   if (top) {
     cudaMemsetAsync(p.counts, 0, kBins * sizeof(int32_t), stream);
-    top_part<T>({tokens, hidden, top, x, in, bias, p.counts, p.order, s, nullptr, nullptr}, f.problem.processors, stream);
+    top_part<T>({tokens, hidden, top, x, in, bias, p.counts, p.order, s, nullptr, nullptr}, f.problem, stream);
   }
   const Sub<T> a{tokens, hidden, levels, top, f.activation, x, in, bias, static_cast<const T*>(f.weight_out), static_cast<T*>(f.y),
                  f.path, static_cast<float*>(f.logits), p.counts, p.order};
   const unsigned more = top ? 1u << top : 0;  // the last tile of each subtree is not full
-  if (tokens < few_tokens(f.problem.processors)) {
+  if (small_tiles(tokens, f.problem)) {
     allow_shared(subtree_kernel<T, 1>, kSubShared<1>);
     launch_early(subtree_kernel<T, 1>, unsigned(divide_up(tokens, 64)) + more, kSubShared<1>, f.problem.capability, stream, a);
   } else {
@@ -454,8 +456,8 @@ int top_levels(const Problem& p) {
 
 template <class T> void top_paths(const Problem& p, const T* x, const T* weight, const T* bias, int32_t* path, float* logits,
                                   cudaStream_t stream) {
-  top_part<T>({int(p.shape.tokens), int(p.shape.hidden), top_levels(p), x, weight, bias, nullptr, nullptr, p.shape, path, logits},
-              p.processors, stream);
+  top_part<T>({int(p.shape.tokens), int(p.shape.hidden), top_levels(p), x, weight, bias, nullptr, nullptr, p.shape, path, logits}, p,
+              stream);
 }
 template void top_paths(const Problem&, const bfloat16*, const bfloat16*, const bfloat16*, int32_t*, float*, cudaStream_t);
 template void top_paths(const Problem&, const float16*, const float16*, const float16*, int32_t*, float*, cudaStream_t);

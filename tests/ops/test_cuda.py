@@ -391,6 +391,19 @@ def test_autocast():
     assert leaves[0].grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("way", ["automatic", "dense"])
+def test_backward_inside_autocast(way):
+    """Where many call it: neither the types nor the numbers may change."""
+    args = there(random_layer(3, 4, 64, 300))
+    _, path, logits = OPS.fff_train(*args, 3, "gelu")
+    with by(way):
+        want = OPS.fff_backward(args[0], *args, path, logits, 3, "gelu", 3.0, 1.0)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            got = OPS.fff_backward(args[0], *args, path, logits, 3, "gelu", 3.0, 1.0)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float32 and relative(oracle.array(a), oracle.array(b)) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
