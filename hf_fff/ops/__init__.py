@@ -63,8 +63,10 @@ def _fallback(name: str, home: ModuleType = torch_backend) -> Any:
 
 def _backward_dense(grad_y: Tensor, *args: Any, **kwargs: Any) -> Any:
     """What the CUDA kernels call for wide layers: Triton between matrix products, or PyTorch alone."""
-    on_gpu = _triton() if grad_y.device.type == "cuda" else None
-    return (on_gpu or torch_backend).fff_backward(grad_y, *args, **kwargs)
+    device = grad_y.device.type
+    on_gpu = _triton() if device == "cuda" else None
+    with torch.autocast(device, enabled=False):  # which may be on where backward() is called
+        return (on_gpu or torch_backend).fff_backward(grad_y, *args, **kwargs)
 
 
 @cache

@@ -1,11 +1,11 @@
-// The forward pass of several trees over many tokens.
+// The forward pass of several trees over many tokens, for 16-bit numbers.
 //
 // A token of 8x8 reads 72 rows of weight_out, and each of them from the second-level cache: that is what binds. Here a
 // multiprocessor keeps a few columns of *all* rows of weight_out in shared memory, and makes those columns of the outputs of many
 // tokens. What a token needs is the list of its visits, a row and a coefficient each, which every multiprocessor reads.
 //
 // 1. paths: the upper levels of each tree on tensor cores (tiles.cu), the rest by fetching rows (forward.cu).
-// 2. list: the visits, 4 bytes each for 16-bit numbers (the coefficient is rounded to the type), 8 for float32.
+// 2. list: the visits, 4 bytes each: the coefficient is rounded to the type.
 // 3. columns: the outputs.
 #include <algorithm>
 
@@ -18,7 +18,7 @@ constexpr int kThreads = 512;
 constexpr int kShared = 220 * 1024;  // of the 227 KB that a block may have
 constexpr int kTogether = 16;        // bytes of the list that are read at once
 
-template <class T> struct Visit;  // 16-bit numbers: the row in the lower half, the coefficient in the upper one
+template <class T> struct Visit;  // the row in the lower half, the coefficient in the upper one
 template <> struct Visit<bfloat16> {
   uint32_t both;
   __device__ static Visit make(int row, float c) { return {uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(c))) << 16 | uint32_t(row)}; }
@@ -31,14 +31,6 @@ template <> struct Visit<float16> {
   __device__ int row() const { return both & 0xffff; }
   __device__ float coefficient() const { return __half2float(__ushort_as_half(static_cast<unsigned short>(both >> 16))); }
 };
-template <> struct Visit<float> {
-  int32_t at;
-  float c;
-  __device__ static Visit make(int row, float c) { return {row, c}; }
-  __device__ int row() const { return at; }
-  __device__ float coefficient() const { return c; }
-};
-
 template <class T> constexpr int kEach = kTogether / int(sizeof(Visit<T>));  // visits that are read at once
 
 template <class T>
@@ -105,8 +97,7 @@ Parts parts_of(const Problem& p, bool train, void* workspace) {
   Carve carve{static_cast<char*>(workspace)};
   Parts r{};
   if (!train) r.path = carve.take<int32_t>(s.tokens * s.walk()), r.logits = carve.take<float>(s.tokens * s.walk());
-  if (p.type == Type::float32) r.list = carve.take<Visit<float>>(s.tokens * padded_visits<float>(s));
-  else r.list = carve.take<Visit<bfloat16>>(s.tokens * padded_visits<bfloat16>(s));
+  r.list = carve.take<Visit<bfloat16>>(s.tokens * padded_visits<bfloat16>(s));
   r.used = carve.used;
   return r;
 }
@@ -118,12 +109,9 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   const Parts parts = parts_of(p, f.path, f.workspace);
   int32_t* path = f.path ? f.path : parts.path;
   float* logits = f.path ? static_cast<float*>(f.logits) : parts.logits;
-  int begin = 0;
-  if constexpr (sizeof(T) == 2) {
-    begin = top_levels(p);
-    if (begin) top_paths<T>(p, x, in, bias, path, logits, stream);
-  }
-  if (begin < s.levels()) walk_down<T>(p, x, in, bias, path, logits, begin, begin == 0, stream);
+  const int begin = top_levels(p);
+  if (begin) top_paths<T>(p, x, in, bias, path, logits, stream);
+  if (begin < s.levels()) walk_down<T>(p, x, in, bias, path, logits, begin, stream);
   const int64_t padded = padded_visits<T>(s);
   Visit<T>* list = static_cast<Visit<T>*>(parts.list);
   list_kernel<T><<<unsigned(divide_up(s.tokens * padded, 256)), 256, 0, stream>>>(s, f.activation, path, logits, list, padded);
@@ -139,19 +127,14 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
 
 bool columns_serve(const Problem& p) {
   const Shape& s = p.shape;
-  const int vec = p.type == Type::float32 ? 4 : 8;
-  return p.type != Type::float64 && (p.capability == 90 || p.capability == 100) && p.aligned && s.hidden % vec == 0 &&
-         s.nodes() < 65536 && units_of(s) >= 1;
+  return (p.type == Type::bfloat16 || p.type == Type::float16) && shared_kb(p.capability) * 1024 >= kShared && p.aligned &&
+         s.hidden % 8 == 0 && units_of(s) >= 1;  // which also means that a row's number has 16 bits
 }
 
 int64_t columns_workspace(const Problem& p, bool train) { return parts_of(p, train, nullptr).used; }
 
 const char* columns_forward(const Forward& f, cudaStream_t stream) {
-  switch (f.problem.type) {
-    case Type::float32: return run<float>(f, stream);
-    case Type::bfloat16: return run<bfloat16>(f, stream);
-    default: return run<float16>(f, stream);
-  }
+  return f.problem.type == Type::bfloat16 ? run<bfloat16>(f, stream) : run<float16>(f, stream);
 }
 
 }  // namespace hf_fff_cuda

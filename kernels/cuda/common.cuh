@@ -206,6 +206,16 @@ template <class F> auto with_type(Type type, const F& f) {
   }
 }
 
+// KB of shared memory that a block may have; of GPUs that are not known, what all since 8.6 have.
+inline int shared_kb(int capability) {
+  switch (capability) {
+    case 75: return 64;
+    case 80: case 87: return 163;
+    case 90: case 100: case 101: case 103: case 110: return 227;
+    default: return 99;
+  }
+}
+
 // Lets a kernel have more shared memory than the usual 48 KB.
 template <class K> void allow_shared(K kernel, int bytes) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -240,10 +250,9 @@ bool columns_serve(const Problem&);
 int64_t columns_workspace(const Problem&, bool train);
 const char* columns_forward(const Forward&, cudaStream_t);
 
-// Levels [begin, levels) of all walks (forward.cu); the path and logits above are known. `by_tree`: tree after tree, not token
-// after token.
+// Levels [begin, levels) of all walks (forward.cu); the path and logits above are known.
 template <class T> void walk_down(const Problem&, const T* x, const T* weight_in, const T* bias_in, int32_t* path,
-                                  accumulator_t<T>* logits, int begin, bool by_tree, cudaStream_t);
+                                  accumulator_t<T>* logits, int begin, cudaStream_t);
 
 // ---- tensor cores (tiles.cu) ---------------------------------------------------------------------------------------------
 int top_levels(const Problem&);  // that `top_paths` does; 0: it does not serve

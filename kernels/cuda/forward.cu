@@ -105,7 +105,6 @@ template <class T> struct Walk {
   const int32_t* order;  // of tokens, or null
   int32_t *counts, *bin, *ticket;  // or null: where each token went (one tree), and its number among those that went there
   int64_t per_block;               // walks, neighbours in the order: they share rows in the first-level cache
-  bool by_tree;                    // tree after tree
 };
 
 template <class T, int VEC, int CHUNKS>  // CHUNKS = 0: rows of any length, x read anew for each
@@ -115,8 +114,7 @@ __global__ void __launch_bounds__(kThreads, CHUNKS && CHUNKS * VEC <= 24 ? 4 : 1
   const int64_t hidden = a.shape.hidden, levels = a.shape.levels(), trees = a.shape.trees, walks = a.shape.tokens * trees;
   const int64_t last = min(walks, (blockIdx.x + int64_t(1)) * a.per_block);
   for (int64_t walk = blockIdx.x * a.per_block + warp; walk < last; walk += kWarps) {
-    const int64_t slot = a.by_tree ? walk % a.shape.tokens : walk / trees, tree = a.by_tree ? walk / a.shape.tokens : walk % trees;
-    const int64_t token = a.order ? a.order[slot] : slot;
+    const int64_t slot = walk / trees, tree = walk % trees, token = a.order ? a.order[slot] : slot;
     const int64_t root = tree * a.shape.tree_nodes(), visits = (token * trees + tree) * levels;
     const T* in = a.weight_in + root * hidden;
     const T* x = a.x + token * hidden;
@@ -326,7 +324,7 @@ template <class T> const char* run_forward(const Forward& f, Way way, cudaStream
   A* logits = f.path ? static_cast<A*>(f.logits) : carve.take<A>(s.tokens * s.walk());
   const bool vectors = f.problem.aligned && s.hidden % vector_of<T> == 0;
   const int levels = int(s.levels()), processors = f.problem.processors;
-  Walk<T> w{s, x, in, bias, path, logits, 0, levels, nullptr, nullptr, nullptr, nullptr, 0, false};
+  Walk<T> w{s, x, in, bias, path, logits, 0, levels, nullptr, nullptr, nullptr, nullptr, 0};
   const int32_t* order = nullptr;
   if (way == Way::sorted) {
     const int half = levels / 2, bins = 1 << half, leaves = 1 << s.depth;
@@ -352,14 +350,13 @@ template <class T> const char* run_forward(const Forward& f, Way way, cudaStream
 }  // namespace
 
 template <class T> void walk_down(const Problem& p, const T* x, const T* weight_in, const T* bias_in, int32_t* path,
-                                  accumulator_t<T>* logits, int begin, bool by_tree, cudaStream_t stream) {
+                                  accumulator_t<T>* logits, int begin, cudaStream_t stream) {
   const bool vectors = p.aligned && p.shape.hidden % vector_of<T> == 0;
-  walk<T>({p.shape, x, weight_in, bias_in, path, logits, begin, int(p.shape.levels()), nullptr, nullptr, nullptr, nullptr, 0, by_tree},
-          vectors, p.processors, stream);
+  walk<T>({p.shape, x, weight_in, bias_in, path, logits, begin, int(p.shape.levels()), nullptr, nullptr, nullptr, nullptr, 0}, vectors,
+          p.processors, stream);
 }
-template void walk_down(const Problem&, const float*, const float*, const float*, int32_t*, float*, int, bool, cudaStream_t);
-template void walk_down(const Problem&, const bfloat16*, const bfloat16*, const bfloat16*, int32_t*, float*, int, bool, cudaStream_t);
-template void walk_down(const Problem&, const float16*, const float16*, const float16*, int32_t*, float*, int, bool, cudaStream_t);
+template void walk_down(const Problem&, const bfloat16*, const bfloat16*, const bfloat16*, int32_t*, float*, int, cudaStream_t);
+template void walk_down(const Problem&, const float16*, const float16*, const float16*, int32_t*, float*, int, cudaStream_t);
 
 template <class T> void combine(const Combine<T>& c, bool vectors, int processors, cudaStream_t stream) {
   const int64_t groups = divide_up(c.shape.tokens, kGroup);
@@ -392,15 +389,33 @@ bool serves(const Problem& p, Way way) {
 
 }  // namespace
 
+// What was measured on an H100, in microseconds for 131072 tokens of 768 numbers: of gathering and of columns for each visit, of
+// dense matrix products for each node; and what a call costs beside.
+struct Costs {
+  double gather, columns, dense;
+};
+constexpr Costs kHalf{62, 37, 0.72}, kSingle{71, 0, 8.8};
+constexpr double kDenseStart = 300, kGatherCall = 15, kColumnsCall = 25, kDenseCall = 20;
+constexpr double kMargin = 1.25;  // by which dense must be better: it rounds 16-bit logits, and turns elsewhere near ties
+
 Way forward_way(const Problem& p, Way wanted) {
   if (wanted != Way::automatic) return serves(p, wanted) ? wanted : Way::plain;
   const Shape& s = p.shape;
-  const bool halves = p.type == Type::bfloat16 || p.type == Type::float16;
-  if (serves(p, Way::tiles) && s.tokens >= 6144) return Way::tiles;
+  if (serves(p, Way::tiles) && s.tokens > 4096) return Way::tiles;
   if (p.type == Type::float32 && serves(p, Way::sorted) && s.depth >= 8 && s.tokens >= 32768) return Way::sorted;
-  if (halves && s.trees >= 16 && s.tokens >= 2048 && serves(p, Way::dense)) return Way::dense;
-  if (halves && s.trees >= 2 && s.walk() >= 24 && s.tokens >= 8192 && serves(p, Way::columns)) return Way::columns;
-  return serves(p, Way::gather) ? Way::gather : Way::plain;
+  if (p.type == Type::float64) return Way::plain;
+  Way best = serves(p, Way::gather) ? Way::gather : Way::plain;
+  if (s.trees == 1 && best == Way::gather) return best;
+  const Costs& cost = p.type == Type::float32 ? kSingle : kHalf;
+  const double scale = double(s.tokens) / 131072 * double(s.hidden) / 768;
+  double least = scale * cost.gather * double(s.walk()) + kGatherCall;
+  if (best == Way::plain) least *= 2;  // nobody measured it
+  if (s.tokens >= 8192 && serves(p, Way::columns)) {
+    const double columns = scale * cost.columns * double(s.walk()) + kColumnsCall;
+    if (columns < least) least = columns, best = Way::columns;
+  }
+  const double dense = scale * (kDenseStart + cost.dense * double(s.nodes())) + kDenseCall;
+  return s.tokens >= 2048 && serves(p, Way::dense) && dense * kMargin < least ? Way::dense : best;
 }
 
 const char* mask(const Mask& m, Type type, cudaStream_t stream) {

@@ -10,7 +10,6 @@
 //
 // Every x is read twice, every y written once, and nothing else is as large. Coefficients are rounded to the 16-bit type.
 #include <algorithm>
-#include <cstdlib>
 
 #include "cuda/common.cuh"
 
@@ -384,11 +383,13 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
 
 template <int M> constexpr int kTopShared = kStages * (M * 64 + kBins) * 128;
 
-// Below: tiles of 64 tokens, so that there are enough of them. From then on: 128, which share what is read of the weights.
-int64_t few_tokens(int processors) { if (const char* e = getenv("FFF_FEW")) return atoll(e); return int64_t{64} * 4 * processors; }
+// Tiles of 64 tokens where there are few of them, or little shared memory. Otherwise 128, which share what is read of the weights.
+bool small_tiles(int64_t tokens, const Problem& p) {
+  return tokens < int64_t{64} * 4 * p.processors || shared_kb(p.capability) * 1024 < kSubShared<2> + 2048;
+}
 
-template <class T> void top_part(const Top<T>& a, int processors, cudaStream_t stream) {
-  if (int64_t(a.tokens) * a.shape.trees < few_tokens(processors)) {
+template <class T> void top_part(const Top<T>& a, const Problem& p, cudaStream_t stream) {
+  if (small_tiles(a.tokens * a.shape.trees, p)) {
     allow_shared(top_kernel<T, 1>, kTopShared<1>);
     top_kernel<T, 1><<<unsigned(divide_up(a.tokens, 64) * a.shape.trees), 128, kTopShared<1>, stream>>>(a);
   } else {
@@ -419,7 +420,7 @@ template <class A> void launch_early(void (*kernel)(A), unsigned blocks, int sha
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks), config.blockDim = dim3(128), config.dynamicSmemBytes = size_t(shared), config.stream = stream;
-  config.attrs = &early, config.numAttrs = capability >= 90 && !getenv("FFF_NOPDL") ? 1 : 0;
+  config.attrs = &early, config.numAttrs = capability >= 90 ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, a);
 }
 
@@ -430,12 +431,12 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   const Parts p = parts_of(s, f.workspace);
   if (top) {
     cudaMemsetAsync(p.counts, 0, kBins * sizeof(int32_t), stream);
-    top_part<T>({tokens, hidden, top, x, in, bias, p.counts, p.order, s, nullptr, nullptr}, f.problem.processors, stream);
+    top_part<T>({tokens, hidden, top, x, in, bias, p.counts, p.order, s, nullptr, nullptr}, f.problem, stream);
   }
   const Sub<T> a{tokens, hidden, levels, top, f.activation, x, in, bias, static_cast<const T*>(f.weight_out), static_cast<T*>(f.y),
                  f.path, static_cast<float*>(f.logits), p.counts, p.order};
   const unsigned more = top ? 1u << top : 0;  // the last tile of each subtree is not full
-  if (tokens < few_tokens(f.problem.processors)) {
+  if (small_tiles(tokens, f.problem)) {
     allow_shared(subtree_kernel<T, 1>, kSubShared<1>);
     launch_early(subtree_kernel<T, 1>, unsigned(divide_up(tokens, 64)) + more, kSubShared<1>, f.problem.capability, stream, a);
   } else {
@@ -455,8 +456,8 @@ int top_levels(const Problem& p) {
 
 template <class T> void top_paths(const Problem& p, const T* x, const T* weight, const T* bias, int32_t* path, float* logits,
                                   cudaStream_t stream) {
-  top_part<T>({int(p.shape.tokens), int(p.shape.hidden), top_levels(p), x, weight, bias, nullptr, nullptr, p.shape, path, logits},
-              p.processors, stream);
+  top_part<T>({int(p.shape.tokens), int(p.shape.hidden), top_levels(p), x, weight, bias, nullptr, nullptr, p.shape, path, logits}, p,
+              stream);
 }
 template void top_paths(const Problem&, const bfloat16*, const bfloat16*, const bfloat16*, int32_t*, float*, cudaStream_t);
 template void top_paths(const Problem&, const float16*, const float16*, const float16*, int32_t*, float*, cudaStream_t);

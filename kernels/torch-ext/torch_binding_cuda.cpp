@@ -178,6 +178,19 @@ bool goes_back_dense(const Problem& problem, bool routing) {
 
 constexpr int64_t kMostElements = int64_t{1} << 28;  // of all nodes' logits that are there at once
 
+// into = a b. Spelled so that neither autocast, which would change the type, nor autograd, if somebody calls the bare operator
+// with it on, has a part in it.
+void product(const Tensor& a, const Tensor& b, const Tensor& into) {
+  std::array<StableIValue, 3> stack{from(a), from(b), from(into)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  to<Tensor>(stack[0]);
+}
+Tensor detached(const Tensor& t) {
+  std::array<StableIValue, 1> stack{from(t)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
 // Rows in eights: matrix products of another number of them take several times as long. Those beyond are zero.
 Tensor in_eights(const Tensor& weight) {
   const int64_t nodes = weight.size(0), more = (nodes + 7) / 8 * 8;
@@ -188,29 +201,34 @@ Tensor in_eights(const Tensor& weight) {
   return padded;
 }
 
-Tensor rows_of(const Tensor& t, int64_t rows, int64_t width) { return torch::stable::view(t, std::vector<int64_t>{rows, width}); }
+Tensor rows_of(const Tensor& t, int64_t rows, int64_t width) {
+  return torch::stable::view(detached(t), std::vector<int64_t>{rows, width});
+}
 Tensor part_of(const Tensor& t, int64_t begin, int64_t count) {
   Tensor all = t;
   return torch::stable::narrow(all, 0, begin, count);
+}
+Tensor matrix(const Tensor& like, int64_t rows, int64_t width) {
+  return torch::stable::new_empty(like, std::vector<int64_t>{rows, width});
 }
 
 // Matrix products over all nodes, with a mask between them.
 void run_dense(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_out, const Problem& problem,
                Activation activation, const Tensor& y, const Tensor* path, const Tensor* logits) {
   const Shape& s = problem.shape;
-  const Tensor xs = rows_of(dense(x), s.tokens, s.hidden), in = torch::stable::transpose(in_eights(dense(weight_in)), 0, 1),
-               out = in_eights(dense(weight_out)), bias = dense(bias_in), ys = rows_of(y, s.tokens, s.hidden);
+  const Tensor xs = rows_of(dense(x), s.tokens, s.hidden), in = torch::stable::transpose(in_eights(detached(dense(weight_in))), 0, 1),
+               out = in_eights(detached(dense(weight_out))), bias = dense(bias_in), ys = rows_of(y, s.tokens, s.hidden);
   const int64_t width = out.size(0), piece = std::max<int64_t>(1, kMostElements / width);
   for (int64_t begin = 0; begin < s.tokens; begin += piece) {
     const int64_t count = std::min(piece, s.tokens - begin);
-    const Tensor every = torch::stable::matmul(part_of(xs, begin, count), in);
+    const Tensor every = matrix(xs, count, width);
+    product(part_of(xs, begin, count), in, every);
     check(hf_fff_cuda::mask(
         {{count, s.hidden, s.trees, s.depth}, activation, every.mutable_data_ptr(), width, bias.const_data_ptr(),
          path ? static_cast<int32_t*>(path->mutable_data_ptr()) + begin * s.walk() : nullptr,
          path ? static_cast<char*>(logits->mutable_data_ptr()) + begin * s.walk() * (problem.type == Type::float64 ? 8 : 4) : nullptr},
         problem.type, stream_of(x)));
-    Tensor into = part_of(ys, begin, count);
-    torch::stable::copy_(into, torch::stable::matmul(every, out));
+    product(every, out, part_of(ys, begin, count));
   }
 }
 
@@ -265,12 +283,13 @@ Tensor routing_term(const Tensor& grad_y, const Tensor& x, const Tensor& weight_
   const Shape& s = problem.shape;
   Tensor extra = torch::stable::new_empty(x, std::vector<int64_t>{s.tokens, s.walk()}, logits_type(x));
   const Tensor xs = rows_of(x, s.tokens, s.hidden), gs = rows_of(grad_y, s.tokens, s.hidden), ps = rows_of(path, s.tokens, s.walk()),
-               ls = rows_of(logits, s.tokens, s.walk()), in = torch::stable::transpose(in_eights(weight_in), 0, 1),
-               out = torch::stable::transpose(in_eights(weight_out), 0, 1);
+               ls = rows_of(logits, s.tokens, s.walk()), in = torch::stable::transpose(in_eights(detached(weight_in)), 0, 1),
+               out = torch::stable::transpose(in_eights(detached(weight_out)), 0, 1);
   const int64_t width = in.size(1), piece = std::max<int64_t>(1, kMostElements / width);
   for (int64_t begin = 0; begin < s.tokens; begin += piece) {
     const int64_t count = std::min(piece, s.tokens - begin);
-    const Tensor every = torch::stable::matmul(part_of(xs, begin, count), in), gain = torch::stable::matmul(part_of(gs, begin, count), out);
+    const Tensor every = matrix(xs, count, width), gain = matrix(gs, count, width);
+    product(part_of(xs, begin, count), in, every), product(part_of(gs, begin, count), out, gain);
     const Tensor p = part_of(ps, begin, count), l = part_of(ls, begin, count), e = part_of(extra, begin, count);
     check(hf_fff_cuda::routing({{count, s.hidden, s.trees, s.depth}, activation, every.const_data_ptr(), gain.const_data_ptr(), width,
                                 bias_in.const_data_ptr(), static_cast<const int32_t*>(p.const_data_ptr()), l.const_data_ptr(),

@@ -150,24 +150,26 @@ def test_nan_and_inf_as_on_the_cpu(dtype):
 
 
 GRADIENTS = [
-    (1, 0, 8, 6),
-    (1, 5, 33, 11),
-    (3, 4, 16, 7),
-    (8, 3, 40, 30),
-    (1, 11, 768, 700),
-    (1, 11, 64, 5000),
-    (1, 13, 24, 900),
-    (4, 9, 128, 300),
-    (2, 3, 1100, 70),
-    (64, 0, 8, 20),
-    (1, 2, 8, 20000),
+    *[
+        (1, 0, 8, 6),
+        (1, 5, 33, 11),
+        (3, 4, 16, 7),
+        (8, 3, 40, 30),
+        (1, 11, 768, 700),
+        (1, 11, 64, 5000),
+        (1, 13, 24, 900),
+    ],
+    *[(4, 9, 128, 300), (2, 3, 1100, 70), (64, 0, 8, 20), (1, 2, 8, 20000), (1, 4, 768, 9000)],
 ]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", GRADIENTS, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("way", ["automatic", "dense"])
+@pytest.mark.parametrize(
+    ("way", "shape"),
+    [*[("automatic", s) for s in GRADIENTS], ("dense", (3, 4, 16, 7)), ("dense", (4, 9, 128, 300))],
+    ids=str,
+)
 def test_gradients(shape, dtype, alpha, way):
     """As PyTorch's in float64, which test_operator checks against the oracle, on the same paths."""
     n_trees, tokens = shape[0], shape[-1]
@@ -389,6 +391,19 @@ def test_autocast():
     assert leaves[0].grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("way", ["automatic", "dense"])
+def test_backward_inside_autocast(way):
+    """Where many call it: neither the types nor the numbers may change."""
+    args = there(random_layer(3, 4, 64, 300))
+    _, path, logits = OPS.fff_train(*args, 3, "gelu")
+    with by(way):
+        want = OPS.fff_backward(args[0], *args, path, logits, 3, "gelu", 3.0, 1.0)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            got = OPS.fff_backward(args[0], *args, path, logits, 3, "gelu", 3.0, 1.0)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float32 and relative(oracle.array(a), oracle.array(b)) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -419,12 +434,13 @@ def test_a_path_that_is_none_harms_nothing():
         assert all(g.isfinite().all() for g in grads)
 
 
-def test_out_of_memory_is_torchs_own_error():
+def test_out_of_memory_is_an_error_and_harms_nothing():
+    """Through the stable ABI torch's error comes as a plain RuntimeError; what it says goes to stderr."""
     x, *weights = there(random_layer(1, 3, 64, 4, dtype=torch.bfloat16))
     huge = x[:1].expand(1 << 29, 64)  # contiguous, it would be 64 GB, and its output too
     if torch.cuda.mem_get_info()[0] > 120 << 30:
         pytest.skip("this GPU has room for it")
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(RuntimeError):
         ops.fff(huge, *weights, 1)
     assert ops.fff(x, *weights, 1).isfinite().all()
 
@@ -432,7 +448,8 @@ def test_out_of_memory_is_torchs_own_error():
 @pytest.mark.parametrize("way", ["plain", "gather", "tiles"])
 def test_more_than_2_to_the_31_elements(way):
     hidden, tokens = 768, (1 << 31) // 768 + 1000
-    if torch.cuda.mem_get_info()[0] < 24 << 30:
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
         pytest.skip("not enough memory")
     few, *weights = there(random_layer(1, 7, hidden, 64, dtype=torch.bfloat16))
     x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=DEVICE)
@@ -448,7 +465,12 @@ def test_what_is_said_about_the_way():
     assert ops.way(1, 11, 768, 131072, torch.bfloat16) == "tiles"
     assert ops.way(1, 11, 768, 64, torch.bfloat16) == "gather"
     assert ops.way(1, 11, 33, 64, torch.float64) == "plain"
+    assert ops.way(8, 8, 768, 131072, torch.bfloat16) == "columns"
+    assert ops.way(32, 6, 768, 131072, torch.bfloat16) == "dense"
+    assert ops.way(32, 6, 768, 131072, torch.float32) == "gather"
+    assert ops.way(1, 11, 768, 131072, torch.float32) == "sorted"
     assert ops.way(1, 11, 768, 131072, torch.bfloat16, backward=True) == "conditional"
+    assert ops.way(32, 6, 768, 131072, torch.bfloat16, backward=True) == "dense"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
