@@ -593,12 +593,13 @@ def cuda_page(told: Told) -> list[str]:
     from .cuda import lines as lines_of
 
     gpu, rates = told["gpu"], told["rates"]
+    driver = f" a driver for CUDA up to {gpu['driver']}," if gpu["driver"] else ""
     rows = lines_of(told)
     lines = [
         f"# How fast this is on a GPU: {told['device']}",
         "",
         f"`{told['line']}`. {gpu['name']}, compute capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, {gpu['memory_gib']} GiB, "
-        f"second-level cache {gpu['l2_mib']} MiB; a driver for CUDA up to {gpu['driver']}, CUDA {gpu['cuda']}; torch {told['torch']}, transformers "
+        f"second-level cache {gpu['l2_mib']} MiB;{driver} CUDA {gpu['cuda']}; torch {told['torch']}, transformers "
         f"{told['transformers']}, Python {told['python']}, hf_fff {told['hf_fff']}, FFFs in {_KERNELS[told['backend']]}; {told['date']}. It took {told['seconds']} s.",
         "",
         f"In the same run the device copied {rates['copy_gb_per_second']:.0f} GB/s (read and written), and multiplied bfloat16 matrices at "
