@@ -9,6 +9,7 @@ residual stream, so the error of dimension d counts ``gamma[d]`` and that of tok
 useless here: in some layers one outlier dimension carries nearly all of the variance.
 """
 
+import math
 import time
 import warnings
 from collections import Counter
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import AutoTokenizer
 
 from ..config import FFFConfig
 from ..layers import FFF, MLP, Feedforward, NoFFN, OutputBias, feedforward
@@ -357,7 +358,7 @@ class _Fit:
         """All steps, the learning rate rising and falling; ``tell`` hears now and then what is unexplained."""
         if isinstance(self.ffn, NoFFN):
             return  # solved already
-        schedule = get_cosine_schedule_with_warmup(self.optimizer, max(1, steps // 20), steps + 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(_rate, steps=steps))
         for step in range(steps):
             self.step()
             schedule.step()
@@ -516,6 +517,13 @@ def calibrate_alone(
         fit.write(block.ffn, block.output)
     report.seconds = time.monotonic() - start
     return report
+
+
+def _rate(step: int, steps: int) -> float:
+    """The share of the learning rate at a step: it rises for a twentieth of them and falls as a cosine. (transformers' own schedule
+    imports its whole Trainer, and with it PEFT, where that is installed.)"""
+    rising = max(1, steps // 20)
+    return step / rising if step < rising else 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps + 1 - rising)))
 
 
 def _tell(bar: Any, index: int, unexplained: float) -> None:

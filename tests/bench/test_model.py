@@ -216,7 +216,8 @@ ALONE = {
 def test_the_command_used_wrongly(folders, tmp_path, name):
     options, exit_code, message = WRONG[name]
     result = run("bench", "model", *folders, *(option.format(tmp_path) for option in options))
-    assert result.exit_code == exit_code and message in unwrapped(result.stderr), result.output
+    assert result.exit_code == exit_code, result.output
+    assert message.replace(" ", "") in unwrapped(result.stderr).replace(" ", ""), result.output  # a path may be cut in two
 
 
 @pytest.mark.parametrize("name", ALONE)

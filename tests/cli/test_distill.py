@@ -253,7 +253,7 @@ WRONG_TASK = {
     "label": (["--data", "{0}/wrong.tsv"], "label='7' is no label (allowed: 0 to 2"),
     "head": (["--task", "regression"], "num_labels=3 are classes, not a number"),
     "gpu": (["--device", "cuda"], "no GPU"),
-    "length": (["--max-length", "2"], "max_length=2"),
+    "length": (["--max-length", "2"], "--max-length=2"),
 }
 
 
@@ -279,7 +279,7 @@ def test_distill_out_of_memory(model, text, tmp_path, monkeypatch):
     before = listing(tmp_path)
     result = distill(model, text, tmp_path / "fast")
     assert result.exit_code == 1 and listing(tmp_path) == before
-    assert "out of memory while calibrating: lower the calibration's max_tokens" in unwrapped(result.stderr)
+    assert "out of memory while calibrating: lower the calibration's --max-tokens" in unwrapped(result.stderr)
 
 
 def test_distill_wants_data(model, tmp_path):

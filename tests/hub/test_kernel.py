@@ -258,7 +258,8 @@ def _isa():
     ],
 )
 def test_the_operators_own_tests(published, some):
-    code = "import pytest, sys\nraise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', '-m', 'not full', *sys.argv[1:]]))"
+    code = "import pytest, sys\nfrom hf_fff import ops\nops.load()  # before the tests go offline\n"
+    code += "raise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', '-m', 'not full', *sys.argv[1:]]))"
     python(code, "tests/ops/test_operator.py", "tests/ops/test_packed.py", "-k", some, **published)
 
 
