@@ -1,12 +1,11 @@
 """``hf-fff distill``: what it writes, that it goes on where it stopped, and that wrong use writes nothing."""
 
 import json
-import os
 import signal
 
 import pytest
 import torch
-from command import listing, run, unwrapped
+from command import deliver, listing, run, unwrapped
 from task_rows import rows_of, tiny_tokenizer
 from tiny import HEADS, tiny_bert
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
@@ -87,7 +86,7 @@ def test_distill_ends_the_step_where_it_is_interrupted(model, text, tmp_path, mo
 
     def interrupted(self, *args):
         if self.state.global_step == 3:
-            os.kill(os.getpid(), sent)
+            deliver(sent)
         return step(self, *args)
 
     work = tmp_path / "fast.work"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import listing
+from command import deliver, listing
 from resuming import STEPS, losses, rows, run, trainer, weights
 from safetensors.torch import load_file
 from tiny import HEADS, same, tiny_bert
@@ -287,7 +287,7 @@ def test_the_best_model_is_where_it_is_said(tmp_path):
 )  # in between, where a checkpoint is due, where an evaluation and an epoch's end are
 def test_interrupted_and_continued(whole, tmp_path, number, raised, step):
     before = signal.getsignal(number)
-    t = trainer(tmp_path, callbacks=[At(step, lambda: os.kill(os.getpid(), number))])
+    t = trainer(tmp_path, callbacks=[At(step, lambda: deliver(number))])
     with pytest.raises(raised) as caught:
         t.train()
     assert raised is KeyboardInterrupt or caught.value.code == 143
@@ -301,8 +301,8 @@ def test_interrupted_and_continued(whole, tmp_path, number, raised, step):
 
 def test_interrupted_twice(tmp_path):
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        deliver(signal.SIGINT)
+        deliver(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, callbacks=[At(3, twice)]).train()
@@ -310,7 +310,7 @@ def test_interrupted_twice(tmp_path):
 
 
 def test_without_checkpoints_one_is_left(whole, tmp_path):
-    t = trainer(tmp_path, save_strategy="no", callbacks=[At(3, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    t = trainer(tmp_path, save_strategy="no", callbacks=[At(3, lambda: deliver(signal.SIGINT))])
     with pytest.raises(KeyboardInterrupt):
         t.train()
     assert names(tmp_path) == {"checkpoint-3"}
