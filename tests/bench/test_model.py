@@ -217,7 +217,9 @@ def test_the_command_used_wrongly(folders, tmp_path, name):
     options, exit_code, message = WRONG[name]
     result = run("bench", "model", *folders, *(option.format(tmp_path) for option in options))
     assert result.exit_code == exit_code, result.output
-    assert message.replace(" ", "") in unwrapped(result.stderr).replace(" ", ""), result.output  # a path may be cut in two
+    assert message.replace(" ", "") in unwrapped(result.stderr).replace(" ", ""), (
+        result.output
+    )  # a path may be cut in two
 
 
 @pytest.mark.parametrize("name", ALONE)
