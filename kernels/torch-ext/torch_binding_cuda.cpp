@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "cuda/fff.h"
+#include "torch-ext/namespace.h"
 
 namespace {
 
@@ -322,7 +323,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fff_backward(Tensor grad_y, Tensor x,
                                        from(weight_out), from(path),   from(logits),    from(n_trees),
                                        from(activation.value),         from(routing_gradient),
                                        from(routing_temperature),      from(need_x),    from(need_weights)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("hf_fff::fff_backward_dense", "", stack.data(), TORCH_ABI_VERSION));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher(HF_FFF_OPERATOR("fff_backward_dense"), "", stack.data(), TORCH_ABI_VERSION));
     return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]), to<Tensor>(stack[3])};
   }
   const auto result = [](const Tensor& like, bool wanted) {
@@ -347,7 +349,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fff_backward(Tensor grad_y, Tensor x,
   return {grad_x, grad_in, grad_bias, grad_out};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(hf_fff, CUDA, m) {
+HF_FFF_IMPLEMENTS(CUDA, m) {
   m.impl("fff", TORCH_BOX(&fff));
   m.impl("fff_train", TORCH_BOX(&fff_train));
   m.impl("fff_backward", TORCH_BOX(&fff_backward));

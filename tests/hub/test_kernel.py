@@ -63,16 +63,25 @@ def test_build_toml_names_what_hf_fff_compiles():
     told = tomllib.loads((KERNELS / "build.toml").read_text())
     general = told["general"]
     assert (general["name"], general["version"], general["license"]) == (kernel.NAME, kernel.VERSION, kernel.LICENCE)
-    assert told["torch"]["stable-abi"] == {"cpu": "2.11"} and "0x020b0" in " ".join(loader._torch().flags)
-    assert {part["backend"] for part in told["kernel"].values()} <= set(general["backends"])
+    assert told["torch"]["stable-abi"] == {"cpu": "2.11", "cuda": "2.11"} and "0x020b0" in " ".join(
+        loader._torch().flags
+    )
+    assert {part["backend"] for part in told["kernel"].values()} == set(general["backends"])
     assert told["torch"]["src"] == ["torch-ext/module.cpp"] and (KERNELS / "torch-ext" / "module.cpp").is_file()
-    parts = {name: part for name, part in told["kernel"].items() if part["backend"] == "cpu"}
-    assert {f"cpu_{isa}" for isa in ("baseline", "avx2", "avx512", "avx512_bf16")} < set(parts)
-    named = [name for part in parts.values() for name in part["src"]]
-    compiled = {name for name in named if name.endswith(".cpp")}
-    headers = {f"cpu/{p.name}" for p in (KERNELS / "cpu").glob("*.h")} | {"torch-ext/namespace.h"}
-    assert len(set(named)) == len(named)
-    assert compiled == set(loader.LIBRARIES["cpu"].sources) and set(named) - compiled == headers
+    assert {f"cpu_{isa}" for isa in ("baseline", "avx2", "avx512", "avx512_bf16")} < set(told["kernel"])
+    for backend in general["backends"]:
+        named = [name for part in told["kernel"].values() if part["backend"] == backend for name in part["src"]]
+        compiled = {name for name in named if name.endswith((".cpp", ".cu"))}
+        headers = {
+            p.relative_to(KERNELS).as_posix() for p in (KERNELS / backend).glob("*.[hc]*") if p.suffix in (".h", ".cuh")
+        }
+        assert len(set(named)) == len(named)
+        assert compiled == {p for source in loader.LIBRARIES[backend].sources for p in _sources(source)}
+        assert set(named) - compiled == headers | {"torch-ext/namespace.h"}
+
+
+def _sources(pattern):
+    return {p.relative_to(KERNELS).as_posix() for p in KERNELS.glob(pattern)}
 
 
 def test_the_folder_is_a_whole_project(layout):

@@ -6,7 +6,10 @@ inference by ``fff_packed``. The files beside this one are those of ``hf_fff/ops
 
 from . import layers
 from ._ops import ops
-from ._schema import ACTIVATIONS, ROWS
+from ._schema import ACTIVATIONS, ROWS, library
 from .functions import fff, fff_packed, fff_train, pack
+from .torch_backend import fff_backward as _in_torch
+
+library.impl("fff_backward_dense", _in_torch, "CompositeExplicitAutograd")  # what the CUDA kernels call for wide layers
 
 __all__ = ["ACTIVATIONS", "ROWS", "fff", "fff_packed", "fff_train", "layers", "ops", "pack"]
