@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import FFF, PackedFFF
-from . import process
+from . import machine, process
 from .kept import Kept
 from .layer import Layer, check_outputs, check_packed, dense_layer, packed_layers, set_threads, tree_loops
 from .load import Patience
@@ -66,11 +66,8 @@ def missing(engine: str) -> str | None:
     """
     if engine not in ENGINES:
         raise ValueError(f"engine {engine!r} is not known (allowed: {', '.join(ENGINES)})")
-    for package in ENGINES[engine]:
-        try:
-            version(package)
-        except PackageNotFoundError:
-            return f"{package} is not installed: pip install 'hf-fff[openvino]'"
+    if package := machine.missing(ENGINES[engine]):
+        return f"{package} is not installed: pip install 'hf-fff[openvino]'"
     return None
 
 

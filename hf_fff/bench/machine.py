@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -160,3 +161,8 @@ def free_memory() -> int | None:
         return None
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(found[0]) * 1024 if found else None
+
+
+def missing(packages: Iterable[str]) -> str | None:
+    """The first of some packages that is not installed, or None."""
+    return next((package for package in packages if _installed(package) is None), None)

@@ -31,7 +31,7 @@ from ..layers import FFF
 from ..layers.linear import why_not
 from ..ops import ROWS
 from ..packing import optimize
-from . import process
+from . import machine, process
 from .kept import Kept
 from .load import Patience
 from .model import Workload, load_model, random_ids, real_rows
@@ -100,11 +100,8 @@ def missing(engine: str) -> str | None:
     """
     if engine not in ENGINES:
         raise ValueError(f"engine {engine!r} is not known (allowed: {', '.join(ENGINES)})")
-    for package in ENGINES[engine]:
-        try:
-            version(package)
-        except PackageNotFoundError:
-            return f"{package} is not installed"
+    if package := machine.missing(ENGINES[engine]):
+        return f"{package} is not installed"
     return why_not(engine.rpartition("-")[2]) if engine.startswith("torch-packed") else None
 
 

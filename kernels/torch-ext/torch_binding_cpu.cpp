@@ -11,33 +11,13 @@
 #include <vector>
 
 #include "cpu/fff.h"
+#include "torch-ext/arguments.h"
 #include "torch-ext/namespace.h"
 
 namespace {
 
-// A string argument. torch's own conversion to std::string leaks one a call (ToImpl<std::string> in 2.11 to 2.13), and what it
-// leaks keeps the C library from joining the memory of freed results: a process grew by a result a call.
-struct Text {
-  std::string value;
-};
-
-}  // namespace
-
-template <> struct torch::stable::detail::ToImpl<Text> {
-  static Text call(StableIValue from, uint64_t, bool) {
-    const auto handle = torch::stable::detail::to<StringHandle>(from);
-    size_t length = 0;
-    const char* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-    Text text{std::string(data, length)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-    return text;
-  }
-};
-
-namespace {
-
+using hf_fff_torch::text;
+using hf_fff_torch::Text;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -53,12 +33,6 @@ hf_fff::Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(name == "identity", "fff: activation '", name,
                   "' is not known (allowed: gelu, gelu_new, relu, silu, identity)");
   return hf_fff::Activation::identity;
-}
-
-std::string text(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + "]";
 }
 
 // The shape of the problem, once the arguments are known to fit each other.

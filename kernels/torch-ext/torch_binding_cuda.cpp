@@ -22,29 +22,8 @@
 #include <vector>
 
 #include "cuda/fff.h"
+#include "torch-ext/arguments.h"
 #include "torch-ext/namespace.h"
-
-namespace {
-
-// A string argument, without the leak of torch's own conversion (see torch_binding_cpu.cpp).
-struct Text {
-  std::string value;
-};
-
-}  // namespace
-
-template <> struct torch::stable::detail::ToImpl<Text> {
-  static Text call(StableIValue from, uint64_t, bool) {
-    const auto handle = torch::stable::detail::to<StringHandle>(from);
-    size_t length = 0;
-    const char* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-    Text text{std::string(data, length)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-    return text;
-  }
-};
 
 namespace {
 
@@ -53,6 +32,8 @@ using hf_fff_cuda::Problem;
 using hf_fff_cuda::Shape;
 using hf_fff_cuda::Type;
 using hf_fff_cuda::Way;
+using hf_fff_torch::text;
+using hf_fff_torch::Text;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::detail::from;
@@ -66,12 +47,6 @@ Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(name == "identity", "fff: activation '", name,
                   "' is not known (allowed: gelu, gelu_new, relu, silu, identity)");
   return Activation::identity;
-}
-
-std::string text(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + "]";
 }
 
 Type type_of(ScalarType dtype) {

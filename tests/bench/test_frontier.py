@@ -11,7 +11,7 @@ import torch
 from command import run, unwrapped
 
 from hf_fff import FFFConfig, ops
-from hf_fff.bench import frontier, kept, layer, page
+from hf_fff.bench import frontier, machine, kept, layer, page
 from hf_fff.bench.load import Patience
 
 TREES = ["fff", "int8 rows", "bf16 rows"]
@@ -90,14 +90,14 @@ def test_command(openvino, tmp_path):
 
 def test_used_wrongly(monkeypatch):
     monkeypatch.setattr(frontier, "bench_frontier", lambda *a, **k: pytest.fail("timed"))
-    monkeypatch.setattr(frontier, "version", lambda name: "1")
+    monkeypatch.setattr(machine, "version", lambda name: "1")
     for options, message in (
         (["--engine", "tvm"], "engine 'tvm' is not known (allowed: openvino)"),
         (["--engine", "openvino", "--dtype", "bfloat16"], "takes layers of float32"),
     ):
         ran = run("bench", "layer", *options)
         assert ran.exit_code == 2 and message in unwrapped(ran.stderr) and ran.stdout == "", ran.output
-    monkeypatch.setattr(frontier, "version", version)
+    monkeypatch.setattr(machine, "version", version)
     monkeypatch.setitem(frontier.ENGINES, "openvino", ("no-such-package",))
     ran = run("bench", "layer", "--engine", "openvino")
     assert ran.exit_code == 2 and "pip install 'hf-fff[openvino]'" in unwrapped(ran.stderr)
