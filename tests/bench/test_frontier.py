@@ -11,7 +11,7 @@ import torch
 from command import run, unwrapped
 
 from hf_fff import FFFConfig, ops
-from hf_fff.bench import frontier, machine, kept, layer, page
+from hf_fff.bench import frontier, kept, layer, machine, page
 from hf_fff.bench.load import Patience
 
 TREES = ["fff", "int8 rows", "bf16 rows"]
