@@ -1,12 +1,14 @@
 """Finished cells of a measurement, kept in a file as they come: what is interrupted loses one cell."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..files import atomic_file
 from .load import Load, Patience
 
 
@@ -17,6 +19,9 @@ class Kept:
     Args:
         path: the file; without one, nothing is kept.
         what: options, machine and versions: all on which figures depend.
+
+    Raises:
+        ValueError: the file holds something else.
     """
 
     def __init__(self, path: Path | None = None, what: Mapping[str, Any] | None = None) -> None:
@@ -24,14 +29,17 @@ class Kept:
         if path is None:
             return
         head = json.dumps({"what": what}, sort_keys=True)
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
+        if lines != [""] and not lines[0].startswith('{"what": '):
+            raise ValueError(f"{path} holds something else than cells of a measurement, and is left as it is")
         if lines[:1] == [head]:
             for line in lines[1:-1]:  # behind the last line break there is nothing, or what was not written to its end
                 cell = json.loads(line)
                 self.cells[json.dumps(cell["cell"])] = cell
-        path.write_text(
-            "".join(line + "\n" for line in [head, *map(json.dumps, self.cells.values())]), encoding="utf-8"
-        )
+        with atomic_file(path) as new:
+            new.write_text(
+                "".join(line + "\n" for line in [head, *map(json.dumps, self.cells.values())]), encoding="utf-8"
+            )
 
     def cell(self, key: Sequence[Any], measure: Callable[[], Any], patience: Patience) -> Any:
         """What ``measure`` returns, which JSON must be able to hold, or what it returned before the interruption."""
@@ -52,4 +60,5 @@ class Kept:
     def done(self) -> None:
         """All is told elsewhere."""
         if self.path is not None:
+            sys.stdout.flush()  # else it may not be, where a disk is full
             self.path.unlink(missing_ok=True)

@@ -835,10 +835,10 @@ def write_pages(folder: Path) -> list[Path]:
     written = []
     for name in read.keys() & pages.keys():
         page = folder / f"{name}.md"
-        maker = {"serve": "hf-fff bench serve --json"}.get(
-            name, "make bench-cuda" if name.startswith("cuda-") else "make bench"
-        )
-        source = f"Made by `python -m hf_fff.bench.page` from `{name}.json`, which `{maker}` writes."
+        maker = "`make bench-cuda` (or the command below)" if name.startswith("cuda-") else "`make bench`"
+        if name == "serve":
+            maker = "`hf-fff bench serve --json`"
+        source = f"Made by `python -m hf_fff.bench.page` from `{name}.json`, which {maker} writes."
         lines = pages[name](read[name])
         figure = page.with_suffix(".png")
         lines = [line.replace("(FIGURE)", f"({figure.name})") for line in lines]

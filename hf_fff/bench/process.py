@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -69,7 +69,8 @@ def served(told: tuple[list[str], Mapping[str, str]], name: str) -> Iterator[Ser
             yield server
         finally:
             assert server.process.stdin is not None
-            server.process.stdin.close()
+            with suppress(BrokenPipeError):  # it has ended, which is told already
+                server.process.stdin.close()
             try:
                 server.process.wait(10)
             except subprocess.TimeoutExpired:

@@ -102,7 +102,7 @@ def missing(engine: str) -> str | None:
         raise ValueError(f"engine {engine!r} is not known (allowed: {', '.join(ENGINES)})")
     if package := machine.missing(ENGINES[engine]):
         return f"{package} is not installed"
-    return why_not(engine.rpartition("-")[2]) if engine.startswith("torch-packed") else None
+    return why_not(engine.rpartition("-")[2]) if engine.startswith("torch-packed-") else None
 
 
 def versions() -> dict[str, str]:
@@ -165,7 +165,8 @@ def bench_serve(
     Args:
         sources: models by name: a folder, or what makes one with random weights.
         texts: typical ones for int8, and for the fidelity; random ids without them.
-        rows: of trees, as ``hf_fff.openvino.compile`` knows them; packed ones in torch are of bf16 where these are not.
+        rows: of trees, as ``hf_fff.openvino.compile`` knows them; packed ones in torch have these, or where they are not packed those
+            of the linears, or int8.
 
     Returns:
         What was found of each system; and for each workload its name, visible tokens a batch, and the load beside it.

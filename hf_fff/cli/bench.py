@@ -124,9 +124,9 @@ def bench_layer(
     rows = layer.bench_layers(layers, counts, backward=backward, patience=waiting, kept=kept, **options)
     told = _told("layer", waiting, {"rows": layer.as_records(rows), "threads_faster": layer.thread_scaling(rows)})
     _write(told, layer.as_lines(rows), csv_file, plot)
-    kept.done()
     if as_json:
         print(json.dumps(told, indent=1))
+        kept.done()
         return
     title = "{fff}, {nodes} neurons, hidden size {hidden_size}, {dtype}, threads {threads}, weights {weights}"
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -145,6 +145,7 @@ def bench_layer(
     _caption(
         told, [f"A call from Python takes {overhead:.1f} µs more than the operation." for overhead in _overheads(told)]
     )
+    kept.done()
 
 
 def _show_frontier(told: Mapping[str, Any]) -> None:
@@ -230,9 +231,9 @@ def bench_scaling(
     rows = [row.record() for row in result.rows]
     told = _told("scaling", waiting, {"rows": rows, "bandwidth": result.bandwidth, "skipped": result.skipped})
     _write(told, rows, csv_file, plot)
-    kept.done()
     if as_json:
         print(json.dumps(told, indent=1))
+        kept.done()
         return
     table = _table("size", "dense", "tree", "threads", "tokens", "dense, µs", "FFF, µs", "x", "theory", "memory permits",
                    title="one layer, float32: how many times as fast as the dense one")  # fmt: skip
@@ -251,6 +252,7 @@ def bench_scaling(
         table.add_row(str(row["mb"]), str(row["threads"]), f"{row['gb_per_second']:.1f}")
     out.print(table)
     _caption(told, [f"{name} was skipped: {why}." for name, why in result.skipped.items()])
+    kept.done()
 
 
 @bench_app.command("model")
@@ -354,26 +356,27 @@ def bench_model(
         for name, seconds in t.seconds.items()
     ]
     _write(told, lines, csv_file, plot)
-    kept.done()
     if as_json:
         print(json.dumps(told, indent=1))
+        kept.done()
         return
-    share = ", and the share of the speed without FFNs" if empty else ""
+    shares = ", and the share of the speed without FFNs" if empty else ""
     table = _table(
         "model",
         *(t.workload for t in timings),
-        title=f"microseconds a token, how many times as fast as the first{share}",
+        title=f"microseconds a token, how many times as fast as the first{shares}",
         padding=(0, 1),
     )
     for name in loaded:
         cells = []
         for t in timings:
             part = t.shares(empty).get(name)
-            kept = f"  {100 * part:.0f} %" if part is not None else ""
-            cells.append(f"{_number(t.microseconds[name])}  {1 / t.ratios[name]:.2f}x{kept}")
+            share = f"  {100 * part:.0f} %" if part is not None else ""
+            cells.append(f"{_number(t.microseconds[name])}  {1 / t.ratios[name]:.2f}x{share}")
         table.add_row(name, *cells)
     out.print(table)
     _caption(told, [])
+    kept.done()
 
 
 @bench_app.command("serve")
@@ -526,9 +529,9 @@ def bench_serve(
     told = _told("serve", waiting, {**about, "rows": lines})
     told["threads"] = threads or told["cores"]
     _write(told, lines, csv_file, plot)
-    kept.done()
     if as_json:
         print(json.dumps(told, indent=1))
+        kept.done()
         return
     title = "milliseconds a batch, times as fast as the first model in OpenVINO int8"
     table = _table("engine", "model", *shapes, "start", "MB", "cosine", title=title, padding=(0, 1))
@@ -548,6 +551,7 @@ def bench_serve(
     notes = [] if models else ["Weights are random: speed alone."]
     notes += [] if quality is None else [f"Cosines are those of distilled models of the same kinds ({fidelity})."]
     _caption(told, [*notes, *(f"{name} was left out: {why}." for name, why in left_out.items())])
+    kept.done()
 
 
 @bench_app.command("train")
@@ -684,6 +688,11 @@ def bench_cuda(
     measured = cuda.bench_cuda(plan.quick() if quick else plan, sections, gpu=gpu, tell=lambda words: err.print(words))
     known = machine.gpu() or {}
     words = {"--fff": fff, "--tokens": tokens, "--dtype": dtype, "--only": only}
+    words |= {
+        "--hidden-size": str(hidden_size) if hidden_size != 768 else "",
+        "--rounds": str(rounds) if rounds != 30 else "",
+    }
+    words["--seconds"] = "" if seconds is None else f"{seconds:g}"
     line = " ".join(["hf-fff bench cuda", *(f"{name} {value}" for name, value in words.items() if value)])
     line += " --quick" if quick else ""
     about = {"line": line, "gpu": known, "device": known.get("name"), "seconds": round(time.monotonic() - begun)}
@@ -762,7 +771,10 @@ def _kept(context: typer.Context, keep: Path | None) -> Any:
 
     words = {n: value for n, value in context.params.items() if n not in _FREE}
     same = {n: value for n, value in facts().items() if n != "date"}
-    return Kept(keep, {n: str(value) for n, value in {**words, **same}.items()})
+    try:
+        return Kept(keep, {n: str(value) for n, value in {**words, **same}.items()})
+    except ValueError as error:
+        raise bad_option("--keep", error) from error
 
 
 _FREE = ("patience", "keep", "csv_file", "plot", "as_json")  # options on which no figure depends

@@ -196,7 +196,8 @@ def must_compile(name: str = "cpu") -> bool:
     facts = loader.describe()
     row = facts["libraries"][name]
     key = row.get("targets", True) and row.get("key")  # none without a compiler, and no targets without a GPU
-    asked = facts["backend_setting"] in ("torch", "hub") or facts["kernel_path"]
+    setting = facts["backend_setting"]
+    asked = setting == "torch" or (setting == "hub" and name == "cpu") or facts["kernel_path"]
     return bool(key and not asked and not any(Path(facts["cache"]).glob(f"{name}-{key}*")))
 
 

@@ -228,7 +228,7 @@ def _train(
     )
     with working(), resumable(work):
         folder = ModelFolder.find(model)
-        load_kernels()
+        load_kernels(device)
         trained = train_folder(
             folder,
             out,

@@ -15,7 +15,7 @@ from ..ops import loader
 
 NAME, VERSION, LICENCE = "fff", 0, "Apache-2.0"  # as in kernels/build.toml
 # What of the sources is not the kernel's: another engine's binding, benchmarks and tests of hf_fff itself.
-_NOT_THEIRS = ("openvino", "bench_*.cpp", "check.cpp", "__pycache__")
+_NOT_THEIRS = ("openvino", "bench_*.cpp", "check*.c*", "__pycache__")
 _SHARED = (
     "_schema.py",
     "functions.py",

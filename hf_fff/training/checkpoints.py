@@ -217,6 +217,8 @@ class SafeCheckpoints(Trainer):
             if self._saved != self.state.global_step:
                 self._save_checkpoint(self.model_wrapped, None)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            # Else the Trainer goes back to the best one, and with save_total_limit=1 removes this one.
+            self.state.best_model_checkpoint = None
             self.control.should_training_stop = True
 
     def _all_are_to_end(self) -> bool:

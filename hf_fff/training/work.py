@@ -85,10 +85,14 @@ def distil_folder(
 
     Raises:
         ValueError: as ``convert_ffn_to_fff``, ``distil_texts`` and ``distil_task``; the work folder was made with other
-            options, or is none.
+            options, or is none; there are several processes.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
         RuntimeError: out of memory.
     """
+    if args.world_size > 1:
+        raise ValueError(
+            "distil_folder and hf-fff distill run as one process: on several GPUs, use DistillationTrainer"
+        )
     work = Path(str(args.output_dir))
     check_folders(source, output, work, overwrite=overwrite)
     if held_out is None:

@@ -168,7 +168,12 @@ def opened(folders, tmp_path, engine, model="2x3"):
 
 @pytest.mark.parametrize(
     "engine",
-    ["torch-packed-bf16", "torch-packed-int8", pytest.param("onnxruntime-int8", marks=pytest.mark.full)],
+    [
+        "torch-packed",
+        "torch-packed-bf16",
+        "torch-packed-int8",
+        pytest.param("onnxruntime-int8", marks=pytest.mark.full),
+    ],
 )
 def test_engines_give_what_torch_does(folders, tmp_path, engine):
     if why := serve.missing(engine):
