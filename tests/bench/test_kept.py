@@ -44,6 +44,14 @@ def test_another_measurement_begins_anew(tmp_path):
     assert len(path.read_text().splitlines()) == 2
 
 
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path):
+    path = tmp_path / "notes.md"
+    path.write_text("# Notes\n")
+    with pytest.raises(ValueError, match="notes.md holds something else than cells of a measurement"):
+        Kept(path, {"rounds": 3})
+    assert path.read_text() == "# Notes\n" and [p.name for p in tmp_path.iterdir()] == ["notes.md"]
+
+
 def test_without_a_file():
     kept, patience = Kept(), Patience()
     assert kept.cell(["a"], measured([1], patience), patience) == {"value": 1}

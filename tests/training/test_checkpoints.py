@@ -299,6 +299,19 @@ def test_interrupted_and_continued(whole, tmp_path, number, raised, step):
     assert ends_as(t, whole)
 
 
+def test_interrupted_where_the_best_model_is_kept(tmp_path):
+    """The Trainer goes back to the best checkpoint in the end, and with a limit of one removes all others."""
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_total_limit": 1}
+    options |= {"save_steps": 5, "max_steps": 15}
+    t = trainer(tmp_path, callbacks=[At(7, lambda: deliver(signal.SIGINT))], **options)
+    with pytest.raises(KeyboardInterrupt):
+        t.train()
+    assert "checkpoint-7" in names(tmp_path)
+    t = trainer(tmp_path, **options)
+    t.train(resume_from_checkpoint=True)
+    assert t.state.global_step == 15 and Path(t.state.best_model_checkpoint).is_dir()
+
+
 def test_interrupted_twice(tmp_path):
     def twice():
         deliver(signal.SIGINT)
