@@ -245,7 +245,7 @@ def test_cuda(monkeypatch, tmp_path, failed):
     assert ran.exit_code == (1 if failed else 0), ran.output
     told = json.loads(ran.stdout)
     assert told["rows"] == TOLD["rows"] and told["device"] == "Some GPU" and told["failed"] == failed
-    assert told["line"] == "hf-fff bench cuda --fff 1x11,2x3 --tokens 7,9 --dtype float32 --only graph,train"
+    assert told["line"] == "hf-fff bench cuda --fff 1x11,2x3 --tokens 7,9 --dtype float32 --only graph,train --rounds 5"
     ((plan, sections, gpu),) = given
     assert sections == ["graph", "train"] and gpu == "a gpu" and plan.fff == ("1x11", "2x3") and plan.rounds == 5
     assert plan.tokens == plan.backward_tokens == plan.graph_tokens == (7, 9) and plan.dtypes == ("float32",)
