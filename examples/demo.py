@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 # ruff: noqa: E402
-for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # said while others import them: what of them is of no use on this machine
+# Said while others import them: what of them is of no use on this machine.
+for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 import torch
