@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
 from hf_fff import Calibration, FFFConfig, convert_ffn_to_fff
 from hf_fff.surgery.text import shuffled
 from hf_fff.tasks import evaluate, get_task, read_rows
-from hf_fff.tasks.data import Columns
+from hf_fff.tasks.data import Columns, Masking, unmasked
 from hf_fff.training import arguments_for, distil_task
 from hf_fff.training.data import calibration_batches
 from hf_fff.training.distil import split_rows
@@ -63,8 +63,21 @@ def finetune(args, task, model, train, tokenizer):
             seed=args.seed,
             **ON_GPU,
         )
-        collate = task.collator(tokenizer, fresh_masks=True)
+        collate = task.collator(tokenizer)
+        if task.name == "mlm":
+            collate = freshly_masked(collate, Masking(tokenizer))
         Trainer(model, arguments, train_dataset=train, data_collator=collate).train()
+
+
+def freshly_masked(collate, masking):
+    """Other words are hidden each time that a text comes."""
+
+    def masked(items):
+        batch = collate(items)
+        batch["input_ids"], batch["labels"] = masking(unmasked(batch), torch.rand(batch["input_ids"].shape))
+        return batch
+
+    return masked
 
 
 def main() -> None:

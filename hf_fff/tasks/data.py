@@ -174,20 +174,14 @@ class Encoded(Dataset[dict[str, Any]]):
 
 
 class Collator:
-    """Pads items, on the right, to a batch of tensors; labels of tokens are padded with -100.
+    """Pads items, on the right, to a batch of tensors; labels of tokens are padded with -100."""
 
-    Args:
-        fresh_masks: for masked language modelling: other tokens are masked in every batch, drawn from torch's global
-            generator.
-    """
-
-    def __init__(self, tokenizer: Any, *, fresh_masks: bool = False) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.padding = {
             "input_ids": tokenizer.pad_token_id or 0,
             "token_type_ids": tokenizer.pad_token_type_id,
             "labels": IGNORED,
         }
-        self.masking = Masking(tokenizer) if fresh_masks else None
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch: dict[str, Tensor] = {}
@@ -198,8 +192,6 @@ class Collator:
                 if values[0].ndim
                 else torch.stack(values)
             )
-        if self.masking is not None:
-            batch["input_ids"], batch["labels"] = self.masking(unmasked(batch), torch.rand(batch["input_ids"].shape))
         return batch
 
 

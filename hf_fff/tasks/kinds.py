@@ -156,8 +156,8 @@ class Task:
         """The label that ``value`` stands for; ``place`` is for messages."""
         raise NotImplementedError
 
-    def collator(self, tokenizer: Any, *, fresh_masks: bool = False) -> Collator:
-        """Makes batches of items. ``fresh_masks`` is for training on "mlm" and changes nothing elsewhere."""
+    def collator(self, tokenizer: Any) -> Collator:
+        """Makes batches of items."""
         return Collator(tokenizer)
 
     # Models
@@ -430,9 +430,6 @@ class MaskedLM(Task):
         super().check_model(model)
         if type(model).__name__.endswith("ForPreTraining"):
             raise ValueError(f"{type(model).__name__} gives no logits of its own: load it as a …ForMaskedLM")
-
-    def collator(self, tokenizer: Any, *, fresh_masks: bool = False) -> Collator:
-        return Collator(tokenizer, fresh_masks=fresh_masks)
 
     def _encode(
         self,

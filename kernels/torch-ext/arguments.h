@@ -19,6 +19,46 @@ inline std::string text(const torch::stable::Tensor& t) {  // its shape, for mes
   return s + "]";
 }
 
+struct Sizes {
+  int64_t tokens, hidden, trees, depth;
+};
+
+// Of a call, once its arguments are known to fit each other. `beside_x` says whether a tensor is on x's device.
+template <class F>
+Sizes sizes_of(const torch::stable::Tensor& x, const torch::stable::Tensor& weight_in, const torch::stable::Tensor& bias_in,
+               const torch::stable::Tensor& weight_out, int64_t n_trees, int64_t deepest, const F& beside_x) {
+  STD_TORCH_CHECK(x.dim() >= 1, "fff: x has no dimensions; it is [..., hidden]");
+  STD_TORCH_CHECK(weight_in.dim() == 2, "fff: weight_in is ", text(weight_in), "; it must be [nodes, hidden]");
+  const int64_t hidden = x.size(x.dim() - 1), nodes = weight_in.size(0);
+  STD_TORCH_CHECK(hidden >= 1 && weight_in.size(1) == hidden, "fff: weight_in is ", text(weight_in), " and x ", text(x),
+                  "; the last dimensions must agree");
+  STD_TORCH_CHECK(bias_in.dim() == 1 && bias_in.size(0) == nodes, "fff: bias_in is ", text(bias_in), "; it must be [",
+                  nodes, "]");
+  STD_TORCH_CHECK(weight_out.dim() == 2 && weight_out.size(0) == nodes && weight_out.size(1) == hidden,
+                  "fff: weight_out is ", text(weight_out), "; it must be ", text(weight_in));
+  STD_TORCH_CHECK(n_trees >= 1 && nodes % n_trees == 0, "fff: n_trees=", n_trees, " does not divide the ", nodes, " nodes");
+  int64_t depth = 0;
+  while (depth < deepest && (int64_t{2} << depth) - 1 < nodes / n_trees) ++depth;
+  STD_TORCH_CHECK((int64_t{2} << depth) - 1 == nodes / n_trees, "fff: a tree of ", nodes / n_trees,
+                  " nodes is not balanced; 2^(depth+1)-1 nodes a tree are needed");
+  for (const torch::stable::Tensor* t : {&weight_in, &bias_in, &weight_out}) {
+    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), "fff: x, weight_in, bias_in and weight_out must have one dtype");
+    STD_TORCH_CHECK(beside_x(*t), "fff: x, weight_in, bias_in and weight_out must be on one device");
+  }
+  return {x.numel() / hidden, hidden, n_trees, depth};
+}
+
+// A kernel's enumeration of activations, by its names.
+template <class A> A activation_of(const std::string& name) {
+  if (name == "gelu") return A::gelu;
+  if (name == "gelu_new") return A::gelu_new;
+  if (name == "relu") return A::relu;
+  if (name == "silu") return A::silu;
+  STD_TORCH_CHECK(name == "identity", "fff: activation '", name,
+                  "' is not known (allowed: gelu, gelu_new, relu, silu, identity)");
+  return A::identity;
+}
+
 }  // namespace hf_fff_torch
 
 template <> struct torch::stable::detail::ToImpl<hf_fff_torch::Text> {

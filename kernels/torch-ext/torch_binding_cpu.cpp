@@ -25,39 +25,15 @@ const hf_fff::ParallelFor torch_threads{[](int64_t count, int64_t grain, hf_fff:
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }};
 
-hf_fff::Activation activation_of(const std::string& name) {
-  if (name == "gelu") return hf_fff::Activation::gelu;
-  if (name == "gelu_new") return hf_fff::Activation::gelu_new;
-  if (name == "relu") return hf_fff::Activation::relu;
-  if (name == "silu") return hf_fff::Activation::silu;
-  STD_TORCH_CHECK(name == "identity", "fff: activation '", name,
-                  "' is not known (allowed: gelu, gelu_new, relu, silu, identity)");
-  return hf_fff::Activation::identity;
-}
+hf_fff::Activation activation_of(const std::string& name) { return hf_fff_torch::activation_of<hf_fff::Activation>(name); }
 
 // The shape of the problem, once the arguments are known to fit each other.
 hf_fff::Shape shape_of(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_out,
                        int64_t n_trees) {
   STD_TORCH_CHECK(!hf_fff::isa_error(), hf_fff::isa_error());
-  STD_TORCH_CHECK(x.dim() >= 1, "fff: x has no dimensions; it is [..., hidden]");
-  STD_TORCH_CHECK(weight_in.dim() == 2, "fff: weight_in is ", text(weight_in), "; it must be [nodes, hidden]");
-  const int64_t hidden = x.size(x.dim() - 1), nodes = weight_in.size(0);
-  STD_TORCH_CHECK(hidden >= 1 && weight_in.size(1) == hidden, "fff: weight_in is ", text(weight_in), " and x ", text(x),
-                  "; the last dimensions must agree");
-  STD_TORCH_CHECK(bias_in.dim() == 1 && bias_in.size(0) == nodes, "fff: bias_in is ", text(bias_in), "; it must be [",
-                  nodes, "]");
-  STD_TORCH_CHECK(weight_out.dim() == 2 && weight_out.size(0) == nodes && weight_out.size(1) == hidden,
-                  "fff: weight_out is ", text(weight_out), "; it must be ", text(weight_in));
-  STD_TORCH_CHECK(n_trees >= 1 && nodes % n_trees == 0, "fff: n_trees=", n_trees, " does not divide the ", nodes, " nodes");
-  int64_t depth = 0;
-  while (depth < 30 && (int64_t{2} << depth) - 1 < nodes / n_trees) ++depth;
-  STD_TORCH_CHECK((int64_t{2} << depth) - 1 == nodes / n_trees, "fff: a tree of ", nodes / n_trees,
-                  " nodes is not balanced; 2^(depth+1)-1 nodes a tree are needed");
-  for (const Tensor* t : {&weight_in, &bias_in, &weight_out}) {
-    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), "fff: x, weight_in, bias_in and weight_out must have one dtype");
-    STD_TORCH_CHECK(t->is_cpu(), "fff: x, weight_in, bias_in and weight_out must be on one device");
-  }
-  return {x.numel() / hidden, hidden, n_trees, depth};
+  const auto on_cpu = [](const Tensor& t) { return t.is_cpu(); };
+  const auto [tokens, hidden, trees, depth] = hf_fff_torch::sizes_of(x, weight_in, bias_in, weight_out, n_trees, 30, on_cpu);
+  return {tokens, hidden, trees, depth};
 }
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -39,15 +39,7 @@ using torch::stable::Tensor;
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-Activation activation_of(const std::string& name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_new") return Activation::gelu_new;
-  if (name == "relu") return Activation::relu;
-  if (name == "silu") return Activation::silu;
-  STD_TORCH_CHECK(name == "identity", "fff: activation '", name,
-                  "' is not known (allowed: gelu, gelu_new, relu, silu, identity)");
-  return Activation::identity;
-}
+Activation activation_of(const std::string& name) { return hf_fff_torch::activation_of<Activation>(name); }
 
 Type type_of(ScalarType dtype) {
   switch (dtype) {
@@ -80,30 +72,12 @@ Device device_facts(int index) {
 
 // The problem, once the arguments are known to fit each other.
 Problem problem_of(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_out, int64_t n_trees) {
-  STD_TORCH_CHECK(x.dim() >= 1, "fff: x has no dimensions; it is [..., hidden]");
-  STD_TORCH_CHECK(weight_in.dim() == 2, "fff: weight_in is ", text(weight_in), "; it must be [nodes, hidden]");
-  const int64_t hidden = x.size(x.dim() - 1), nodes = weight_in.size(0);
-  STD_TORCH_CHECK(hidden >= 1 && weight_in.size(1) == hidden, "fff: weight_in is ", text(weight_in), " and x ", text(x),
-                  "; the last dimensions must agree");
-  STD_TORCH_CHECK(bias_in.dim() == 1 && bias_in.size(0) == nodes, "fff: bias_in is ", text(bias_in), "; it must be [",
-                  nodes, "]");
-  STD_TORCH_CHECK(weight_out.dim() == 2 && weight_out.size(0) == nodes && weight_out.size(1) == hidden,
-                  "fff: weight_out is ", text(weight_out), "; it must be ", text(weight_in));
-  STD_TORCH_CHECK(n_trees >= 1 && nodes % n_trees == 0, "fff: n_trees=", n_trees, " does not divide the ", nodes, " nodes");
-  int64_t depth = 0;
-  while (depth < 29 && (int64_t{2} << depth) - 1 < nodes / n_trees) ++depth;
-  STD_TORCH_CHECK((int64_t{2} << depth) - 1 == nodes / n_trees, "fff: a tree of ", nodes / n_trees,
-                  " nodes is not balanced; 2^(depth+1)-1 nodes a tree are needed");
-  for (const Tensor* t : {&weight_in, &bias_in, &weight_out}) {
-    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), "fff: x, weight_in, bias_in and weight_out must have one dtype");
-    STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == x.get_device_index(),
-                    "fff: x, weight_in, bias_in and weight_out must be on one device");
-  }
-  const int64_t tokens = x.numel() / hidden;
-  STD_TORCH_CHECK(tokens < int64_t{1} << 30 && (n_trees << depth) < int64_t{1} << 32, "fff: x ", text(x), " or weight_in ",
+  const auto beside_x = [&](const Tensor& t) { return t.is_cuda() && t.get_device_index() == x.get_device_index(); };
+  const auto [tokens, hidden, trees, depth] = hf_fff_torch::sizes_of(x, weight_in, bias_in, weight_out, n_trees, 29, beside_x);
+  STD_TORCH_CHECK(tokens < int64_t{1} << 30 && (trees << depth) < int64_t{1} << 32, "fff: x ", text(x), " or weight_in ",
                   text(weight_in), " is too large for a GPU");
   const Device device = device_facts(x.get_device_index());
-  return {{tokens, hidden, n_trees, depth}, type_of(x.scalar_type()), false, device.capability, device.processors};
+  return {{tokens, hidden, trees, depth}, type_of(x.scalar_type()), false, device.capability, device.processors};
 }
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -342,28 +342,6 @@ def test_masks(tokenizer):
     assert task.encode(rows[:7], tokenizer, tiny_config(), seed=3)[6] == data[6]
 
 
-def test_fresh_masks(tokenizer):
-    rows = [{"text": text} for length in (4, 40) for text in texts(4, length)]
-    task = get_task("mlm")
-    data = task.encode(rows, tokenizer, tiny_config())
-    items = [data[i] for i in range(8)]
-    fixed = task.collator(tokenizer)(items)
-    assert fixed["labels"].tolist()[-1] == items[-1]["labels"]
-    draws = []
-    for seed in (0, 1, 0):
-        torch.manual_seed(seed)
-        batch = task.collator(tokenizer, fresh_masks=True)(items)
-        hidden = batch["labels"] != -100
-        assert torch.equal(hidden, batch["input_ids"] == MASK) and hidden.sum(1).tolist() == [1] * 4 + [6] * 4
-        whole = torch.where(hidden, batch["labels"], batch["input_ids"])
-        for i, r in enumerate(rows):
-            assert whole[i][whole[i] != 0].tolist() == tokenizer(r["text"])["input_ids"]
-        draws.append(batch["input_ids"])
-    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
-    plain = get_task("classification").encode([row()], tokenizer, tiny_config())
-    assert "labels" in get_task("classification").collator(tokenizer, fresh_masks=True)([plain[0]])
-
-
 def test_a_tokenizer_without_a_mask(tokenizer):
     class Maskless:
         mask_token_id = None
