@@ -71,7 +71,6 @@ OnDevice = Annotated[Device | None, typer.Option(help="Where to compute; a GPU b
 # ValueErrors name a field that was given; of files, these are what a wrong path gives.
 _GIVEN = (
     ValueError,
-    NotImplementedError,
     FileNotFoundError,
     FileExistsError,
     NotADirectoryError,

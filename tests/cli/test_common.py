@@ -29,7 +29,6 @@ from hf_fff.surgery.folder import ModelFolder
 ERRORS = {
     2: [
         ValueError("x=1 must be 2"),
-        NotImplementedError("not yet"),
         FileNotFoundError(errno.ENOENT, "No such file"),
         FileExistsError("it exists"),
         PermissionError(errno.EACCES, "denied"),
@@ -38,6 +37,7 @@ ERRORS = {
     ],
     1: [
         RuntimeError("out of memory"),
+        NotImplementedError("no kernel for this dtype"),
         FloatingPointError("the loss is not finite"),
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EIO, "Input/output error"),
