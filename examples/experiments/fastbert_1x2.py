@@ -10,8 +10,6 @@ DATA holds sst2, mrpc, qnli and stsb, each with train.tsv and dev.tsv. Nothing i
 """
 
 import argparse
-import json
-import os
 import tempfile
 import time
 import warnings
@@ -19,6 +17,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from runs import append, results, spread
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "results" / "glue-subset.md"
@@ -139,33 +139,6 @@ def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, A
     }
 
 
-def results(path: Path) -> list[dict[str, Any]]:
-    """The runs that are there; a line that was cut off is none."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """In one write, on a line of its own: others may do so at the same time, and whoever dies leaves no half of one behind."""
-    print(json.dumps(row), flush=True)
-    torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, (("\n" if torn else "") + json.dumps(row) + "\n").encode())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def told(values: list[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
 def report(rows: list[dict[str, Any]], page: Path) -> None:
     """The table of all runs, and a picture of it."""
     from hf_fff.config import FFFConfig
@@ -197,7 +170,7 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
     text += f"| | neurons used | seeds | {' | '.join(columns)} | kept |\n|{'---|' * (len(tasks) + 4)}\n"
     for kind in kinds:
         used = "all" if kind == "dense" else str(FFFConfig.from_shorthand(kind).active_nodes)
-        cells = [told(scores[kind, task]) if scores.get((kind, task)) else "not measured" for task in tasks]
+        cells = [spread(scores[kind, task]) if scores.get((kind, task)) else "not measured" for task in tasks]
         seeds = len({row["seed"] for row in rows if row["fff"] == kind})
         text += f"| {kind} | {used} | {seeds} | {' | '.join(cells)} | {kept(kind)} |\n"
     picture = page.with_suffix(".png")
