@@ -3,6 +3,7 @@
     python examples/experiments/fastbert_1x2.py --model DIR --data DIR --results fastbert_1x2.jsonl            # what is not there yet
     python examples/experiments/fastbert_1x2.py --results fastbert_1x2.jsonl --report                        # page and picture
     python examples/experiments/fastbert_1x2.py --model DIR --data DIR --results try.jsonl --quick           # minutes on a CPU
+    python examples/experiments/side_by_side.py --gpus 2 --at-once 6 fastbert_1x2.py --model DIR --data DIR --results FILE --bf16
 
 1x2 uses 3 of 7 neurons, 512x2 1536 of 3584; beside each stands an MLP of as many neurons as it uses, and beside all no FFN at all. What
 is converted is calibrated on the rows to train on, and then all are finetuned alike, by the preset crammed-finetune (5 epochs of batches of 16, 4e-5).
@@ -14,11 +15,12 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from runs import append, results, spread
+from runs import make_runs, results, spread
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "results" / "glue-subset.md"
@@ -63,6 +65,8 @@ def main() -> None:
         "--limit", type=int, default=10_000, help="rows to train on at most, the first ones of a shuffle"
     )
     parser.add_argument("--calibration-steps", type=int, default=1000)
+    parser.add_argument("--claims", type=Path, help="folder that processes side by side have in common, a fresh one")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no run is begun that would not end by then")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; for GPUs")
     parser.add_argument(
         "--quick", action="store_true", help="64 rows, one epoch, one seed: tells nothing but that it runs"
@@ -77,13 +81,19 @@ def main() -> None:
         return
     if not args.model or not args.data:
         parser.error("--model and --data are needed")
-    done = {tuple(row[name] for name in KEY) for row in results(args.results)}
-    for task in args.tasks:
-        for seed in args.seeds:
-            for fff in args.fff:
-                key = (args.name or Path(args.model).name, task, fff, seed, args.limit, args.quick)
-                if key not in done:
-                    append(args.results, dict(zip(KEY, key, strict=True)) | run(args, task, fff, seed))
+    name = args.name or Path(args.model).name
+    keys = [
+        dict(zip(KEY, (name, task, fff, seed, args.limit, args.quick), strict=True))
+        for seed in args.seeds
+        for task in args.tasks
+        for fff in args.fff
+    ]
+
+    def of(key: Mapping[str, Any]) -> dict[str, Any]:
+        return run(args, key["task"], key["fff"], key["seed"])
+
+    if make_runs(keys, of, args.results, claims=args.claims, seconds=args.seconds):
+        raise SystemExit("not all runs could be made")
 
 
 def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, Any]:
@@ -110,7 +120,8 @@ def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of rows that are cut, which the record has
         out = Path(folder, "out")
-        settings |= {"save_strategy": "no"}
+        # A batch of the evaluation is no part of the preset; a line in the logs waits for the GPU.
+        settings |= {"save_strategy": "no", "per_device_eval_batch_size": 128, "logging_steps": 100}
         fixed = {"output_dir": f"{folder}/work", "seed": seed, "use_cpu": not gpu, "disable_tqdm": True}
         plan = Calibration(None, steps=args.calibration_steps, max_tokens=400_000, seed=seed, progress=False)
         trained = train_folder(

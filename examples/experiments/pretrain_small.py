@@ -17,6 +17,7 @@ import random
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean, median
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
-from runs import append, claimed, results, spread
+from runs import append, make_runs, results, spread
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "data"
@@ -94,7 +95,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    begin = time.monotonic()
     asked = parser()
     args = asked.parse_args()
     if args.report:
@@ -111,18 +111,13 @@ def main() -> None:
     if args.time:
         times(args, kinds)
         return
-    longest = 0.0
-    done = {tuple(row.get(name) for name in KEY) for row in results(args.results)}
-    for seed in args.seeds:
-        for kind in kinds:
-            key = key_of(args, kind, seed)
-            if tuple(key.values()) in done or not claimed(args.claims, key.values()):
-                continue
-            if time.monotonic() - begin + longest > args.seconds:
-                return
-            started = time.monotonic()
-            append(args.results, key | run(args, kind, seed))
-            longest = max(longest, 1.05 * (time.monotonic() - started))
+    keys = [key_of(args, kind, seed) for seed in args.seeds for kind in kinds]
+
+    def of(key: Mapping[str, Any]) -> dict[str, Any]:
+        return run(args, Kind(key["fff"], key["routing_gradient"]), key["seed"])
+
+    if make_runs(keys, of, args.results, claims=args.claims, seconds=args.seconds):
+        raise SystemExit("not all runs could be made")
 
 
 def key_of(args: argparse.Namespace, kind: Kind, seed: int | None) -> dict[str, Any]:

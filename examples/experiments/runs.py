@@ -2,10 +2,51 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+BEGIN = time.monotonic()  # before torch is imported, which may take a minute
+
+
+def make_runs(
+    keys: Iterable[Mapping[str, Any]],
+    run: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    path: Path,
+    *,
+    claims: Path | None = None,
+    seconds: float = 1e9,
+) -> int:
+    """Makes the runs that have no result in ``path`` yet and that nobody else has claimed, one after the other, as long as one more would
+    probably end within ``seconds`` from the start of the process. One that fails is told, and the next one is made.
+
+    Args:
+        keys: what tells a run from the others; its line is that and what ``run`` returns of it.
+
+    Returns:
+        How many failed.
+    """
+    names: tuple[str, ...] = ()
+    failed, longest = 0, 0.0
+    for key in keys:
+        if tuple(key) != names:
+            names = tuple(key)
+            done = {tuple(row.get(name) for name in names) for row in results(path)}
+        if time.monotonic() - BEGIN + longest > seconds:
+            break
+        if tuple(key.values()) in done or not claimed(claims, key.values()):
+            continue
+        started = time.monotonic()
+        try:
+            append(path, {**key, **run(key)})
+        except Exception:
+            traceback.print_exc()
+            failed += 1
+        longest = max(longest, 1.05 * (time.monotonic() - started))
+    return failed
 
 
 def results(path: Path) -> list[dict[str, Any]]:
