@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--claims", type=Path, help="folder that processes side by side have in common, a fresh one")
     parser.add_argument("--seconds", type=float, default=1e9, help="no run is begun that would not end by then")
     args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
     kinds = ["dense", *args.fff]
     keys: list[dict[str, Any]] = [
         {"name": name, "fff": fff, "seed": seed, "limit": args.limit, "asked_steps": args.steps}
