@@ -394,7 +394,7 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
         if not {Kind("dense"), Kind("none"), kind} <= {*losses}:
             return "not measured"
         x, dense, none = (mean(losses[k]) for k in (kind, Kind("dense"), Kind("none")))
-        return f"{100 * (none - x) / (none - dense) + 0.0:.0f} %"
+        return f"{100 * (none - x) / (none - dense) + 0.0:.0f} %" if none > dense else "none is ahead of dense"
 
     seen = first["steps"] * first["rows"]
     text = HEAD.format(
