@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parents[2] / "examples" / "experiments"
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "experiments"))
 
 import runs
+
+HERE = Path(runs.__file__).parent
 
 
 def test_lines_that_are_whole(tmp_path):
