@@ -18,7 +18,7 @@ from runs import append, results
 def words(tmp_path):
     """A tokenizer and texts of several lengths."""
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    lines = [" ".join(WORDS[(7 * i + j) % 100] for j in range(3 + i % 40)) for i in range(300)]
+    lines = [" ".join(WORDS[(7 * i + j) % 100] for j in range(3 + i % 20)) for i in range(120)]
     for name, part in (("text", lines), ("unseen", lines[::4])):
         (tmp_path / f"{name}.txt").write_text("\n".join(part))
     return [
