@@ -235,9 +235,12 @@ def same_weights(one, other, rtol=1e-3, atol=1e-4):
     ours, theirs = (AutoModelForSequenceClassification.from_pretrained(folder).state_dict() for folder in (one, other))
     assert ours.keys() == theirs.keys() and any("weight_in" in name for name in ours)
     for name, value in ours.items():
-        torch.testing.assert_close(
-            theirs[name], value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        if name.endswith(
+            "key.bias"
+        ):  # the same for all keys, so that its gradient is rounding alone, to which Adam gives the usual size
+            continue
+        told = dict(rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(theirs[name], value, **told)
 
 
 def distill_words(folder, output, task, device):
