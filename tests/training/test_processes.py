@@ -237,9 +237,9 @@ def same_weights(one, other, rtol=1e-3, atol=1e-4):
     for name, value in ours.items():
         if name.endswith(
             "key.bias"
-        ):  # the same for all keys, so that its gradient is rounding alone, to which Adam gives the usual size
+        ):  # softmax does not see it: its gradient is rounding, of which Adam makes whole steps
             continue
-        told = dict(rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        told = {"rtol": rtol, "atol": atol, "msg": lambda text, name=name: f"{name}: {text}"}
         torch.testing.assert_close(theirs[name], value, **told)
 
 
