@@ -31,7 +31,6 @@ HERE = Path(__file__).parent
 DATA = HERE.parent / "data"
 PAGE = HERE.parents[1] / "docs" / "results" / "pretraining.md"
 KINDS = ("dense", "8x8", "mlp:72", "1x11", "mlp:12", "none")
-INNER = 1536  # neurons of the dense FFN
 KEY = (
     "run",
     "fff",
@@ -43,6 +42,8 @@ KEY = (
     "learning_rate",
     "fff_learning_rate",
     "plain_steps",
+    "layers",
+    "hidden_size",
     "quick",
 )
 HELD_OUT = 256  # rows of the training text, by which rates are chosen
@@ -340,8 +341,8 @@ def times(args: argparse.Namespace, kinds: list[Kind]) -> None:
 
 HEAD = """# Pretraining from nothing
 
-Made by `python examples/experiments/pretrain_small.py --report` from the JSON lines of its runs; how to run them stands there. BERTs of 6 layers of
-384, which differ in nothing but what stands in the place of the FFNs (dense: 1536 neurons), pretrained on masked words from random weights: {steps:,}
+Made by `python examples/experiments/pretrain_small.py --report` from the JSON lines of its runs; how to run them stands there. BERTs of {layers} layers of
+{hidden_size}, which differ in nothing but what stands in the place of the FFNs (dense: {inner} neurons), pretrained on masked words from random weights: {steps:,}
 steps of {rows} full rows of {tokens} tokens ({seen:.1f} million tokens, {passes:.1f} passes over the text), 25 % of the tokens masked, AdamW at
 {learning_rate:g} (0.9, 0.98, 1e-12), weight decay 0.01, clipping at 0.5, no dropout, a warm-up over a tenth of the steps and then a constant rate, bf16.
 What replaces the FFNs has the rate of its column. Loss on masked words of {unseen_rows} rows of text from documents that no training
@@ -374,7 +375,8 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
     if not trained:
         raise SystemExit("there are no runs to report")
     first = trained[-1]
-    same = ("steps", "rows", "tokens", "learning_rate", "device")
+    same = ("steps", "rows", "tokens", "learning_rate", "layers", "hidden_size", "device")
+    inner = 4 * first["hidden_size"]  # neurons of the dense FFN
     trained = [row for row in trained if all(row[name] == first[name] for name in same)]
     groups: dict[Kind, list[dict[str, Any]]] = defaultdict(list)
     for row in trained:
@@ -384,7 +386,8 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
     ms = {
         Kind(row["fff"], row["routing_gradient"]): row["milliseconds"]
         for row in rows
-        if row["run"] == "time" and all(row[name] == first[name] for name in ("rows", "tokens", "device"))
+        if row["run"] == "time"
+        and all(row[name] == first[name] for name in ("rows", "tokens", "layers", "hidden_size", "device"))
     }
     budget = min((ms[kind] * first["steps"] / 1e3 for kind in kinds if kind in ms), default=float("nan"))
     ends = {kind: [row["curve"][-1][1] for row in groups[kind]] for kind in kinds}
@@ -398,7 +401,8 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
 
     seen = first["steps"] * first["rows"]
     text = HEAD.format(
-        **{name: first[name] for name in ("steps", "rows", "tokens", "learning_rate", "unseen_rows")},
+        **{name: first[name] for name in ("unseen_rows", *same[:-1])},
+        inner=inner,
         seen=seen * first["tokens"] / 1e6,
         passes=seen / first["train_rows"],
         budget=budget,
@@ -406,11 +410,11 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
     text += f"{COLUMNS}\n|{'---|' * (COLUMNS.count('|') - 1)}\n"
     for kind in kinds:
         of = groups[kind]
-        used = INNER if kind.fff == "dense" else FFFConfig.from_shorthand(kind.fff).active_nodes
+        used = inner if kind.fff == "dense" else FFFConfig.from_shorthand(kind.fff).active_nodes
         cells = [
             kind.fff,
             "-" if kind.routing is None else f"{kind.routing:g}",
-            f"{used} ({100 * used / INNER:.1f} %)",
+            f"{used} ({100 * used / inner:.1f} %)",
             "-" if of[0]["rate"] is None or kind.fff == "none" else f"{of[0]['rate']:g}",
             str(len(of)),
             spread(ends[kind]),

@@ -98,10 +98,10 @@ TASKS = """
 ## Tasks
 
 MiniLM finetuned for each (*dense*, three epochs), and students of it: calibrated on the task's inputs for {calibration_steps} steps a layer, then distilled for {steps}
-steps of 32 rows on the labelled rows, copies of them with replaced words and, for MNLI and MRPC, pairs of other data sets without labels; {limit} rows to train
-on at most. Scores on rows that were not looked at for any choice, {report_limit} at most; mean ± standard deviation over {seeds}, each with a teacher of its own.
-*Recovered* is (x - none) / (dense - none) of the means, and told only where dense and none are more than two standard errors apart; *agreement* the share of the
-positions where the likeliest class is the teacher's. {device}, torch {torch}.
+steps of {batch_size} rows on the labelled rows, copies of them with replaced words and, of pairs, those of other data sets without labels; {limit} rows to train
+on. Scores on rows that were not looked at for any choice, {report_limit} of them; {seeds}. *Recovered* is (x - none) / (dense - none) of
+the means, and told only where dense and none are more than two standard errors apart; *agreement* the share of the positions where the likeliest class is the
+teacher's. {device}, torch {torch}.
 
 """
 
@@ -154,7 +154,7 @@ MISSING = """
 
 More than one seed of what has one here; SST-2, QNLI, MRPC and STS-B after task distillation; the inputs' format; frozen attention;
 trainings of more than 3000 steps; the frontier in other engines than PyTorch. The scripts are there
-(`quality_minilm.py`, `tasks_minilm.py`), and so is the [queue](../../examples/experiments/README.md).
+(`quality_minilm.py`, `tasks_table.py`), and so is the [queue](../../examples/experiments/README.md).
 """
 
 
@@ -319,15 +319,13 @@ _SCORES = {
 
 def apart(a: list[float], b: list[float]) -> bool:
     """Whether two means are more than two standard errors apart; of single runs nobody can tell."""
-    error = sum(stdev(values) ** 2 / len(values) for values in (a, b)) ** 0.5 if min(len(a), len(b)) > 1 else 0.0
-    return abs(mean(a) - mean(b)) > 2 * error
+    if min(len(a), len(b)) < 2:
+        return False
+    return abs(mean(a) - mean(b)) > 2 * sum(stdev(values) ** 2 / len(values) for values in (a, b)) ** 0.5
 
 
 def tasks(rows: list[dict]) -> str:
-    """Of ``tasks_table.py``."""
-    if not rows:
-        return ""
-    names = [name for name in _SCORES if any(row["name"] == name and row["fff"] != "dense" for row in rows)]
+    """Of ``tasks_table.py``, or single runs of ``tasks_minilm.py``."""
     scores: dict[tuple[str, str], list[float]] = defaultdict(list)
     agreements: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
@@ -336,13 +334,20 @@ def tasks(rows: list[dict]) -> str:
         scores[row["fff"], row["name"]].append(scale * found[_SCORES[row["name"]][1]])
         if "agreement" in found:
             agreements[row["fff"], row["name"]].append(100 * found["agreement"])
+    names = [name for name in _SCORES if any(fff != "dense" and of == name for fff, of in scores)]
     kinds = list(grouped([row for row in rows if row["fff"] != "dense"]))
     others = [kind for kind in kinds if kind != "none"]
     example = next(row for row in rows if row["fff"] != "dense" and row["name"] != "mlm")
-    seeds = {len(values) for values in scores.values()}
+    counts = sorted({len(values) for values in scores.values()})
+    several = "mean ± standard deviation over {} seeds, each with a teacher of its own"
+    few = "**one seed**, so that differences of a point or two mean nothing (wnut17 has 1287 sentences with few entities: there the standard error alone is above two points)"
+    limits = {name: f"{example[name]:,} at most" if example.get(name) else "all" for name in ("limit", "report_limit")}
     text = TASKS.format(
-        **{name: example[name] for name in ("calibration_steps", "steps", "limit", "report_limit", "device", "torch")},
-        seeds=f"{max(seeds)} seeds" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)} seeds",
+        **{name: example[name] for name in ("calibration_steps", "steps", "batch_size", "device", "torch")},
+        **limits,
+        seeds=few
+        if counts == [1]
+        else several.format(" to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))),
     )
     columns = ["dense", *kinds, *(f"{kind} recovered" for kind in others), *(f"{kind} agreement" for kind in kinds)]
     text += f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}\n"
@@ -350,14 +355,16 @@ def tasks(rows: list[dict]) -> str:
     for name in names:
         dense, none = scores["dense", name], scores["none", name]
         digits = 3 if name == "mlm" else 1
-        cells = [spread(scores[kind, name], digits) if scores[kind, name] else "" for kind in ("dense", *kinds)]
+        cells = [spread(scores[kind, name], digits) if scores[kind, name] else "-" for kind in ("dense", *kinds)]
         for kind in others:
-            told = dense and none and scores[kind, name] and apart(dense, none)
+            told = scores[kind, name] and apart(dense, none)
             cells.append(recovered(mean(scores[kind, name]), mean(none), mean(dense)) if told else "-")
         cells += [f"{mean(agreements[kind, name]):.1f} %" if agreements[kind, name] else "-" for kind in kinds]
         text += f"| {_SCORES[name][0]} | {' | '.join(cells)} |\n"
         if name != "mlm" and dense and none:
             kept[name] = mean(none) / mean(dense)
+    if not kept:
+        return text
     where = min(kept, key=lambda name: kept[name])
     return text + TASKS_TAIL.format(worst=f"{100 * kept[where]:.1f} %", where=_SCORES[where][0].split(",")[0])
 
@@ -409,7 +416,7 @@ def main() -> None:
         + general(rows)
         + ablation(rows)
         + masked_words(done)
-        + tasks(rows_of("tasks_table.jsonl"))
+        + tasks(rows_of("tasks_table.jsonl") or [row for row in done if row["name"] != "mlm"])
         + calibrated(rows)
     )
     page += models(speeds) + equal_time(rows, speeds) + rates(rows) + step(rows_of("step_time.jsonl")[-1]) + MISSING

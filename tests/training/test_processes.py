@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from accelerate.commands.config import config_args
 from command import run, unwrapped
 from resuming import Plain
@@ -286,9 +287,9 @@ def test_a_sharded_distillation_is_refused_before_the_calibration(bare, classifi
     assert not (classifier / "work").exists()
 
 
-def train_words(folder, output, rows, device="gpu"):
+def train_words(folder, output, rows, device="gpu", **more):
     settings = {"max_steps": 12, "per_device_train_batch_size": rows, "learning_rate": 1e-3, "dropout": "false"}
-    settings |= {"logging_steps": 4, "report_to": "none", "save_strategy": "no"}
+    settings |= {"logging_steps": 4, "report_to": "none", "save_strategy": "no", **more}
     data = ("--data", folder / "rows.tsv", "--eval", folder / "rows.tsv", "--out", output)
     words = ["train", "classify", folder / "dense", *data, "--fff", "2x3", "--calibration-steps", 3, "--json"]
     words += ["--device", "cpu"] if device == "cpu" else []
@@ -301,6 +302,27 @@ def test_train_on_two_processes(classifier):
     assert alone.exit_code == 0, alone.output
     told = launch("cpu_2", "hf_fff", *train_words(classifier, classifier / "two", 8, "cpu"))
     one, two = json.loads(alone.stdout)["training"], json.loads(told)["training"]
+    assert two["scores"] == pytest.approx(one["scores"], abs=0.02)
+    same_weights(classifier / "alone", classifier / "two")
+
+
+@pytest.mark.full
+def test_train_sharded(classifier, monkeypatch):
+    """``hf-fff train`` under FSDP2 as Accelerate has it, on two processes: units, steps, checkpoints, evaluation, and the folder that it writes."""
+    alone = run(*train_words(classifier, classifier / "alone", 16, "cpu"))
+    assert alone.exit_code == 0, alone.output
+    config = yaml.safe_load((ROOT / "examples" / "accelerate" / "gpu_8_fsdp2.yaml").read_text())["fsdp_config"]
+    for name, value in config.items():  # as accelerate launch hands it on
+        told = str(value).lower() if isinstance(value, bool) else str(value)
+        monkeypatch.setenv(name.upper().replace("LAYER_CLS", "CLS"), told)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = train_words(classifier, classifier / "two", 8, "cpu", save_strategy="steps", save_steps=6)
+    told = subprocess.run([*command, "-m", "sharding_on_cpu", *map(str, words)], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr[-3000:]
+    one, two = json.loads(alone.stdout)["training"], json.loads(told.stdout)["training"]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     assert two["scores"] == pytest.approx(one["scores"], abs=0.02)
     same_weights(classifier / "alone", classifier / "two")
 
