@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -321,6 +322,7 @@ def test_train_sharded(classifier, monkeypatch):
     words = train_words(classifier, classifier / "two", 8, "cpu", save_strategy="steps", save_steps=6)
     told = subprocess.run([*command, "-m", "sharding_on_cpu", *map(str, words)], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr[-3000:]
+    assert re.search(r"sharded (\d\d) of \1 parameters", told.stderr), told.stderr
     one, two = json.loads(alone.stdout)["training"], json.loads(told.stdout)["training"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     assert two["scores"] == pytest.approx(one["scores"], abs=0.02)
