@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_fff.bench.model import Timing
 from hf_fff.choosing import search
 from hf_fff.tasks import get_task
+from hf_fff.training import DistillationArguments
 
 TIMES = {"dense": 1.0, "none": 0.5, "mlp:4": 0.6, "2x2": 0.7, "mlp:64": 1.5}
 
@@ -263,3 +264,14 @@ def test_a_plot_without_matplotlib(dense, data, tmp_path, monkeypatch):
     result = choose(dense, tmp_path / "fast", data, "--plot", tmp_path / "a.png")
     assert result.exit_code == 2 and "pip install hf-fff[bench]" in unwrapped(result.stderr)
     assert not (tmp_path / "fast").exists()
+
+
+def test_several_processes_are_refused(model, tmp_path, monkeypatch):
+    """A search measures times."""
+    monkeypatch.setattr(DistillationArguments, "world_size", 2)
+    data = write(tmp_path / "data.jsonl", pairs(40, 0))
+    result = choose(model, tmp_path / "fast", data)
+    assert result.exit_code == 2 and "there are 2 processes, and a search measures times: start one" in unwrapped(
+        result.stderr
+    )
+    assert not (tmp_path / "fast.work").exists()
