@@ -66,7 +66,8 @@ _TOOLCHAINS = {
         "Install g++ or clang++",
         # No -march: the sources choose the instruction set when they run.
         ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden"),
-        ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-Wl,--no-as-needed",),
+        # Where a C++ runtime is linked statically, its names must not mix with those of torch's: they crash each other.
+        ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-Wl,--no-as-needed,--exclude-libs=ALL",),
         "HF_FFF_CXXFLAGS",
         timeout=300,
         takes="about 25 s",
