@@ -90,6 +90,25 @@ def microseconds(call, rounds=300):
     return 1e6 * statistics.median(found)
 
 
+class Direct(torch.autograd.Function):
+    """What the operators would cost below one autograd function, without the dispatcher's Python kernels."""
+
+    @staticmethod
+    def forward(ctx, x, weight_in, bias_in, weight_out, n_trees, alpha):
+        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
+            cast = [t.to(torch.bfloat16) for t in (x, weight_in, bias_in, weight_out)]
+            y, path, logits = torch.ops.hf_fff.fff_train.default(*cast, n_trees, "gelu")
+        ctx.save_for_backward(*cast, path, logits)
+        ctx.settings = (n_trees, "gelu", alpha, 1.0)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
+            grads = torch.ops.hf_fff.fff_backward.default(grad_y, *ctx.saved_tensors, *ctx.settings)
+            return (*(g.float() for g in grads), None, None)
+
+
 def layer_alone(tokens=64):
     """Microseconds of queueing a layer's forward and backward pass, and the operators without autograd."""
     x = torch.randn(tokens, 768, device="cuda", requires_grad=True)
@@ -100,15 +119,20 @@ def layer_alone(tokens=64):
         for routing in (3.0, 0.0):
             config = replace(FFFConfig.from_shorthand(name), routing_gradient=routing)
             layers[name + (" routing" if routing else "")] = FFF(768, config, device="cuda")
-    for name, layer in layers.items():
-        parts = [[], []]
+    def direct(layer):
+        weights = (layer.weight_in, layer.bias_in, layer.weight_out)
+        return lambda x: Direct.apply(x, *weights, layer.n_trees, layer.config.routing_gradient)
+
+    calls = dict(layers) | {f"{n}, direct": direct(layer) for n, layer in layers.items() if isinstance(layer, FFF)}
+    for name, call in calls.items():
+        layer, parts = layers[name.split(",")[0]], [[], []]
         for _ in range(200):
             layer.zero_grad()
             x.grad = None
             torch.cuda.synchronize()
             begin = time.perf_counter()
             with torch.autocast("cuda", torch.bfloat16):
-                y = layer(x)
+                y = call(x)
             middle = time.perf_counter()
             y.backward(grad)
             parts[0].append(middle - begin), parts[1].append(time.perf_counter() - middle)
@@ -138,7 +162,7 @@ def main(out, batches):
     torch.manual_seed(0)
     layer_alone()
     models = {n.split()[0]: m for n, m in random_models("bert-base", KINDS, {"float32": torch.float32}).items()}
-    with (Path(out) / "train_profile.txt").open("w") as file:
+    with (Path(out) / "train_profile.txt").open("w", buffering=1) as file:
         for name in KINDS:
             model = models.pop(name).cuda().train()
             for routing in (True, False) if "x" in name else (None,):
