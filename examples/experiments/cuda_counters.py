@@ -77,7 +77,11 @@ def rows_of(text):
         told = {"pass": next((v for n, v in row.items() if "Push/Pop_Range" in n or "Push/Pop Range" in n), "")}
         told["kernel"] = row["Kernel Name"].split("(")[0].split("::")[-1][:60]
         told |= {short: number(name) for short, name in COUNTERS.items()}
-        pipes = {n: number(n) for n in row if ".pct_of_peak_sustained_elapsed" in n and n.startswith(("breakdown:", "sm__", "idc__"))}
+        pipes = {
+            n: number(n)
+            for n in row
+            if ".pct_of_peak_sustained_elapsed" in n and n.startswith(("breakdown:", "sm__", "idc__"))
+        }
         pipes = {n: v for n, v in pipes.items() if v is not None and n not in COUNTERS.values()}
         busiest = max(pipes, key=lambda n: pipes[n], default="")
         told["busiest"] = busiest.split(".")[-4] if busiest.startswith("breakdown:") else busiest.split(".")[0]

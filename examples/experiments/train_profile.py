@@ -71,7 +71,9 @@ def profiled(step, steps=2):
 
 
 def table(title, rows, file, shown):
-    for number, text in enumerate([title, *(f"  {us:9.0f} us {count:7.1f}x  {name[:110]}" for us, count, name in rows)]):
+    for number, text in enumerate(
+        [title, *(f"  {us:9.0f} us {count:7.1f}x  {name[:110]}" for us, count, name in rows)]
+    ):
         print(text, file=file)
         if number <= shown:
             print(text[:130], flush=True)
@@ -119,6 +121,7 @@ def layer_alone(tokens=64):
         for routing in (3.0, 0.0):
             config = replace(FFFConfig.from_shorthand(name), routing_gradient=routing)
             layers[name + (" routing" if routing else "")] = FFF(768, config, device="cuda")
+
     def direct(layer):
         weights = (layer.weight_in, layer.bias_in, layer.weight_out)
         return lambda x: Direct.apply(x, *weights, layer.n_trees, layer.config.routing_gradient)
@@ -149,8 +152,8 @@ def layer_alone(tokens=64):
             told = {
                 "fff": microseconds(lambda a=(tokens_in, *weights): torch.ops.hf_fff.fff.default(*a)),
                 "fff_train": microseconds(lambda a=(tokens_in, *weights): torch.ops.hf_fff.fff_train.default(*a)),
-                "fff_backward": microseconds(lambda a=args: back(*a)),
-                "fff_backward, routing": microseconds(lambda a=args: back(*a, 3.0, 1.0)),
+                "fff_backward": microseconds(lambda a=args, b=back: b(*a)),
+                "fff_backward, routing": microseconds(lambda a=args, b=back: b(*a, 3.0, 1.0)),
                 "a cast": microseconds(lambda w=fff.weight_in: w.float()),
                 "an empty tensor": microseconds(lambda w=fff.weight_in: torch.empty_like(w)),
             }
@@ -165,12 +168,12 @@ def main(out, batches):
     with (Path(out) / "train_profile.txt").open("w", buffering=1) as file:
         for name in KINDS:
             model = models.pop(name).cuda().train()
-            for routing in (True, False) if "x" in name else (None,):
+            for routing in (True, False) if name == "1x11" else (None,):
                 if routing is False:
                     for layer in model.modules():
                         if isinstance(layer, FFF):
                             layer.config = replace(layer.config, routing_gradient=0.0)
-                label = name + (" routing" if routing else "")
+                label = name + (" without routing" if routing is False else "")
                 for batch in batches:
                     step = stepper(model, *map(int, batch.split("x")))
                     for _ in range(3):
