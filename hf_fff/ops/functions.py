@@ -50,7 +50,7 @@ class _OnGpu(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
         needed = (need[0], need[1] or need[2] or need[3])
@@ -131,7 +131,7 @@ def fff(
         if not torch.compiler.is_compiling() and _on_gpu(x, weight_in, bias_in, weight_out):
             mixed = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
             if mixed is None or _can_mix(mixed, x, weight_in, bias_in, weight_out):
-                return _OnGpu.apply(x, weight_in, bias_in, weight_out, n_trees, activation, *routing, mixed)  # type: ignore[no-any-return]
+                return _OnGpu.apply(x, weight_in, bias_in, weight_out, n_trees, activation, *routing, mixed)
         y, _, _ = fff_train(x, weight_in, bias_in, weight_out, n_trees, activation, *routing)
         return y
     return _infer(x, weight_in, bias_in, weight_out, n_trees, activation)
