@@ -254,17 +254,16 @@ template <class T, int VEC, int LEVELS> __global__ void __launch_bounds__(kSumsT
   flush(0);
 }
 
-constexpr int kJoinThreads = 512, kJoinGroups = 4, kJoinLanes = kJoinThreads / kJoinGroups, kJoinEach = 4;
-constexpr int kShort = 4;        // parts of chunks that a group adds up alone
+constexpr int kJoinThreads = 512, kJoinColumns = 64, kJoinGroups = kJoinThreads / kJoinColumns, kJoinVec = 2;
 constexpr int kMostLevels = 30;
 
-// A block: some columns of the runs, at all levels, that begin in a chunk and go on beyond it.
+// A block: some columns of the runs, one a level, that begin in a chunk and go on beyond it.
 template <class T> __global__ void __launch_bounds__(kJoinThreads) join_kernel(Sums<T> a) {
   using A = accumulator_t<T>;
-  __shared__ A sums[kJoinGroups - 1][kJoinEach][kJoinLanes];
+  __shared__ A sums[kJoinGroups][kJoinColumns * kJoinVec];
   __shared__ int last_chunk[kMostLevels], places[kMostLevels];  // the last one that begins with the run; -1: no run
   const int64_t chunk = blockIdx.x % (a.chunks - 1), tree = blockIdx.x / (a.chunks - 1), hidden = a.shape.hidden;
-  const int levels = int(a.shape.levels()), lane = threadIdx.x % kJoinLanes, group = threadIdx.x / kJoinLanes;
+  const int levels = int(a.shape.levels());
   const auto first_of = [&](int64_t c) { return a.leaf(tree, c * a.per_chunk); };
   if (int(threadIdx.x) < levels) {
     const int shift = int(a.shape.depth) - int(threadIdx.x), place = a.leaf(tree, (chunk + 1) * a.per_chunk - 1) >> shift;
@@ -285,56 +284,39 @@ template <class T> __global__ void __launch_bounds__(kJoinThreads) join_kernel(S
     last_chunk[threadIdx.x] = int(last), places[threadIdx.x] = place;
   }
   __syncthreads();
-  const int64_t column = int64_t(blockIdx.y) * kJoinLanes * kJoinEach + lane;  // of a row of weight_in and one of weight_out
-  const auto add = [&](A (&sum)[kJoinEach], int level, int64_t c, int slot) {
-    const A* part = a.parts + a.part(tree, c, slot, level) * 2 * hidden;
-#pragma unroll
-    for (int j = 0; j < kJoinEach; ++j)
-      if (column + j * kJoinLanes < 2 * hidden) sum[j] += part[column + j * kJoinLanes];
-  };
-  const auto row_of = [&](int level) { return tree * a.shape.tree_nodes() + (1 << level) - 1 + places[level]; };
-  const auto write = [&](const A (&sum)[kJoinEach], int level) {
-#pragma unroll
-    for (int j = 0; j < kJoinEach; ++j) {
-      const int64_t at = column + j * kJoinLanes;
-      if (at < hidden) a.into_in[row_of(level) * hidden + at] = from_acc<T>(sum[j]);
-      else if (at < 2 * hidden) a.into_out[row_of(level) * hidden + at - hidden] = from_acc<T>(sum[j]);
-    }
-  };
-  for (int level = group; level < levels; level += kJoinGroups) {  // short runs: one for each group
-    const int64_t last = last_chunk[level];
-    if (last < 0 || last - chunk > kShort) continue;
-    A sum[kJoinEach] = {};
-    add(sum, level, chunk, 1);
-    for (int64_t c = chunk + 1; c <= last; ++c) add(sum, level, c, 0);
-    write(sum, level);
-  }
-  for (int level = 0; level < levels; ++level) {  // long ones: all groups together
-    const int64_t last = last_chunk[level];
-    if (last < 0 || last - chunk <= kShort) continue;
-    A sum[kJoinEach] = {};
-    if (group == 0) add(sum, level, chunk, 1);
-#pragma unroll 4
-    for (int64_t c = chunk + 1 + group; c <= last; c += kJoinGroups) add(sum, level, c, 0);
-    __syncthreads();
-    if (group)
-#pragma unroll
-      for (int j = 0; j < kJoinEach; ++j) sums[group - 1][j][lane] = sum[j];
-    __syncthreads();
-    if (group) continue;
-#pragma unroll
-    for (int j = 0; j < kJoinEach; ++j)
-      for (int g = 1; g < kJoinGroups; ++g) sum[j] += sums[g - 1][j][lane];
-    write(sum, level);
-  }
-  if (blockIdx.y) return;
-  for (int level = threadIdx.x / kWarp; level < levels; level += kJoinThreads / kWarp) {
+  const int column = threadIdx.x % kJoinColumns, group = threadIdx.x / kJoinColumns;
+  const int64_t at = (int64_t(blockIdx.y) * kJoinColumns + column) * kJoinVec;  // of a row of weight_in and one of weight_out
+  for (int level = 0; level < levels; ++level) {
     const int64_t last = last_chunk[level];
     if (last < 0) continue;
-    A total = 0;
-    for (int64_t c = chunk + 1 + threadIdx.x % kWarp; c <= last; c += kWarp) total += a.bias_parts[a.part(tree, c, 0, level)];
-    total = warp_sum(total);
-    if (threadIdx.x % kWarp == 0) a.into_bias[row_of(level)] = from_acc<T>(total + a.bias_parts[a.part(tree, chunk, 1, level)]);
+    const int64_t row = tree * a.shape.tree_nodes() + (1 << level) - 1 + places[level];
+    A sum[kJoinVec] = {};
+    const auto add = [&](int64_t c, int slot) {
+      const A* part = a.parts + a.part(tree, c, slot, level) * 2 * hidden + at;
+#pragma unroll
+      for (int j = 0; j < kJoinVec; ++j)
+        if (at + j < 2 * hidden) sum[j] += part[j];
+    };
+    if (group == 0) add(chunk, 1);
+#pragma unroll 8
+    for (int64_t c = chunk + 1 + group; c <= last; c += kJoinGroups) add(c, 0);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kJoinVec; ++j) sums[group][column * kJoinVec + j] = sum[j];
+    __syncthreads();
+    if (group == 0)
+#pragma unroll
+      for (int j = 0; j < kJoinVec; ++j) {
+        for (int g = 1; g < kJoinGroups; ++g) sum[j] += sums[g][column * kJoinVec + j];
+        if (at + j < hidden) a.into_in[row * hidden + at + j] = from_acc<T>(sum[j]);
+        else if (at + j < 2 * hidden) a.into_out[row * hidden + at + j - hidden] = from_acc<T>(sum[j]);
+      }
+    if (blockIdx.y == 0 && group == kJoinGroups - 1 && column < kWarp) {
+      A total = 0;
+      for (int64_t c = chunk + 1 + column; c <= last; c += kWarp) total += a.bias_parts[a.part(tree, c, 0, level)];
+      total = warp_sum(total);
+      if (column == 0) a.into_bias[row] = from_acc<T>(total + a.bias_parts[a.part(tree, chunk, 1, level)]);
+    }
   }
 }
 
@@ -355,7 +337,7 @@ template <class T> void sums(const Sums<T>& a, bool vectors, cudaStream_t stream
   else if (size == 8) launch(sums_kernel<T, VEC, 8>);
   else launch(sums_kernel<T, VEC, 12>);
   if (a.chunks > 1) {
-    const dim3 borders(unsigned((a.chunks - 1) * a.shape.trees), unsigned(divide_up(2 * a.shape.hidden, kJoinLanes * kJoinEach)));
+    const dim3 borders(unsigned((a.chunks - 1) * a.shape.trees), unsigned(divide_up(2 * a.shape.hidden, kJoinColumns * kJoinVec)));
     join_kernel<T><<<borders, kJoinThreads, 0, stream>>>(a);
   }
 }

@@ -488,64 +488,55 @@ template <class T, class G> __global__ void __launch_bounds__(128, 3) weights_ke
     }
 }
 
-constexpr int kJoinThreads = 128, kJoinGroups = kJoinThreads / kWarp, kJoinRows = 8, kJoinColumns = kWarp * 4;
+constexpr int kJoinThreads = 128, kJoinRows = 8, kJoinColumns = kJoinThreads * 4;
 
-__device__ inline void add_to(float4& sum, const float4& v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
-
-// Blocks: eight rows of a subtree that is no single chunk, two for each warp; and a node of the top part, of which every subtree below has
-// parts: a quarter of them for each warp. Some columns of them.
+// Blocks: eight rows of a subtree that is no single chunk; and a node of the top part, of which every subtree below has parts.
 template <class T, class G> __global__ void __launch_bounds__(kJoinThreads) join_parts_kernel(Weights<T> a) {
-  __shared__ float4 sums[kJoinGroups - 1][kWarp];
   const Shape& s = a.at.shape;
-  const int top = a.at.top, bins = a.at.bins(), tree_bins = 1 << top, hidden = int(s.hidden), lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp;
-  const int eighths = (kSubNodes + kJoinRows - 1) / kJoinRows, index = int(blockIdx.x) - bins * eighths;
-  const int element = int(blockIdx.y) * kJoinColumns + lane * 4;  // of a row of weight_in and one of weight_out
-  const bool here = element < 2 * hidden;
-  const auto add = [&](float4& sum, int begin, int end, int step, int row) {
-#pragma unroll 8
-    for (int c = begin; c < end; c += step)
-      add_to(sum, __ldcs(reinterpret_cast<const float4*>(a.parts + (int64_t(c) * kPartRows + row) * 2 * hidden + element)));
-  };
-  const auto write = [&](const float4& sum, int64_t row) {
-    G* into = static_cast<G*>(element < hidden ? a.into_in : a.into_out) + row * hidden + element % hidden;
-    store_pair(into, sum.x, sum.y), store_pair(into + 2, sum.z, sum.w);
-  };
-  const auto write_bias = [&](int begin, int end, int part_row, int64_t row) {  // a warp
-    float sum = 0;
-    for (int c = begin + lane; c < end; c += kWarp) sum += a.bias_parts[int64_t(c) * kPartRows + part_row];
-    sum = warp_sum(sum);
-    if (lane == 0) static_cast<G*>(a.into_bias)[row] = from_acc<G>(sum);
-  };
-  if (index < 0) {
-    const int bin = int(blockIdx.x) / eighths, number = pieces_of(a.at.counts[bin], a.per_chunk);
+  const int top = a.at.top, bins = a.at.bins(), tree_bins = 1 << top, hidden = int(s.hidden), lane = threadIdx.x % kWarp;
+  const int eighths = (kSubNodes + kJoinRows - 1) / kJoinRows;
+  int tree, begin, end, row0, rows = 1;
+  int64_t node = 0;
+  const int index = int(blockIdx.x) - bins * eighths;
+  const bool below = index < 0;
+  if (below) {
+    const int bin = blockIdx.x / eighths, number = pieces_of(a.at.counts[bin], a.per_chunk);
     if (number == 1) return;
-    const int begin = number ? pieces_before(a.at.counts, bin, a.per_chunk) : 0, row0 = int(blockIdx.x) % eighths * kJoinRows;
-    const int64_t first_row = bin / tree_bins * s.tree_nodes();
-    for (int r = row0 + group; r < min(row0 + kJoinRows, kSubNodes); r += kJoinGroups) {
-      const int node = node_below(tree_bins - 1 + bin % tree_bins, r, a.at.sub());
-      if (node < 0) break;
-      if (here) {
-        float4 sum = make_float4(0, 0, 0, 0);
-        add(sum, begin, begin + number, 1, r);
-        write(sum, first_row + node);
+    tree = bin / tree_bins;
+    begin = number ? pieces_before(a.at.counts, bin, a.per_chunk) : 0, end = begin + number;
+    row0 = int(blockIdx.x) % eighths * kJoinRows, rows = min(kJoinRows, kSubNodes - row0);
+    node = tree_bins - 1 + bin % tree_bins;  // the root
+  } else {
+    tree = index / (tree_bins - 1);
+    node = index % (tree_bins - 1);
+    const int level = 31 - __clz(int(node) + 1), place = int(node) + 1 - (1 << level);
+    const int bin = tree * tree_bins + (place << (top - level));
+    begin = pieces_before(a.at.counts, bin, a.per_chunk);
+    end = pieces_before(a.at.counts, bin + (1 << (top - level)), a.per_chunk);
+    row0 = kSubNodes + level;
+  }
+  const int64_t first_row = tree * s.tree_nodes();
+  const int element = int(blockIdx.y) * kJoinColumns + threadIdx.x * 4;  // of a row of weight_in and one of weight_out
+  for (int r = 0; r < rows; ++r) {
+    const int64_t to = below ? node_below(int(node), row0 + r, a.at.sub()) : node;
+    if (to < 0) break;
+    if (element < 2 * hidden) {
+      float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+      for (int c = begin; c < end; ++c) {
+        const float4 part = __ldcs(reinterpret_cast<const float4*>(a.parts + (int64_t(c) * kPartRows + row0 + r) * 2 * hidden + element));
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
       }
-      if (blockIdx.y == 0) write_bias(begin, begin + number, r, first_row + node);
+      G* into = static_cast<G*>(element < hidden ? a.into_in : a.into_out) + (first_row + to) * hidden + element % hidden;
+      store_pair(into, sum.x, sum.y), store_pair(into + 2, sum.z, sum.w);
     }
-    return;
+    if (blockIdx.y == 0 && threadIdx.x < kWarp) {
+      float sum = 0;
+      for (int c = begin + lane; c < end; c += kWarp) sum += a.bias_parts[int64_t(c) * kPartRows + row0 + r];
+      sum = warp_sum(sum);
+      if (lane == 0) static_cast<G*>(a.into_bias)[first_row + to] = from_acc<G>(sum);
+    }
   }
-  const int tree = index / (tree_bins - 1), node = index % (tree_bins - 1);
-  const int level = 31 - __clz(node + 1), bin = tree * tree_bins + ((node + 1 - (1 << level)) << (top - level)), row = kSubNodes + level;
-  const int begin = pieces_before(a.at.counts, bin, a.per_chunk), end = pieces_before(a.at.counts, bin + (1 << (top - level)), a.per_chunk);
-  const int64_t to = tree * s.tree_nodes() + node;
-  float4 sum = make_float4(0, 0, 0, 0);
-  if (here) add(sum, begin + group, end, kJoinGroups, row);
-  if (group) sums[group - 1][lane] = sum;
-  __syncthreads();
-  if (group == 0 && here) {
-    for (int g = 1; g < kJoinGroups; ++g) add_to(sum, sums[g - 1][lane]);
-    write(sum, to);
-  }
-  if (blockIdx.y == 0 && group == kJoinGroups - 1) write_bias(begin, end, row, to);
 }
 
 // ---- all of it -----------------------------------------------------------------------------------------------------------
