@@ -5,7 +5,7 @@
 //     nvcc -std=c++20 -O3 -arch=native --extended-lambda -Ikernels kernels/tests/check_cuda.cu kernels/cuda/*.cu -o check
 //     compute-sanitizer ./check               # some shapes
 //     ./check 60 [10000]                      # and random ones for so many seconds, or until so many are done
-//     compute-sanitizer --tool racecheck ./check race  # a few tiny ones, which reach every kernel
+//     compute-sanitizer --tool racecheck ./check race  # a few tiny ones, chosen to reach the kernels
 #include <algorithm>
 #include <chrono>
 #include <cmath>
