@@ -31,7 +31,10 @@ GPU_GOALS: tuple[tuple[str, str, str, int, str, float], ...] = (
     ("forward", "1x11", "float32", 131072, "dense:3072", 45),
     ("forward", "8x8", "float32", 131072, "dense:3072", 8),
     ("backward", "1x11", "bfloat16", 131072, "dense:3072", 3),
-    *(("backward", fff, "bfloat16", 131072, "masked", 1) for fff in ("1x11", "4x9", "8x8", "32x6")),
+    *(
+        ("backward", fff, "bfloat16", 131072, "masked", 1)  # the paper's, and those between
+        for fff in ("1x11", "2x10", "4x9", "8x8", "16x7", "32x6", "64x5", "128x4", "512x2")
+    ),
     *(("graph", "1x11", "bfloat16", tokens, "dense:3072", 1) for tokens in (128, 256, 512, 1024, 2048)),
 )
 GPU_LIMIT = 0.9  # of the speed of a model without feedforward networks

@@ -262,4 +262,9 @@ bool tiles_serve(const Problem&);
 int64_t tiles_workspace(const Problem&);
 const char* tiles_forward(const Forward&, cudaStream_t);
 
+// ---- gradients on tensor cores (gradients.cu) ----------------------------------------------------------------------------
+bool backward_tiles_serve(const Problem&);
+int64_t backward_tiles_workspace(const Problem&, bool x, bool weights);
+const char* backward_tiles(const Backward&, cudaStream_t);
+
 }  // namespace hf_fff_cuda
