@@ -1,5 +1,6 @@
 // The forward pass: a warp per walk, and sums of rows along known paths.
 #include <algorithm>
+#include <cstdlib>
 
 #include "cuda/common.cuh"
 
@@ -107,13 +108,13 @@ template <class T> struct Walk {
   int64_t per_block;               // walks, neighbours in the order: they share rows in the first-level cache
 };
 
-template <class T, int VEC, int CHUNKS>  // CHUNKS = 0: rows of any length, x read anew for each
-__global__ void __launch_bounds__(kThreads, CHUNKS && CHUNKS * VEC <= 24 ? 4 : 1) walk_kernel(Walk<T> a) {
+template <class T, int VEC, int CHUNKS, int THREADS = kThreads>  // CHUNKS = 0: rows of any length, x read anew for each
+__global__ void __launch_bounds__(THREADS, THREADS == kThreads && CHUNKS && CHUNKS * VEC <= 24 ? 4 : 1) walk_kernel(Walk<T> a) {
   using A = accumulator_t<T>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t hidden = a.shape.hidden, levels = a.shape.levels(), trees = a.shape.trees, walks = a.shape.tokens * trees;
   const int64_t last = min(walks, (blockIdx.x + int64_t(1)) * a.per_block);
-  for (int64_t walk = blockIdx.x * a.per_block + warp; walk < last; walk += kWarps) {
+  for (int64_t walk = blockIdx.x * a.per_block + warp; walk < last; walk += THREADS / kWarp) {
     const int64_t slot = walk / trees, tree = walk % trees, token = a.order ? a.order[slot] : slot;
     const int64_t root = tree * a.shape.tree_nodes(), visits = (token * trees + tree) * levels;
     const T* in = a.weight_in + root * hidden;
@@ -154,6 +155,15 @@ template <class T> void walk(Walk<T> a, bool vectors, int processors, cudaStream
   if (!vectors) {
     walk_kernel<T, 1, 0><<<blocks, kThreads, 0, stream>>>(a);
     return;
+  }
+  if constexpr (sizeof(T) == 4) {
+    const char* e = std::getenv("HF_FFF_WALK");
+    const int wide = e ? std::atoi(e) : 0;
+    if (wide && hidden > 4 * kWarp * VEC && hidden <= 6 * kWarp * VEC && (a.order || wide > 1)) {
+      a.per_block = std::max<int64_t>(32, divide_up(divide_up(walks, processors), 32) * 32);
+      walk_kernel<T, VEC, 6, 1024><<<unsigned(divide_up(walks, a.per_block)), 1024, 0, stream>>>(a);
+      return;
+    }
   }
   if constexpr (sizeof(T) < 8) switch (divide_up(hidden, kWarp * VEC)) {
     case 1: walk_kernel<T, VEC, 1><<<blocks, kThreads, 0, stream>>>(a); return;
@@ -382,6 +392,7 @@ bool serves(const Problem& p, Way way) {
     case Way::sorted: return s.trees == 1 && s.depth >= 3 && s.depth <= 20;
     case Way::tiles: return tiles_serve(p);
     case Way::columns: return columns_serve(p);
+    case Way::forest: return forest_serves(p);
     case Way::dense: return s.nodes() * (p.type == Type::float64 ? 8 : p.type == Type::float32 ? 4 : 2) <= 40 * 1024;
     default: return true;
   }
@@ -433,6 +444,7 @@ int64_t forward_workspace(const Problem& p, Way way, bool train) {
   const Shape& s = p.shape;
   if (way == Way::tiles) return tiles_workspace(p);
   if (way == Way::columns) return columns_workspace(p, train);
+  if (way == Way::forest) return forest_workspace(p);
   if (way == Way::gather || way == Way::dense) return 0;
   Carve carve{nullptr};
   if (!train) {
@@ -452,6 +464,7 @@ const char* forward(const Forward& f, Way way, cudaStream_t stream) {
   if (f.problem.shape.tokens == 0) return nullptr;
   if (way == Way::tiles) return tiles_forward(f, stream);
   if (way == Way::columns) return columns_forward(f, stream);
+  if (way == Way::forest) return forest_forward(f, stream);
   return with_type(f.problem.type, [&](auto type) { return run_forward<decltype(type)>(f, way, stream); });
 }
 

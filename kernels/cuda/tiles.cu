@@ -10,168 +10,20 @@
 //
 // Every x is read twice, every y written once, and nothing else is as large. Coefficients are rounded to the 16-bit type.
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <type_traits>
 
-#include "cuda/common.cuh"
+#include "cuda/mma.cuh"
 
 namespace hf_fff_cuda {
 namespace {
 
-constexpr int kColumns = 64;          // of a stage: rows of 128 bytes, eight pieces of 16
-constexpr int kStages = 4;
 constexpr int kSubLevels = 6, kSubNodes = 63, kTopLevels = 6;
-constexpr int kRows = 72;             // of a subtree with its ancestors: 63 + 6, in eights
-constexpr int kInner = 80;            // the same in sixteens
+constexpr int kInner = 80;            // rows of a subtree with its ancestors: 63 + 6, in sixteens
+template <int SIDE> constexpr int kRows = SIDE == 1 ? 72 : 80;  // the same in eights, for each of SIDE warps
 constexpr int kBins = 1 << kTopLevels;
-template <int M> constexpr int kSubShared = M == 1 ? 69888 : 109056;  // bytes, of which the kernel makes sure
-
-__device__ inline void copy_16(uint32_t to, const void* from, bool real) {  // zeros where it is not
-#if __CUDA_ARCH__ >= 800
-  const int bytes = real ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-#endif
-}
-__device__ inline void copies_end_group() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-template <int N> __device__ inline void copies_wait() {  // until at most N groups are under way
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-#endif
-}
-
-// A kernel that says so early lets the next one's blocks come as soon as there is room; those wait for all that it writes.
-__device__ inline void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ inline void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ inline void matrices_4(uint32_t (&r)[4], uint32_t at) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-#endif
-}
-__device__ inline void matrices_2(uint32_t& a, uint32_t& b, uint32_t at) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(at) : "memory");
-#endif
-}
-__device__ inline void matrices_4_transposed(uint32_t (&r)[4], uint32_t at) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-#endif
-}
-
-// c[16 x 8] += a[16 x 16] b[16 x 8]
-__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16) {
-#if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float16) {
-#if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-
-// Where piece `piece` of a row of 128 bytes lies: shuffled, so that eight rows' equal pieces are in different banks.
-__device__ inline uint32_t piece_at(uint32_t base, int row, int piece) { return base + row * 128 + ((piece ^ (row & 7)) << 4); }
-
-// Columns [chunk * 64, + 64) of `count` rows into a stage. rows[i] < 0: zeros.
-template <int COUNT, int THREADS>
-__device__ inline void fetch(uint32_t stage, const char* base, int64_t row_bytes, const int* rows, int chunk) {
-  const int piece = threadIdx.x % 8;
-  const char* column = base + int64_t(chunk) * 128 + piece * 16;
-#pragma unroll
-  for (int i = 0; i < COUNT; i += THREADS / 8) {
-    const int row = i + threadIdx.x / 8;
-    if (COUNT % (THREADS / 8) == 0 || row < COUNT) {
-      const int from = rows[row];
-      copy_16(piece_at(stage, row, piece), column + int64_t(max(from, 0)) * row_bytes, from >= 0);
-    }
-  }
-}
-
-// sums[m][n][..]: logits of the warp's M times 16 tokens for NODES rows of weights, without bias. Stages: x then weights. A warp
-// reads all weights of a stage: the more tokens it has, the fewer bytes of shared memory a token costs, which is what binds.
-template <class T, int WARPS, int M, int NODES>
-__device__ inline void products(float (&sums)[M][NODES / 8][4], uint32_t shared, const T* x, const T* weight, int hidden,
-                                const int* tokens, const int* rows) {
-  constexpr int TOKENS = WARPS * M * 16, THREADS = WARPS * 32, STAGE = (TOKENS + NODES) * 128;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = hidden / kColumns;
-  const char *xs = reinterpret_cast<const char*>(x), *ws = reinterpret_cast<const char*>(weight);
-  const int64_t bytes = int64_t(hidden) * sizeof(T);
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int n = 0; n < NODES / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
-  const auto begin = [&](int chunk) {
-    if (chunk < chunks) {
-      const uint32_t stage = shared + chunk % kStages * STAGE;
-      fetch<TOKENS, THREADS>(stage, xs, bytes, tokens, chunk);
-      fetch<NODES, THREADS>(stage + TOKENS * 128, ws, bytes, rows, chunk);
-    }
-    copies_end_group();
-  };
-  for (int c = 0; c < kStages - 1; ++c) begin(c);
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    copies_wait<kStages - 2>();
-    __syncthreads();  // this chunk is there, and nobody reads the stage that is filled next
-    begin(chunk + kStages - 1);
-    const uint32_t stage = shared + chunk % kStages * STAGE, weights = stage + TOKENS * 128;
-#pragma unroll
-    for (int k = 0; k < kColumns / 16; ++k) {
-      uint32_t a[M][4];
-#pragma unroll
-      for (int m = 0; m < M; ++m) matrices_4(a[m], piece_at(stage, (warp * M + m) * 16 + lane % 16, k * 2 + lane / 16));
-#pragma unroll
-      for (int n = 0; n + 1 < NODES / 8; n += 2) {
-        uint32_t b[4];
-        matrices_4(b, piece_at(weights, n * 8 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-          multiply(sums[m][n], a[m], b[0], b[1], T());
-          multiply(sums[m][n + 1], a[m], b[2], b[3], T());
-        }
-      }
-      if constexpr (NODES / 8 % 2) {
-        constexpr int n = NODES / 8 - 1;
-        uint32_t b0, b1;
-        matrices_2(b0, b1, piece_at(weights, n * 8 + lane % 8, k * 2 + lane / 8 % 2));
-#pragma unroll
-        for (int m = 0; m < M; ++m) multiply(sums[m][n], a[m], b0, b1, T());
-      }
-    }
-  }
-  copies_wait<0>();
-  __syncthreads();
-}
-
-// The warp's sums to logits[token][node], rows of STRIDE floats.
-template <int M, int NODES, int STRIDE> __device__ inline void spill(const float (&sums)[M][NODES / 8][4], float* logits) {
-  const int row = threadIdx.x / 32 * M * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int n = 0; n < NODES / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) logits[(row + m * 16 + i / 2 * 8) * STRIDE + n * 8 + column + i % 2] = sums[m][n][i];
-}
+template <int M, int SIDE> constexpr int kSubShared = SIDE == 1 ? (M == 1 ? 69888 : 109056) : (M == 1 ? 73728 : 113152);  // bytes, of which the kernel makes sure
 
 template <class T> struct Top {
   int tokens, hidden, levels;  // of the top part
@@ -182,25 +34,25 @@ template <class T> struct Top {
   float* logits;
 };
 
-template <class T, int M> __global__ void __launch_bounds__(128) top_kernel(Top<T> a) {
-  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, STRIDE = kBins + 1;
+template <class T, int M, int SIDE> __global__ void __launch_bounds__(SIDE * 128) top_kernel(Top<T> a) {
+  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, THREADS = WARPS * SIDE * 32, EACH = kBins / SIDE, STRIDE = kBins + 1;
   extern __shared__ __align__(128) char memory[];
   __shared__ int tokens[TOKENS], rows[kBins], drawn[kBins];
   __shared__ float bias[kBins];
   let_next_begin();
   const int tree = blockIdx.x % a.shape.trees, first = int(blockIdx.x / a.shape.trees) * TOKENS, nodes = (1 << a.levels) - 1;
   const int64_t root = tree * a.shape.tree_nodes();
-  for (int i = threadIdx.x; i < TOKENS; i += WARPS * 32) tokens[i] = first + i < a.tokens ? first + i : -1;
-  for (int i = threadIdx.x; i < kBins; i += WARPS * 32) {
+  for (int i = threadIdx.x; i < TOKENS; i += THREADS) tokens[i] = first + i < a.tokens ? first + i : -1;
+  for (int i = threadIdx.x; i < kBins; i += THREADS) {
     rows[i] = i < nodes ? i : -1;
     bias[i] = i < nodes ? to_acc(a.bias[root + i]) : 0;
     drawn[i] = 0;
   }
   __syncthreads();
-  float sums[M][kBins / 8][4];
-  products<T, WARPS, M, kBins>(sums, uint32_t(__cvta_generic_to_shared(memory)), a.x, a.weight + root * a.hidden, a.hidden, tokens, rows);
+  float sums[M][EACH / 8][4];
+  products<T, WARPS, M, EACH, SIDE>(sums, uint32_t(__cvta_generic_to_shared(memory)), a.x, a.weight + root * a.hidden, a.hidden, tokens, rows);
   float* logits = reinterpret_cast<float*>(memory);
-  spill<M, kBins, STRIDE>(sums, logits);
+  spill<M, EACH, STRIDE, SIDE>(sums, logits);
   __syncthreads();
   const int t = threadIdx.x;
   int bin = 0, number = 0;
@@ -224,7 +76,7 @@ template <class T, int M> __global__ void __launch_bounds__(128) top_kernel(Top<
     number = atomicAdd(drawn + bin, 1);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kBins; i += WARPS * 32)
+  for (int i = threadIdx.x; i < kBins; i += THREADS)
     if (const int count = drawn[i]) drawn[i] = atomicAdd(a.counts + i, count);  // its first ticket
   __syncthreads();
   if (walks) a.order[int64_t(bin) * a.tokens + drawn[bin] + number] = first + t;
@@ -240,17 +92,18 @@ template <class T> struct Sub {
   const int32_t *counts, *order;  // of the subtrees; null where the tree has no top part
 };
 
-template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(Sub<T> a) {
-  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, STRIDE = kRows + 1, COEFFICIENTS = kInner + 8, OUTPUT = kColumns + 8;
+template <class T, int M, int SIDE> __global__ void __launch_bounds__(SIDE * 128) subtree_kernel(Sub<T> a) {
+  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, THREADS = WARPS * SIDE * 32, ROWS = kRows<SIDE>, EACH = ROWS / SIDE, STRIDE = ROWS + 1, COEFFICIENTS = kInner + 8, OUTPUT = kColumns + 8;
   // Second phase, in the memory of the first one's stages: logits, coefficients, a warp's outputs, stages of weight_out.
   constexpr int AT_COEFFICIENTS = (TOKENS * STRIDE * 4 + 127) / 128 * 128;
   constexpr int AT_OUTPUT = AT_COEFFICIENTS + TOKENS * COEFFICIENTS * 2, AT_STAGES = AT_OUTPUT + TOKENS * OUTPUT * 2;
   constexpr int STAGE = kInner * 128, STAGES = 3;
-  static_assert(AT_OUTPUT % 16 == 0 && AT_STAGES % 128 == 0 && AT_STAGES + STAGES * STAGE <= kSubShared<M>);
+  static_assert(AT_OUTPUT % 16 == 0 && AT_STAGES % 128 == 0 && AT_STAGES + STAGES * STAGE <= kSubShared<M, SIDE>);
+  static_assert(kStages * (TOKENS + ROWS) * 128 <= kSubShared<M, SIDE>);
   extern __shared__ __align__(128) char memory[];
   __shared__ int tokens[TOKENS], rows[kInner], place[3];  // place: subtree, first of its tokens, how many
-  __shared__ float bias[kRows];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  __shared__ float bias[kInner];
+  const int warp = threadIdx.x / 32 / SIDE, side = threadIdx.x / 32 % SIDE, lane = threadIdx.x % 32;
 
   wait_for_previous();
   if (!a.order) {
@@ -259,7 +112,7 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
       place[1] = blockIdx.x * TOKENS;
       place[2] = min(TOKENS, a.tokens - int(blockIdx.x) * TOKENS);
     }
-  } else if (warp == 0) {  // which subtree has this tile? A lane: two subtrees
+  } else if (threadIdx.x < 32) {  // which subtree has this tile? A lane: two subtrees
     if (lane == 0) place[2] = 0;
     __syncwarp();
     const int bins = 1 << a.top, c0 = 2 * lane < bins ? a.counts[2 * lane] : 0, c1 = 2 * lane + 1 < bins ? a.counts[2 * lane + 1] : 0;
@@ -283,8 +136,8 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
   if (count <= 0) return;
   const int root = (1 << a.top) - 1 + place[0], sub = a.levels - a.top;
   const int32_t* order = a.order ? a.order + int64_t(place[0]) * a.tokens : nullptr;
-  for (int i = threadIdx.x; i < TOKENS; i += 128) tokens[i] = i < count ? (order ? order[start + i] : start + i) : -1;
-  for (int i = threadIdx.x; i < kInner; i += 128) {
+  for (int i = threadIdx.x; i < TOKENS; i += THREADS) tokens[i] = i < count ? (order ? order[start + i] : start + i) : -1;
+  for (int i = threadIdx.x; i < kInner; i += THREADS) {
     int node = -1;
     if (i < kSubNodes) {
       const int level = 31 - __clz(i + 1);
@@ -293,25 +146,25 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
       node = ((root + 1) >> (a.top - (i - kSubNodes))) - 1;
     }
     rows[i] = node;
-    if (i < kRows) bias[i] = node >= 0 ? to_acc(a.bias[node]) : 0;
+    bias[i] = node >= 0 ? to_acc(a.bias[node]) : 0;
   }
   __syncthreads();
   const uint32_t shared = uint32_t(__cvta_generic_to_shared(memory));
   {
-    float sums[M][kRows / 8][4];
-    products<T, WARPS, M, kRows>(sums, shared, a.x, a.weight_in, a.hidden, tokens, rows);
-    spill<M, kRows, STRIDE>(sums, reinterpret_cast<float*>(memory));
+    float sums[M][EACH / 8][4];
+    products<T, WARPS, M, EACH, SIDE>(sums, shared, a.x, a.weight_in, a.hidden, tokens, rows);
+    spill<M, EACH, STRIDE, SIDE>(sums, reinterpret_cast<float*>(memory));
   }
   const int chunks = a.hidden / kColumns;
   const auto begin = [&](int chunk) {
     if (chunk < chunks)
-      fetch<kInner, 128>(shared + AT_STAGES + chunk % STAGES * STAGE, reinterpret_cast<const char*>(a.weight_out),
+      fetch<kInner, THREADS>(shared + AT_STAGES + chunk % STAGES * STAGE, reinterpret_cast<const char*>(a.weight_out),
                          int64_t(a.hidden) * sizeof(T), rows, chunk);
     copies_end_group();
   };
   for (int c = 0; c < STAGES - 1; ++c) begin(c);
   uint4* zeros = reinterpret_cast<uint4*>(memory + AT_COEFFICIENTS);
-  for (int i = threadIdx.x; i < TOKENS * COEFFICIENTS * 2 / 16; i += 128) zeros[i] = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < TOKENS * COEFFICIENTS * 2 / 16; i += THREADS) zeros[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   if (threadIdx.x < count) {
     const float* logits = reinterpret_cast<const float*>(memory) + threadIdx.x * STRIDE;
@@ -345,7 +198,7 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
     const uint32_t stage = shared + AT_STAGES + chunk % STAGES * STAGE;
     constexpr int PART = kColumns / 8 / 2;  // half of the columns at a time, for the registers
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = side; half < 2; half += SIDE) {
       float sums[M][PART][4] = {};
 #pragma unroll
       for (int k = 0; k < kInner / 16; ++k)
@@ -372,10 +225,11 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 4 * M; ++i) {
-      const int row = i * 4 + lane / 8, token = tokens[warp * M * 16 + row];
-      const uint4 word = *reinterpret_cast<const uint4*>(output + row * OUTPUT * 2 + lane % 8 * 16);
-      if (token >= 0) __stcs(reinterpret_cast<uint4*>(a.y + int64_t(token) * a.hidden + chunk * kColumns) + lane % 8, word);
+    for (int i = 0; i < 4 * M / SIDE; ++i) {
+      constexpr int PIECES = 8 / SIDE;  // of 16 bytes
+      const int row = i * 4 * SIDE + lane / PIECES, piece = side * PIECES + lane % PIECES, token = tokens[warp * M * 16 + row];
+      const uint4 word = *reinterpret_cast<const uint4*>(output + row * OUTPUT * 2 + piece * 16);
+      if (token >= 0) __stcs(reinterpret_cast<uint4*>(a.y + int64_t(token) * a.hidden + chunk * kColumns) + piece, word);
     }
     __syncwarp();
   }
@@ -385,17 +239,26 @@ template <int M> constexpr int kTopShared = kStages * (M * 64 + kBins) * 128;
 
 // Tiles of 64 tokens where there are few of them, or little shared memory. Otherwise 128, which share what is read of the weights.
 bool small_tiles(int64_t tokens, const Problem& p) {
-  return tokens < int64_t{64} * 4 * p.processors || shared_kb(p.capability) * 1024 < kSubShared<2> + 2048;
+  return tokens < int64_t{64} * 4 * p.processors || shared_kb(p.capability) * 1024 < kSubShared<2, 2> + 2048;
 }
 
+// For experiments: HF_FFF_TILES="tokens of a tile,warps side by side"
+struct Tuning { int tokens = 0, side = 1; };
+Tuning tuning() {
+  Tuning t;
+  if (const char* e = std::getenv("HF_FFF_TILES")) std::sscanf(e, "%d,%d", &t.tokens, &t.side);
+  return t;
+}
+bool small(int64_t tokens, const Problem& p) { const int t = tuning().tokens; return t ? t == 64 : small_tiles(tokens, p); }
+
+template <class T, int M, int SIDE> void top_part_by(const Top<T>& a, cudaStream_t stream) {
+  allow_shared(top_kernel<T, M, SIDE>, kTopShared<M>);
+  top_kernel<T, M, SIDE><<<unsigned(divide_up(a.tokens, M * 64) * a.shape.trees), SIDE * 128, kTopShared<M>, stream>>>(a);
+}
 template <class T> void top_part(const Top<T>& a, const Problem& p, cudaStream_t stream) {
-  if (small_tiles(a.tokens * a.shape.trees, p)) {
-    allow_shared(top_kernel<T, 1>, kTopShared<1>);
-    top_kernel<T, 1><<<unsigned(divide_up(a.tokens, 64) * a.shape.trees), 128, kTopShared<1>, stream>>>(a);
-  } else {
-    allow_shared(top_kernel<T, 2>, kTopShared<2>);
-    top_kernel<T, 2><<<unsigned(divide_up(a.tokens, 128) * a.shape.trees), 128, kTopShared<2>, stream>>>(a);
-  }
+  const bool few = small(a.tokens * a.shape.trees, p);
+  if (tuning().side == 1) few ? top_part_by<T, 1, 1>(a, stream) : top_part_by<T, 2, 1>(a, stream);
+  else few ? top_part_by<T, 1, 2>(a, stream) : top_part_by<T, 2, 2>(a, stream);
 }
 
 struct Parts {
@@ -413,17 +276,6 @@ Parts parts_of(const Shape& s, void* workspace) {
   return p;
 }
 
-// Blocks of 128 threads, that may begin before the kernel before them has ended.
-template <class A> void launch_early(void (*kernel)(A), unsigned blocks, int shared, int capability, cudaStream_t stream, const A& a) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks), config.blockDim = dim3(128), config.dynamicSmemBytes = size_t(shared), config.stream = stream;
-  config.attrs = &early, config.numAttrs = capability >= 90 ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, a);
-}
-
 template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   const Shape& s = f.problem.shape;
   const int tokens = int(s.tokens), hidden = int(s.hidden), levels = int(s.levels()), top = levels > kSubLevels ? levels - kSubLevels : 0;
@@ -436,13 +288,15 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   const Sub<T> a{tokens, hidden, levels, top, f.activation, x, in, bias, static_cast<const T*>(f.weight_out), static_cast<T*>(f.y),
                  f.path, static_cast<float*>(f.logits), p.counts, p.order};
   const unsigned more = top ? 1u << top : 0;  // the last tile of each subtree is not full
-  if (small_tiles(tokens, f.problem)) {
-    allow_shared(subtree_kernel<T, 1>, kSubShared<1>);
-    launch_early(subtree_kernel<T, 1>, unsigned(divide_up(tokens, 64)) + more, kSubShared<1>, f.problem.capability, stream, a);
-  } else {
-    allow_shared(subtree_kernel<T, 2>, kSubShared<2>);
-    launch_early(subtree_kernel<T, 2>, unsigned(divide_up(tokens, 128)) + more, kSubShared<2>, f.problem.capability, stream, a);
-  }
+  const auto launch = [&](auto m, auto side) {
+    constexpr int M = decltype(m)::value, SIDE = decltype(side)::value, BYTES = kSubShared<M, SIDE>;
+    launch_early(subtree_kernel<T, M, SIDE>, unsigned(divide_up(tokens, M * 64)) + more, SIDE * 128, BYTES, f.problem.capability >= 90, stream, a);
+  };
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  const bool few = small(tokens, f.problem);
+  if (tuning().side == 1) few ? launch(One(), One()) : launch(Two(), One());
+  else few ? launch(One(), Two()) : launch(Two(), Two());
   return launched();
 }
 

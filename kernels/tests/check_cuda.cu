@@ -91,7 +91,7 @@ double gelu_slope(double z) {
   return 0.5 * (1 + std::erf(z / std::sqrt(2.0))) + z * std::exp(-0.5 * z * z) / std::sqrt(2 * 3.14159265358979323846);
 }
 
-constexpr const char* kWays[] = {"automatic", "plain", "gather", "sorted", "tiles", "columns"};
+constexpr const char* kWays[] = {"automatic", "plain", "gather", "sorted", "tiles", "columns", "forest"};
 
 template <class T> void check(const char* name, Type type, double bound, Shape s, int capability, int processors) {
   using A = accumulator_t<T>;
@@ -100,7 +100,7 @@ template <class T> void check(const char* name, Type type, double bound, Shape s
              bias = random_values<T>(s.nodes(), 0.3), weight_out = random_values<T>(s.nodes() * H, 1), grad = random_values<T>(T_ * H, 1);
   const OnDevice<T> xd(x), in(weight_in), bd(bias), out(weight_out), gd(grad);
   const Problem problem{s, type, true, capability, processors};
-  for (int w = 1; w <= 5; ++w) {
+  for (int w = 1; w <= 6; ++w) {
     const Way way = Way(w);
     if (forward_way(problem, way) != way) continue;
     OnDevice<T> y(T_ * H), again(T_ * H);
@@ -193,7 +193,8 @@ int main(int count, char** arguments) {
   const int capability = device.major * 10 + device.minor, processors = device.multiProcessorCount;
   for (const Shape& s : std::vector<Shape>{{0, 8, 1, 2}, {1, 1, 1, 0}, {5, 33, 3, 4}, {70, 64, 1, 5}, {200, 64, 1, 6}, {130, 128, 1, 11},
                                            {300, 64, 1, 11}, {90, 40, 2, 9}, {40, 72, 5, 3}, {3, 1100, 1, 3}, {700, 16, 1, 4}, {33, 24, 1, 13},
-                                           {9, 768, 2, 4}, {150, 192, 1, 8}, {1, 64, 1, 11}, {129, 8, 64, 0}})
+                                           {9, 768, 2, 4}, {150, 192, 1, 8}, {1, 64, 1, 11}, {129, 8, 64, 0}, {130, 64, 4, 9}, {33, 128, 8, 8},
+                                           {140, 64, 3, 4}, {20, 64, 16, 7}})
     check_all(s, capability, processors);
   const double seconds = count > 1 ? std::atof(arguments[1]) : 0;
   int shapes = 0;
