@@ -90,7 +90,7 @@ bool aligned(std::initializer_list<const Tensor*> tensors) {
 
 cudaStream_t stream_of(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -132,12 +132,12 @@ constexpr int64_t kMostElements = int64_t{1} << 28;  // of all nodes' logits tha
 // with it on, has a part in it.
 void product(const Tensor& a, const Tensor& b, const Tensor& into) {
   std::array<StableIValue, 3> stack{from(a), from(b), from(into)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   to<Tensor>(stack[0]);
 }
 Tensor detached(const Tensor& t) {
   std::array<StableIValue, 1> stack{from(t)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
 }
 
@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fff_backward(Tensor grad_y, Tensor x,
                                        from(weight_out), from(path),   from(logits),    from(n_trees),
                                        from(activation.value),         from(routing_gradient),
                                        from(routing_temperature),      from(need_x),    from(need_weights)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher(HF_FFF_OPERATOR("fff_backward_dense"), "", stack.data(), TORCH_ABI_VERSION));
     return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]), to<Tensor>(stack[3])};
   }
