@@ -13,8 +13,7 @@
 // The second kernel reads x once for every tree. So tokens are sorted within chunks, and a chunk's tiles follow each other: its x stays in
 // the second-level cache.
 #include <algorithm>
-#include <cstdlib>
-#include <cstdio>
+#include <numeric>
 
 #include "cuda/mma.cuh"
 
@@ -24,11 +23,12 @@ namespace {
 constexpr int kLower = 4, kLowerNodes = 15;  // levels and nodes of a subtree
 constexpr int kUpper = 256;                  // upper nodes, with one more for each tree; and subtrees
 constexpr int kShared = 222 * 1024;          // bytes, of the 227 KB that a block may have
+constexpr int kChunk = 16384;                // tokens that are sorted together, at most
 
 template <class T> struct Forest {
   Shape shape;
   Activation activation;
-  int upper, chunk;  // levels above the last four; tokens that are sorted together
+  int upper, chunk;  // levels above the last four; tokens that are sorted together, a multiple of 128
   const T *x, *weight_in, *bias, *weight_out;
   T* y;
   int32_t* path;
@@ -304,6 +304,7 @@ template <class T, int M> __global__ void __launch_bounds__(128) lower_kernel(Fo
 
 // ---- sums ----------------------------------------------------------------------------------------------------------------
 
+constexpr int kSumThreads = 1024;
 constexpr int kSlice = 16;  // columns: two words of 16 bytes
 constexpr int kLine = 128;  // bytes of shared memory: the two words of a row of each of four trees
 constexpr int kMostLines = kShared / kLine;
@@ -311,7 +312,7 @@ static_assert(kMostLines <= 1 << kRowBits);
 
 // A lane: a word of a token. Lanes of a warp: two words of 16 tokens; of four neighbouring tokens, each is at another tree, so that
 // eight lanes read from all banks.
-template <class T, int THREADS> __global__ void __launch_bounds__(THREADS, 1) sums_kernel(Forest<T> a, int lines, int period) {
+template <class T> __global__ void __launch_bounds__(kSumThreads, 1) sums_kernel(Forest<T> a, int lines, int period) {
   constexpr int VEC = 8;
   extern __shared__ __align__(128) char memory[];
   const int trees = int(a.shape.trees), quads = a.quads(), below = kLowerNodes << a.upper, above = (1 << a.upper) - 1;
@@ -328,7 +329,7 @@ template <class T, int THREADS> __global__ void __launch_bounds__(THREADS, 1) su
     const int64_t column = (number % period * (slices / period) + number / period) * kSlice + word * VEC;
     __syncthreads();
 #pragma unroll 4
-    for (int i = threadIdx.x; i < lines * 8; i += THREADS) {
+    for (int i = threadIdx.x; i < lines * 8; i += kSumThreads) {
       const int line = i / 8, tree = line / below * 4 + i / 2 % 4, node = line % below + above;
       uint4 v = make_uint4(0, 0, 0, 0);
       if (tree < trees) v = __ldg(reinterpret_cast<const uint4*>(a.weight_out + (tree * a.shape.tree_nodes() + node) * hidden + column));
@@ -336,7 +337,7 @@ template <class T, int THREADS> __global__ void __launch_bounds__(THREADS, 1) su
     }
     __syncthreads();
     wait_for_previous();
-    for (int64_t item = begin - number * items + warp; item < last - number * items; item += THREADS / kWarp) {
+    for (int64_t item = begin - number * items + warp; item < last - number * items; item += kSumThreads / kWarp) {
       const int64_t token = item * 16 + within;
       if (token >= tokens) continue;
       uint4* y = reinterpret_cast<uint4*>(a.y + token * hidden + column);
@@ -373,14 +374,6 @@ template <class T, int THREADS> __global__ void __launch_bounds__(THREADS, 1) su
 int upper_of(const Shape& s) { return int(s.levels()) - kLower; }
 int lines_of(const Shape& s) { return int(divide_up(s.trees, 4)) * (kLowerNodes << upper_of(s)); }
 
-// For experiments: HF_FFF_FOREST="chunk,upper tokens,lower M,sums threads"
-struct Tuning { int chunk = 8192, upper = 0, lower = 2, threads = 1024, early = 1; };
-Tuning tuning() {
-  Tuning t;
-  if (const char* e = std::getenv("HF_FFF_FOREST")) std::sscanf(e, "%d,%d,%d,%d,%d", &t.chunk, &t.upper, &t.lower, &t.threads, &t.early);
-  return t;
-}
-
 struct Parts {
   int chunk;
   int64_t chunks;
@@ -393,7 +386,7 @@ Parts parts_of(const Shape& s, void* workspace) {
   Carve carve{static_cast<char*>(workspace)};
   Parts p{};
   const int64_t subtrees = s.trees << upper_of(s);
-  p.chunk = int(std::min<int64_t>(tuning().chunk, divide_up(s.tokens, 128) * 128));
+  p.chunk = int(std::min<int64_t>(kChunk, std::max<int64_t>(1, divide_up(s.tokens, 128)) * 128));
   p.chunks = divide_up(s.tokens, p.chunk);
   p.counts = carve.take<int32_t>(p.chunks * subtrees);
   p.order = carve.take<uint16_t>(p.chunks * subtrees * p.chunk);
@@ -409,35 +402,27 @@ template <class T, int TOKENS> void upper(const Forest<T>& a, cudaStream_t strea
 
 template <class T, int M> void lower(const Forest<T>& a, int64_t chunks, cudaStream_t stream) {
   const int tiles = int(divide_up(a.chunk * a.shape.trees, 64 * M)) + a.subtrees();  // the last one of each subtree is not full
-  launch_early(lower_kernel<T, M>, unsigned(chunks * tiles), 128, kLowerShared<M>, tuning().early, stream, a, tiles);
-}
-
-template <class T, int THREADS> void sums(const Forest<T>& a, int processors, cudaStream_t stream) {
-  const int64_t slices = a.shape.hidden / kSlice;
-  int64_t common = processors;
-  for (int64_t other = slices; other;) common %= other, std::swap(common, other);
-  const int lines = lines_of(a.shape);
-  launch_early(sums_kernel<T, THREADS>, unsigned(processors), THREADS, lines * kLine, tuning().early, stream, a, lines, int(slices / common));
+  launch_early(lower_kernel<T, M>, unsigned(chunks * tiles), 128, kLowerShared<M>, true, stream, a, tiles);
 }
 
 template <class T> const char* run(const Forward& f, cudaStream_t stream) {
-  const Problem& p = f.problem;
-  const Shape& s = p.shape;
+  const Shape& s = f.problem.shape;
+  const int processors = f.problem.processors;
   const Parts parts = parts_of(s, f.workspace);
   const Forest<T> a{s, f.activation, upper_of(s), parts.chunk, static_cast<const T*>(f.x), static_cast<const T*>(f.weight_in),
                     static_cast<const T*>(f.bias_in), static_cast<const T*>(f.weight_out), static_cast<T*>(f.y), f.path,
                     static_cast<float*>(f.logits), parts.counts, parts.order, parts.list};
   cudaMemsetAsync(parts.counts, 0, sizeof(int32_t) * parts.chunks * a.subtrees(), stream);
-  const Tuning t = tuning();
-  const int64_t room = p.processors;
-  const int tile = t.upper ? t.upper : s.tokens > 64 * room ? 128 : s.tokens > 32 * room ? 64 : 32;
-  if (tile == 128) upper<T, 128>(a, stream);
-  else if (tile == 64) upper<T, 64>(a, stream);
+  // Smaller tiles where there are too few for all multiprocessors, or too few tokens in a subtree.
+  if (s.tokens > 64 * processors) upper<T, 128>(a, stream);
+  else if (s.tokens > 32 * processors) upper<T, 64>(a, stream);
   else upper<T, 32>(a, stream);
-  if (t.lower == 1) lower<T, 1>(a, parts.chunks, stream);
-  else lower<T, 2>(a, parts.chunks, stream);
-  if (t.threads == 512) sums<T, 512>(a, p.processors, stream);
-  else sums<T, 1024>(a, p.processors, stream);
+  if (a.chunk >> a.upper >= 256) lower<T, 2>(a, parts.chunks, stream);
+  else lower<T, 1>(a, parts.chunks, stream);
+  // Blocks with a common divisor of slices and multiprocessors have slices side by side.
+  const int64_t slices = s.hidden / kSlice;
+  const int lines = lines_of(s), period = int(slices / std::gcd(slices, int64_t{processors}));
+  launch_early(sums_kernel<T>, unsigned(processors), kSumThreads, lines * kLine, true, stream, a, lines, period);
   return launched();
 }
 

@@ -1,6 +1,5 @@
 // The forward pass: a warp per walk, and sums of rows along known paths.
 #include <algorithm>
-#include <cstdlib>
 
 #include "cuda/common.cuh"
 
@@ -157,10 +156,9 @@ template <class T> void walk(Walk<T> a, bool vectors, int processors, cudaStream
     return;
   }
   if constexpr (sizeof(T) == 4) {
-    const char* e = std::getenv("HF_FFF_WALK");
-    const int wide = e ? std::atoi(e) : 0;
-    if (wide && hidden > 4 * kWarp * VEC && hidden <= 6 * kWarp * VEC && (a.order || wide > 1)) {
-      a.per_block = std::max<int64_t>(32, divide_up(divide_up(walks, processors), 32) * 32);
+    const int64_t chunks = divide_up(hidden, kWarp * VEC);
+    if (a.counts && (chunks == 5 || chunks == 6)) {  // sorted: one block a multiprocessor, whose neighbours are few subtrees
+      a.per_block = std::max<int64_t>(kWarp, divide_up(divide_up(walks, processors), kWarp) * kWarp);
       walk_kernel<T, VEC, 6, 1024><<<unsigned(divide_up(walks, a.per_block)), 1024, 0, stream>>>(a);
       return;
     }
@@ -400,13 +398,13 @@ bool serves(const Problem& p, Way way) {
 
 }  // namespace
 
-// What was measured on an H100, in microseconds for 131072 tokens of 768 numbers: of gathering and of columns for each visit, of
-// dense matrix products for each node; and what a call costs beside.
+// What was measured on an H200 (float32: on an H100), in microseconds for 131072 tokens of 768 numbers: of gathering and of columns
+// for each visit, of a forest for each tree, of dense matrix products for each node; where they start; and what a call costs beside.
 struct Costs {
-  double gather, columns, dense;
+  double gather, columns, forest, dense;
 };
-constexpr Costs kHalf{62, 37, 0.72}, kSingle{71, 0, 8.8};
-constexpr double kDenseStart = 300, kGatherCall = 15, kColumnsCall = 25, kDenseCall = 20;
+constexpr Costs kHalf{62, 37, 70, 0.56}, kSingle{71, 0, 0, 8.8};
+constexpr double kForestStart = 680, kDenseStart = 500, kGatherCall = 15, kColumnsCall = 25, kForestCall = 40, kDenseCall = 20;
 constexpr double kMargin = 1.25;  // by which dense must be better: it rounds 16-bit logits, and turns elsewhere near ties
 
 Way forward_way(const Problem& p, Way wanted) {
@@ -424,6 +422,10 @@ Way forward_way(const Problem& p, Way wanted) {
   if (s.tokens >= 8192 && serves(p, Way::columns)) {
     const double columns = scale * cost.columns * double(s.walk()) + kColumnsCall;
     if (columns < least) least = columns, best = Way::columns;
+  }
+  if (s.tokens >= 2048 && serves(p, Way::forest)) {
+    const double forest = scale * (kForestStart + cost.forest * double(s.trees)) + kForestCall;
+    if (forest < least) least = forest, best = Way::forest;
   }
   const double dense = scale * (kDenseStart + cost.dense * double(s.nodes())) + kDenseCall;
   return s.tokens >= 2048 && serves(p, Way::dense) && dense * kMargin < least ? Way::dense : best;

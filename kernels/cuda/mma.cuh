@@ -148,8 +148,8 @@ __device__ inline void products(float (&sums)[M][NODES / 8][4], uint32_t shared,
 }
 
 // The warp's sums to logits[token][node], rows of STRIDE floats.
-template <int M, int NODES, int STRIDE, int SIDE = 1> __device__ inline void spill(const float (&sums)[M][NODES / 8][4], float* logits) {
-  const int warp = threadIdx.x / 32, row = warp / SIDE * M * 16 + threadIdx.x % 32 / 4, column = warp % SIDE * NODES + threadIdx.x % 4 * 2;
+template <int M, int NODES, int STRIDE> __device__ inline void spill(const float (&sums)[M][NODES / 8][4], float* logits) {
+  const int row = threadIdx.x / 32 * M * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -158,7 +158,7 @@ template <int M, int NODES, int STRIDE, int SIDE = 1> __device__ inline void spi
       for (int i = 0; i < 4; ++i) logits[(row + m * 16 + i / 2 * 8) * STRIDE + n * 8 + column + i % 2] = sums[m][n][i];
 }
 
-// Blocks that may, where `early`, begin before the kernel before them has ended: see `wait_for_previous`.
+// Blocks that may, if `early` (9.0 and later), begin before the kernel before them has ended: see `wait_for_previous`.
 template <class... P>
 void launch_early(void (*kernel)(P...), unsigned blocks, int threads, int shared, bool early, cudaStream_t stream, P... of) {
   cudaLaunchAttribute attribute{};

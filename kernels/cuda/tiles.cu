@@ -10,9 +10,6 @@
 //
 // Every x is read twice, every y written once, and nothing else is as large. Coefficients are rounded to the 16-bit type.
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#include <type_traits>
 
 #include "cuda/mma.cuh"
 
@@ -20,10 +17,10 @@ namespace hf_fff_cuda {
 namespace {
 
 constexpr int kSubLevels = 6, kSubNodes = 63, kTopLevels = 6;
-constexpr int kInner = 80;            // rows of a subtree with its ancestors: 63 + 6, in sixteens
-template <int SIDE> constexpr int kRows = SIDE == 1 ? 72 : 80;  // the same in eights, for each of SIDE warps
+constexpr int kRows = 72;             // of a subtree with its ancestors: 63 + 6, in eights
+constexpr int kInner = 80;            // the same in sixteens
 constexpr int kBins = 1 << kTopLevels;
-template <int M, int SIDE> constexpr int kSubShared = SIDE == 1 ? (M == 1 ? 69888 : 109056) : (M == 1 ? 73728 : 113152);  // bytes, of which the kernel makes sure
+template <int M> constexpr int kSubShared = M == 1 ? 69888 : 109056;  // bytes, of which the kernel makes sure
 
 template <class T> struct Top {
   int tokens, hidden, levels;  // of the top part
@@ -34,25 +31,25 @@ template <class T> struct Top {
   float* logits;
 };
 
-template <class T, int M, int SIDE> __global__ void __launch_bounds__(SIDE * 128) top_kernel(Top<T> a) {
-  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, THREADS = WARPS * SIDE * 32, EACH = kBins / SIDE, STRIDE = kBins + 1;
+template <class T, int M> __global__ void __launch_bounds__(128) top_kernel(Top<T> a) {
+  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, STRIDE = kBins + 1;
   extern __shared__ __align__(128) char memory[];
   __shared__ int tokens[TOKENS], rows[kBins], drawn[kBins];
   __shared__ float bias[kBins];
   let_next_begin();
   const int tree = blockIdx.x % a.shape.trees, first = int(blockIdx.x / a.shape.trees) * TOKENS, nodes = (1 << a.levels) - 1;
   const int64_t root = tree * a.shape.tree_nodes();
-  for (int i = threadIdx.x; i < TOKENS; i += THREADS) tokens[i] = first + i < a.tokens ? first + i : -1;
-  for (int i = threadIdx.x; i < kBins; i += THREADS) {
+  for (int i = threadIdx.x; i < TOKENS; i += WARPS * 32) tokens[i] = first + i < a.tokens ? first + i : -1;
+  for (int i = threadIdx.x; i < kBins; i += WARPS * 32) {
     rows[i] = i < nodes ? i : -1;
     bias[i] = i < nodes ? to_acc(a.bias[root + i]) : 0;
     drawn[i] = 0;
   }
   __syncthreads();
-  float sums[M][EACH / 8][4];
-  products<T, WARPS, M, EACH, SIDE>(sums, uint32_t(__cvta_generic_to_shared(memory)), a.x, a.weight + root * a.hidden, a.hidden, tokens, rows);
+  float sums[M][kBins / 8][4];
+  products<T, WARPS, M, kBins>(sums, uint32_t(__cvta_generic_to_shared(memory)), a.x, a.weight + root * a.hidden, a.hidden, tokens, rows);
   float* logits = reinterpret_cast<float*>(memory);
-  spill<M, EACH, STRIDE, SIDE>(sums, logits);
+  spill<M, kBins, STRIDE>(sums, logits);
   __syncthreads();
   const int t = threadIdx.x;
   int bin = 0, number = 0;
@@ -76,7 +73,7 @@ template <class T, int M, int SIDE> __global__ void __launch_bounds__(SIDE * 128
     number = atomicAdd(drawn + bin, 1);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kBins; i += THREADS)
+  for (int i = threadIdx.x; i < kBins; i += WARPS * 32)
     if (const int count = drawn[i]) drawn[i] = atomicAdd(a.counts + i, count);  // its first ticket
   __syncthreads();
   if (walks) a.order[int64_t(bin) * a.tokens + drawn[bin] + number] = first + t;
@@ -92,18 +89,17 @@ template <class T> struct Sub {
   const int32_t *counts, *order;  // of the subtrees; null where the tree has no top part
 };
 
-template <class T, int M, int SIDE> __global__ void __launch_bounds__(SIDE * 128) subtree_kernel(Sub<T> a) {
-  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, THREADS = WARPS * SIDE * 32, ROWS = kRows<SIDE>, EACH = ROWS / SIDE, STRIDE = ROWS + 1, COEFFICIENTS = kInner + 8, OUTPUT = kColumns + 8;
+template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(Sub<T> a) {
+  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, STRIDE = kRows + 1, COEFFICIENTS = kInner + 8, OUTPUT = kColumns + 8;
   // Second phase, in the memory of the first one's stages: logits, coefficients, a warp's outputs, stages of weight_out.
   constexpr int AT_COEFFICIENTS = (TOKENS * STRIDE * 4 + 127) / 128 * 128;
   constexpr int AT_OUTPUT = AT_COEFFICIENTS + TOKENS * COEFFICIENTS * 2, AT_STAGES = AT_OUTPUT + TOKENS * OUTPUT * 2;
   constexpr int STAGE = kInner * 128, STAGES = 3;
-  static_assert(AT_OUTPUT % 16 == 0 && AT_STAGES % 128 == 0 && AT_STAGES + STAGES * STAGE <= kSubShared<M, SIDE>);
-  static_assert(kStages * (TOKENS + ROWS) * 128 <= kSubShared<M, SIDE>);
+  static_assert(AT_OUTPUT % 16 == 0 && AT_STAGES % 128 == 0 && AT_STAGES + STAGES * STAGE <= kSubShared<M>);
   extern __shared__ __align__(128) char memory[];
   __shared__ int tokens[TOKENS], rows[kInner], place[3];  // place: subtree, first of its tokens, how many
-  __shared__ float bias[kInner];
-  const int warp = threadIdx.x / 32 / SIDE, side = threadIdx.x / 32 % SIDE, lane = threadIdx.x % 32;
+  __shared__ float bias[kRows];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   wait_for_previous();
   if (!a.order) {
@@ -112,7 +108,7 @@ template <class T, int M, int SIDE> __global__ void __launch_bounds__(SIDE * 128
       place[1] = blockIdx.x * TOKENS;
       place[2] = min(TOKENS, a.tokens - int(blockIdx.x) * TOKENS);
     }
-  } else if (threadIdx.x < 32) {  // which subtree has this tile? A lane: two subtrees
+  } else if (warp == 0) {  // which subtree has this tile? A lane: two subtrees
     if (lane == 0) place[2] = 0;
     __syncwarp();
     const int bins = 1 << a.top, c0 = 2 * lane < bins ? a.counts[2 * lane] : 0, c1 = 2 * lane + 1 < bins ? a.counts[2 * lane + 1] : 0;
@@ -136,8 +132,8 @@ template <class T, int M, int SIDE> __global__ void __launch_bounds__(SIDE * 128
   if (count <= 0) return;
   const int root = (1 << a.top) - 1 + place[0], sub = a.levels - a.top;
   const int32_t* order = a.order ? a.order + int64_t(place[0]) * a.tokens : nullptr;
-  for (int i = threadIdx.x; i < TOKENS; i += THREADS) tokens[i] = i < count ? (order ? order[start + i] : start + i) : -1;
-  for (int i = threadIdx.x; i < kInner; i += THREADS) {
+  for (int i = threadIdx.x; i < TOKENS; i += 128) tokens[i] = i < count ? (order ? order[start + i] : start + i) : -1;
+  for (int i = threadIdx.x; i < kInner; i += 128) {
     int node = -1;
     if (i < kSubNodes) {
       const int level = 31 - __clz(i + 1);
@@ -146,25 +142,25 @@ template <class T, int M, int SIDE> __global__ void __launch_bounds__(SIDE * 128
       node = ((root + 1) >> (a.top - (i - kSubNodes))) - 1;
     }
     rows[i] = node;
-    bias[i] = node >= 0 ? to_acc(a.bias[node]) : 0;
+    if (i < kRows) bias[i] = node >= 0 ? to_acc(a.bias[node]) : 0;
   }
   __syncthreads();
   const uint32_t shared = uint32_t(__cvta_generic_to_shared(memory));
   {
-    float sums[M][EACH / 8][4];
-    products<T, WARPS, M, EACH, SIDE>(sums, shared, a.x, a.weight_in, a.hidden, tokens, rows);
-    spill<M, EACH, STRIDE, SIDE>(sums, reinterpret_cast<float*>(memory));
+    float sums[M][kRows / 8][4];
+    products<T, WARPS, M, kRows>(sums, shared, a.x, a.weight_in, a.hidden, tokens, rows);
+    spill<M, kRows, STRIDE>(sums, reinterpret_cast<float*>(memory));
   }
   const int chunks = a.hidden / kColumns;
   const auto begin = [&](int chunk) {
     if (chunk < chunks)
-      fetch<kInner, THREADS>(shared + AT_STAGES + chunk % STAGES * STAGE, reinterpret_cast<const char*>(a.weight_out),
+      fetch<kInner, 128>(shared + AT_STAGES + chunk % STAGES * STAGE, reinterpret_cast<const char*>(a.weight_out),
                          int64_t(a.hidden) * sizeof(T), rows, chunk);
     copies_end_group();
   };
   for (int c = 0; c < STAGES - 1; ++c) begin(c);
   uint4* zeros = reinterpret_cast<uint4*>(memory + AT_COEFFICIENTS);
-  for (int i = threadIdx.x; i < TOKENS * COEFFICIENTS * 2 / 16; i += THREADS) zeros[i] = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < TOKENS * COEFFICIENTS * 2 / 16; i += 128) zeros[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   if (threadIdx.x < count) {
     const float* logits = reinterpret_cast<const float*>(memory) + threadIdx.x * STRIDE;
@@ -198,7 +194,7 @@ template <class T, int M, int SIDE> __global__ void __launch_bounds__(SIDE * 128
     const uint32_t stage = shared + AT_STAGES + chunk % STAGES * STAGE;
     constexpr int PART = kColumns / 8 / 2;  // half of the columns at a time, for the registers
 #pragma unroll
-    for (int half = side; half < 2; half += SIDE) {
+    for (int half = 0; half < 2; ++half) {
       float sums[M][PART][4] = {};
 #pragma unroll
       for (int k = 0; k < kInner / 16; ++k)
@@ -225,11 +221,10 @@ template <class T, int M, int SIDE> __global__ void __launch_bounds__(SIDE * 128
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 4 * M / SIDE; ++i) {
-      constexpr int PIECES = 8 / SIDE;  // of 16 bytes
-      const int row = i * 4 * SIDE + lane / PIECES, piece = side * PIECES + lane % PIECES, token = tokens[warp * M * 16 + row];
-      const uint4 word = *reinterpret_cast<const uint4*>(output + row * OUTPUT * 2 + piece * 16);
-      if (token >= 0) __stcs(reinterpret_cast<uint4*>(a.y + int64_t(token) * a.hidden + chunk * kColumns) + piece, word);
+    for (int i = 0; i < 4 * M; ++i) {
+      const int row = i * 4 + lane / 8, token = tokens[warp * M * 16 + row];
+      const uint4 word = *reinterpret_cast<const uint4*>(output + row * OUTPUT * 2 + lane % 8 * 16);
+      if (token >= 0) __stcs(reinterpret_cast<uint4*>(a.y + int64_t(token) * a.hidden + chunk * kColumns) + lane % 8, word);
     }
     __syncwarp();
   }
@@ -239,26 +234,17 @@ template <int M> constexpr int kTopShared = kStages * (M * 64 + kBins) * 128;
 
 // Tiles of 64 tokens where there are few of them, or little shared memory. Otherwise 128, which share what is read of the weights.
 bool small_tiles(int64_t tokens, const Problem& p) {
-  return tokens < int64_t{64} * 4 * p.processors || shared_kb(p.capability) * 1024 < kSubShared<2, 2> + 2048;
+  return tokens < int64_t{64} * 4 * p.processors || shared_kb(p.capability) * 1024 < kSubShared<2> + 2048;
 }
 
-// For experiments: HF_FFF_TILES="tokens of a tile,warps side by side"
-struct Tuning { int tokens = 0, side = 1; };
-Tuning tuning() {
-  Tuning t;
-  if (const char* e = std::getenv("HF_FFF_TILES")) std::sscanf(e, "%d,%d", &t.tokens, &t.side);
-  return t;
-}
-bool small(int64_t tokens, const Problem& p) { const int t = tuning().tokens; return t ? t == 64 : small_tiles(tokens, p); }
-
-template <class T, int M, int SIDE> void top_part_by(const Top<T>& a, cudaStream_t stream) {
-  allow_shared(top_kernel<T, M, SIDE>, kTopShared<M>);
-  top_kernel<T, M, SIDE><<<unsigned(divide_up(a.tokens, M * 64) * a.shape.trees), SIDE * 128, kTopShared<M>, stream>>>(a);
-}
 template <class T> void top_part(const Top<T>& a, const Problem& p, cudaStream_t stream) {
-  const bool few = small(a.tokens * a.shape.trees, p);
-  if (tuning().side == 1) few ? top_part_by<T, 1, 1>(a, stream) : top_part_by<T, 2, 1>(a, stream);
-  else few ? top_part_by<T, 1, 2>(a, stream) : top_part_by<T, 2, 2>(a, stream);
+  if (small_tiles(a.tokens * a.shape.trees, p)) {
+    allow_shared(top_kernel<T, 1>, kTopShared<1>);
+    top_kernel<T, 1><<<unsigned(divide_up(a.tokens, 64) * a.shape.trees), 128, kTopShared<1>, stream>>>(a);
+  } else {
+    allow_shared(top_kernel<T, 2>, kTopShared<2>);
+    top_kernel<T, 2><<<unsigned(divide_up(a.tokens, 128) * a.shape.trees), 128, kTopShared<2>, stream>>>(a);
+  }
 }
 
 struct Parts {
@@ -288,15 +274,12 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   const Sub<T> a{tokens, hidden, levels, top, f.activation, x, in, bias, static_cast<const T*>(f.weight_out), static_cast<T*>(f.y),
                  f.path, static_cast<float*>(f.logits), p.counts, p.order};
   const unsigned more = top ? 1u << top : 0;  // the last tile of each subtree is not full
-  const auto launch = [&](auto m, auto side) {
-    constexpr int M = decltype(m)::value, SIDE = decltype(side)::value, BYTES = kSubShared<M, SIDE>;
-    launch_early(subtree_kernel<T, M, SIDE>, unsigned(divide_up(tokens, M * 64)) + more, SIDE * 128, BYTES, f.problem.capability >= 90, stream, a);
-  };
-  using One = std::integral_constant<int, 1>;
-  using Two = std::integral_constant<int, 2>;
-  const bool few = small(tokens, f.problem);
-  if (tuning().side == 1) few ? launch(One(), One()) : launch(Two(), One());
-  else few ? launch(One(), Two()) : launch(Two(), Two());
+  const bool early = f.problem.capability >= 90;
+  if (small_tiles(tokens, f.problem)) {
+    launch_early(subtree_kernel<T, 1>, unsigned(divide_up(tokens, 64)) + more, 128, kSubShared<1>, early, stream, a);
+  } else {
+    launch_early(subtree_kernel<T, 2>, unsigned(divide_up(tokens, 128)) + more, 128, kSubShared<2>, early, stream, a);
+  }
   return launched();
 }
 

@@ -114,7 +114,7 @@ def test_several_trees_on_tensor_cores(shape, dtype, bound):
     if torch.cuda.get_device_properties().shared_memory_per_block_optin < 227 << 10:
         pytest.skip("this GPU's blocks have too little shared memory")
     n_trees, depth, _, tokens = shape
-    args = there([a.to(dtype) for a in random_layer(*shape)])
+    args = there(random_layer(*shape, dtype=dtype))
     with by("forest"):
         y, path, logits = OPS.fff_train(*args, n_trees, "gelu")
         assert torch.equal(OPS.fff(*args, n_trees, "gelu"), y)
@@ -128,6 +128,7 @@ def test_several_trees_on_tensor_cores(shape, dtype, bound):
     # with all tokens at one leaf
     args[2] += 30
     with by("forest"):
+        assert OPS.fff(args[0][:0], *args[1:], n_trees, "gelu").shape == (0, shape[2])
         y, path, _ = OPS.fff_train(*args, n_trees, "gelu")
     assert (path[..., -1] == 2 ** (depth + 1) - 2).all()
     want, _ = along([args[0][some], *args[1:]], n_trees, path[some])
@@ -496,8 +497,9 @@ def test_what_is_said_about_the_way():
     assert ops.way(1, 11, 768, 131072, torch.bfloat16) == "tiles"
     assert ops.way(1, 11, 768, 64, torch.bfloat16) == "gather"
     assert ops.way(1, 11, 33, 64, torch.float64) == "plain"
-    assert ops.way(8, 8, 768, 131072, torch.bfloat16) == "columns"
-    assert ops.way(32, 6, 768, 131072, torch.bfloat16) == "dense"
+    assert ops.way(8, 8, 768, 131072, torch.bfloat16) == "forest"
+    assert ops.way(8, 9, 768, 131072, torch.bfloat16) == "columns"
+    assert ops.way(64, 5, 768, 131072, torch.bfloat16) == "dense"
     assert ops.way(32, 6, 768, 131072, torch.float32) == "gather"
     assert ops.way(1, 11, 768, 131072, torch.float32) == "sorted"
     assert ops.way(1, 11, 768, 131072, torch.bfloat16, backward=True) == "conditional"
