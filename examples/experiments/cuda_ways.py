@@ -109,7 +109,7 @@ def main(path, sections=("forward", "backward")):
                 dense(dtype),
             )
             calls = {"dense:3072": lambda x=x, p=reference: mlp(x, *p), "copy": x.clone}
-            ways = ("gather", "sorted", "tiles") if n_trees == 1 else ("gather", "columns", "dense")
+            ways = ("gather", "sorted", "tiles") if n_trees == 1 else ("gather", "columns", "forest", "dense")
             for way in ways:
                 call = by(way, lambda x=x, w=weights, k=n_trees: torch.ops.hf_fff.fff(x, *w, k, "gelu"))
                 calls[way] = call

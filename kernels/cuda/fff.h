@@ -34,6 +34,7 @@ enum class Way : int {
   sorted,  // deep single trees: halfway down and at the leaves, tokens are sorted by where they are
   tiles,   // deep single trees of 16-bit numbers: the same, with tensor cores
   columns, // several trees: the nodes' outputs lie in shared memory, some columns of all of them in each multiprocessor
+  forest,  // several trees of 16-bit numbers on tensor cores, tokens sorted by subtree
   dense,   // all nodes, then a mask: matrix products of the framework, not done here
 };
 

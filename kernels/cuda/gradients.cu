@@ -13,12 +13,10 @@
 // Coefficients are rounded to the 16-bit type. Unvisited nodes of a token's subtree are multiplied by zero.
 #include <algorithm>
 
-#include "cuda/tensor_cores.cuh"
+#include "cuda/mma.cuh"
 
 namespace hf_fff_cuda {
 namespace {
-
-using namespace cores;
 
 constexpr int kSubLevels = 6, kSubNodes = 63, kTopLevels = 6;
 constexpr int kRows = 72;   // of a subtree with its ancestors: 63 + 6, in eights

@@ -135,7 +135,7 @@ std::vector<int64_t> leading(const Tensor& x, int64_t trees, int64_t levels) {
   return sizes;
 }
 
-constexpr std::array<const char*, 7> kWays{"automatic", "plain", "gather", "sorted", "tiles", "columns", "dense"};
+constexpr std::array<const char*, 8> kWays{"automatic", "plain", "gather", "sorted", "tiles", "columns", "forest", "dense"};
 
 // HF_FFF_CUDA_WAY names one of them, for tests and measurements; a shape that it does not serve is done the plain way.
 Way wanted_way() {
@@ -143,7 +143,7 @@ Way wanted_way() {
   if (!name || !*name) return Way::automatic;
   for (size_t i = 0; i < kWays.size(); ++i)
     if (!std::strcmp(name, kWays[i])) return Way(i);
-  STD_TORCH_CHECK(false, "fff: HF_FFF_CUDA_WAY='", name, "' is not known (allowed: automatic, plain, gather, sorted, tiles, columns, dense)");
+  STD_TORCH_CHECK(false, "fff: HF_FFF_CUDA_WAY='", name, "' is not known (allowed: automatic, plain, gather, sorted, tiles, columns, forest, dense)");
 }
 
 constexpr int64_t kMostElements = int64_t{1} << 28;  // of all nodes' logits that are there at once
@@ -437,8 +437,8 @@ HF_FFF_IMPLEMENTS(CUDA, m) {
 
 }  // namespace
 
-// What a call does: "plain", "gather", "sorted", "tiles", "columns" or "dense" for a forward pass, "conditional", "tiles" or "dense" for a
-// backward one. `type` is an index of float32, float64, bfloat16, float16.
+// What a call does: "plain", "gather", "sorted", "tiles", "columns", "forest" or "dense" for a forward pass, "conditional", "tiles" or "dense" for
+// a backward one. `type` is an index of float32, float64, bfloat16, float16.
 extern "C" __attribute__((visibility("default"))) const char* hf_fff_cuda_way(int64_t tokens, int64_t hidden, int64_t trees,
                                                                               int64_t depth, int type, int capability,
                                                                               int processors, bool backward, bool routing) {

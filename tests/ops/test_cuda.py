@@ -14,7 +14,7 @@ from hf_fff.ops import torch_backend
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.hf_fff
-WAYS = ("plain", "gather", "sorted", "tiles", "columns", "dense")
+WAYS = ("plain", "gather", "sorted", "tiles", "columns", "forest", "dense")
 DEVICE = "cuda"
 # what the ways are for: deep single trees, several trees, every remainder of a tile of 64 tokens, rows of no even length
 MORE = [
@@ -101,6 +101,38 @@ def test_against_the_oracle_itself(way):
     y, path, logits = (t.cpu() for t in OPS.fff_train(*there(args), 3, "gelu"))
     want, _, z = oracle.fff(*args, 3, path=path.numpy())
     assert relative(oracle.array(y), want) <= 1e-5 and relative(oracle.array(logits), z) <= 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(
+    "shape",
+    # more tokens than are sorted together; one token; trees that are no multiple of four; tiles that are not full
+    [(8, 8, 768, 9000), (4, 9, 128, 17000), (3, 7, 64, 1), (5, 5, 320, 130), (16, 7, 192, 777), (64, 5, 64, 70)],
+    ids=lambda s: "x".join(map(str, s)),
+)
+def test_several_trees_on_tensor_cores(shape, dtype, bound):
+    if torch.cuda.get_device_properties().shared_memory_per_block_optin < 227 << 10:
+        pytest.skip("this GPU's blocks have too little shared memory")
+    n_trees, depth, _, tokens = shape
+    args = there(random_layer(*shape, dtype=dtype))
+    with by("forest"):
+        y, path, logits = OPS.fff_train(*args, n_trees, "gelu")
+        assert torch.equal(OPS.fff(*args, n_trees, "gelu"), y)
+    with by("plain"):
+        assert not torch.equal(OPS.fff(*args, n_trees, "gelu"), y)  # which rounds no coefficients
+    some = torch.arange(0, tokens, max(1, tokens // 500), device=DEVICE)
+    want, z = along([args[0][some], *args[1:]], n_trees, path[some])
+    assert relative(oracle.array(y[some]), want.numpy()) <= bound
+    assert relative(oracle.array(logits[some]), z.numpy()) <= 1e-5
+    assert is_a_path(path, logits, 0)
+    # with all tokens at one leaf
+    args[2] += 30
+    with by("forest"):
+        assert OPS.fff(args[0][:0], *args[1:], n_trees, "gelu").shape == (0, shape[2])
+        y, path, _ = OPS.fff_train(*args, n_trees, "gelu")
+    assert (path[..., -1] == 2 ** (depth + 1) - 2).all()
+    want, _ = along([args[0][some], *args[1:]], n_trees, path[some])
+    assert relative(oracle.array(y[some]), want.numpy()) <= bound
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
@@ -576,8 +608,9 @@ def test_what_is_said_about_the_way():
     assert ops.way(1, 11, 768, 131072, torch.bfloat16) == "tiles"
     assert ops.way(1, 11, 768, 64, torch.bfloat16) == "gather"
     assert ops.way(1, 11, 33, 64, torch.float64) == "plain"
-    assert ops.way(8, 8, 768, 131072, torch.bfloat16) == "columns"
-    assert ops.way(32, 6, 768, 131072, torch.bfloat16) == "dense"
+    assert ops.way(8, 8, 768, 131072, torch.bfloat16) == "forest"
+    assert ops.way(8, 9, 768, 131072, torch.bfloat16) == "columns"
+    assert ops.way(64, 5, 768, 131072, torch.bfloat16) == "dense"
     assert ops.way(32, 6, 768, 131072, torch.float32) == "gather"
     assert ops.way(1, 11, 768, 131072, torch.float32) == "sorted"
     assert ops.way(1, 11, 768, 131072, torch.bfloat16, backward=True) == "tiles"
