@@ -116,7 +116,9 @@ def test_goals_are_those_of_the_machine():
     assert "| bf16 rows | 300x, goal 420x missed | - | - |" in text["avx512"]
     assert "int8 rows have no goal here" in text["avx512"]
     assert "| float32 rows | 420x, goal 500x missed | 380x, goal 550x * | 380x |" in text["avx2"]
-    assert "| bf16 rows | 300x | - | - |" in text["avx2"] and "bf16 rows and int8 rows have no goal here" in text["avx2"]
+    assert (
+        "| bf16 rows | 300x | - | - |" in text["avx2"] and "bf16 rows and int8 rows have no goal here" in text["avx2"]
+    )
     assert "goal" not in text["-"]
     (row,) = MODEL["rows"]
     row = {**row, "shares": {**row["shares"], "8x8 bfloat16": 0.9}}
