@@ -179,13 +179,12 @@ def _norm_behind(node: Any) -> _Norm | None:
     mvn = users[0].get_node()
     if len(users) != 1 or mvn.get_type_name() != "MVN" or not _is_layer_norm(mvn):
         return None
-    scaled, scale = follow(mvn.output(0), "Multiply")
-    if scaled is None or (scale := vector(scale)) is None:
-        return None
-    shifted, shift = follow(scaled.output(0), "Add")
-    if shifted is None or (shift := vector(shift)) is None:
-        return None
-    return _Norm(bias, scale, shift, float(mvn.get_attributes()["eps"]), shifted.output(0))
+    end, known = mvn.output(0), {"Multiply": np.ones(hidden, np.float32), "Add": np.zeros(hidden, np.float32)}
+    for kind in known:  # left out of the graph where they change nothing
+        user, other = follow(end, kind)
+        if user is not None and (values := vector(other)) is not None:
+            end, known[kind] = user.output(0), values
+    return _Norm(bias, known["Multiply"], known["Add"], float(mvn.get_attributes()["eps"]), end)
 
 
 def _place(output: Any) -> tuple[str, int]:

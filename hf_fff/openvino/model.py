@@ -20,7 +20,7 @@ from ..files import atomic_folder, check_output
 from .embedding import Embedding
 from .graph import align_rows, fuse_norms, operations, pack_rows, to_graph
 from .library import OPERATION, engine, engine_version, extension
-from .quantise import calibration_batches, quantised
+from .quantise import calibration_batches, products, quantised
 
 PRECISIONS = ("int8", "bf16", "f32")
 # "auto" is as the precision. Beside int8 attention, which costs converted MiniLMs 0.013 to 0.017 of cosine to themselves in float32, int8 rows cost 0.002
@@ -40,6 +40,7 @@ def compile(
     tokenizer: Any = None,
     embedding: Embedding | None = None,
     samples: int = 300,
+    keep: Sequence[str] = (),
     ov_config: Mapping[str, Any] | None = None,
 ) -> "OpenVINOModel":
     """A model inside OpenVINO, from one in PyTorch, which stays as it is. What is converted and what is dense both work.
@@ -54,11 +55,13 @@ def compile(
         tokenizer: for texts, for ``encode``, and to be saved; a ``SentenceTransformer`` brings its own.
         embedding: for ``encode``: how vectors are pooled; a ``SentenceTransformer`` brings its own, the mean without one.
         samples: texts that int8 looks at, at most.
+        keep: for "int8": names of modules of the model whose matrix products stay in float32, with * for any part, such as
+            ``["encoder.layer.0.*"]``; their neighbours are quantised as before.
         ov_config: properties of the engine, such as ``{"INFERENCE_NUM_THREADS": 4}``.
 
     Raises:
         ImportError: openvino is not installed, or nncf, which int8 needs.
-        ValueError: an unknown precision or kind of rows, no texts for int8, a float64 model, adapters of PEFT that are not merged, a
+        ValueError: an unknown precision or kind of rows, no texts for int8, names in ``keep`` that are of no product, a float64 model, adapters of PEFT that are not merged, a
             model that OpenVINO cannot convert.
         RuntimeError: the library with the operation FFF can neither be found nor compiled.
     """
@@ -66,6 +69,10 @@ def compile(
         raise ValueError(f"precision={precision!r} is not known (allowed: {', '.join(PRECISIONS)})")
     if rows not in ROWS:
         raise ValueError(f"rows={rows!r} is not known (allowed: {', '.join(ROWS)})")
+    if keep and precision != "int8":
+        raise ValueError(f"keep={list(keep)!r} is for int8, and precision={precision!r}")
+    if isinstance(keep, str):
+        raise ValueError(f"keep={keep!r} must be a list of names")
     rows = precision if rows == "auto" else rows
     if not isinstance(model, PreTrainedModel):
         inner = only_model_in(model)
@@ -85,12 +92,15 @@ def compile(
     if not operations(graph) and not hasattr(model.config, "fff"):
         warnings.warn(f"this {type(model).__name__} holds no FFF: it becomes a plain model of OpenVINO", stacklevel=2)
     if batches is not None:
+        kept = products(graph, keep)
         inputs = [{name: t.numpy() for name, t in complete(batch, names).items()} for batch in batches]
-        graph = quantised(graph, inputs)
+        graph = quantised(graph, inputs, kept)
     if rows != "f32":
         pack_rows(graph, rows)
     fuse_norms(graph)
-    facts = {"precision": precision, "rows": rows, "outputs": kind, "model_class": type(model).__name__}
+    facts: dict[str, Any] = {"precision": precision, "rows": rows, "outputs": kind, "model_class": type(model).__name__}
+    if keep:
+        facts["keep"] = list(keep)
     return OpenVINOModel(graph, facts, model.config, tokenizer, embedding, ov_config)
 
 

@@ -1,7 +1,8 @@
 """int8 for all but the trees: post-training quantisation by NNCF."""
 
+import fnmatch
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,8 +32,29 @@ def calibration_batches(texts: Any, tokenizer: Any, max_length: int, samples: in
     return as_batches(texts, given, max_length=max_length, batch_tokens=_BATCH_TOKENS)
 
 
-def quantised(graph: Any, inputs: list[dict[str, Any]]) -> Any:
+def products(graph: Any, modules: Sequence[str]) -> list[str]:
+    """Names of the graph's matrix products that are made in modules of the torch model, whose names may have a * for any part.
+
+    Raises:
+        ValueError: a name is of no module in which there is such a product.
+    """
+    where = {
+        node.get_friendly_name(): node.get_friendly_name().removeprefix("__module.model.").partition("/")[0]
+        for node in graph.get_ordered_ops()
+        if node.get_type_name() == "MatMul"
+    }
+    for pattern in modules:
+        if not fnmatch.filter(where.values(), pattern):
+            known = ", ".join(dict.fromkeys(where.values()))
+            raise ValueError(f"keep={pattern!r} names no module that makes a matrix product (those are: {known})")
+    return [name for name, module in where.items() if any(fnmatch.fnmatchcase(module, p) for p in modules)]
+
+
+def quantised(graph: Any, inputs: list[dict[str, Any]], keep: Sequence[str] = ()) -> Any:
     """A graph with int8 matrix products, after a look at some typical inputs; FFFs stay as they are.
+
+    Args:
+        keep: names of products that stay in float32.
 
     Raises:
         ImportError: NNCF is not installed.
@@ -50,6 +72,7 @@ def quantised(graph: Any, inputs: list[dict[str, Any]]) -> Any:
             nncf.Dataset(inputs),
             subset_size=len(inputs),
             model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(names=list(keep)),
         )
 
 

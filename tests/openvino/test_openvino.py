@@ -193,7 +193,7 @@ class Block(OneLayer):
         self.bias = nn.Parameter(torch.randn(hidden))
         with torch.no_grad():
             self.embedding.weight.mul_(3).add_(1)
-            for p in self.norm.parameters():
+            for p in self.norm.parameters() if kind != "without bias" else ():
                 p.normal_()
 
     def forward(self, input_ids, attention_mask, return_dict=True):
@@ -346,11 +346,11 @@ def test_half_precision_models_are_computed_in_float32():
     close_where_visible(found, outputs(model.float(), batch), batch["attention_mask"])
 
 
-def int8(kind="2x3"):
+def int8(kind="2x3", **options):
     pytest.importorskip("nncf", reason="nncf is not installed")
     model = convert_ffn_to_fff(tiny_bert(initializer_range=0.1), kind)
     texts = [" ".join(WORDS[(i + 7 * j) % 100] for j in range(4 + i % 9)) for i in range(40)]
-    return model, fff_openvino.compile(model, texts=texts, tokenizer=tiny_tokenizer(), ov_config=ONE)
+    return model, fff_openvino.compile(model, texts=texts, tokenizer=tiny_tokenizer(), ov_config=ONE, **options)
 
 
 @pytest.fixture(scope="module")
@@ -375,6 +375,23 @@ def test_int8_products_and_close_outputs():
     assert not torch.equal(found, want)
 
 
+def test_products_that_stay_in_float32(tmp_path):
+    _, made = int8("none", keep=["encoder.layer.0.*", "*.1.attention.output.dense"])
+    quantised = {
+        node.get_friendly_name().removeprefix("__module.model.").partition("/")[0]
+        for node in made._graph.get_ops()
+        if node.get_type_name() == "MatMul"
+        and any(port.get_node().get_type_name() == "FakeQuantize" for port in node.input_values())
+    }
+    assert not any(name.startswith("encoder.layer.0.") for name in quantised)
+    assert "encoder.layer.1.attention.output.dense" not in quantised
+    assert {"encoder.layer.1.attention.self.query", "encoder.layer.2.attention.output.dense"} <= quantised
+    made.save_pretrained(tmp_path / "m")
+    kept = json.loads((tmp_path / "m" / "fff_openvino.json").read_text())["keep"]
+    assert kept == ["encoder.layer.0.*", "*.1.attention.output.dense"]
+    assert fff_openvino.load(tmp_path / "m", ov_config=ONE).precision == "int8"
+
+
 @pytest.mark.parametrize(
     ("precision", "rows", "want"), [("f32", "auto", "f32"), ("bf16", "auto", "bf16"), ("f32", "int8", "int8")]
 )
@@ -394,6 +411,7 @@ def test_int8_attention_with_rows_of_int8(quantised_model):
     """Which are what they are without being named."""
     nodes = graphs.operations(quantised_model._graph)
     assert quantised_model.rows == "int8" and len(nodes) == 3
+    assert all(n.get_attributes()["epsilon"] > 0 for n in nodes)  # their norms are their own here, too
     headers = [
         packed_backend.read_header(torch.tensor(n.input_value(1).get_node().get_data()), whole=True) for n in nodes
     ]
@@ -525,6 +543,14 @@ def test_wrong_models_and_options(monkeypatch):
         fff_openvino.compile(model, "int4")
     with pytest.raises(ValueError, match=r"rows='int4' is not known \(allowed: auto, int8, bf16, f32\)"):
         fff_openvino.compile(model, "f32", rows="int4")
+    for precision, keep, message in (
+        ("f32", ["encoder.*"], r"keep=\['encoder.*'\] is for int8, and precision='f32'"),
+        ("int8", "encoder.*", r"keep='encoder.\*' must be a list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fff_openvino.compile(model, precision, keep=keep)
+    with pytest.raises(ValueError, match=r"keep='\*.ffn' names no module .*encoder.layer.0.attention.self.query"):
+        quantise.products(graphs.to_graph(model)[0], ["*.key", "*.ffn"])
     with pytest.raises(ValueError, match="needs texts="):
         fff_openvino.compile(model)
     with pytest.raises(ValueError, match="needs tokenizer="):
@@ -627,6 +653,8 @@ def test_export_command(tmp_path):
         (["--precision", "int8"], "some hundreds of typical texts"),
         (["--precision", "f32"], "not empty"),
         (["--engine", "tvm"], "'openvino', 'onnx'"),
+        (["--precision", "bf16", "--keep", "encoder.*"], "is for --precision int8"),
+        (["--engine", "onnx", "--keep", "encoder.*"], "is not for onnx"),
     ):
         result = run("export", tmp_path / "m", tmp_path / "out", *options)
         assert result.exit_code == 2 and message in unwrapped(result.output)
