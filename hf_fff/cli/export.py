@@ -55,6 +55,13 @@ def export(
             help="Modules whose products stay in float32 beside int8 in openvino, such as 'encoder.layer.0.*'; may be repeated."
         ),
     ] = None,
+    vnni: Annotated[
+        bool | None,
+        typer.Option(
+            "--vnni/--no-vnni",
+            help="Whether the CPU that will run int8 in openvino has VNNI or AMX; as this one. Without, weights have 7 bits.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -70,8 +77,12 @@ def export(
             )
         if keep:
             raise bad_option("--keep", ValueError("is not for onnx: leave it out"))
+        if vnni is not None:
+            raise bad_option("--vnni", ValueError("is not for onnx: leave it out"))
     elif keep and precision is not Precision.int8:
         raise bad_option("--keep", ValueError("is for --precision int8"))
+    elif vnni is not None and precision is not Precision.int8:
+        raise bad_option("--vnni", ValueError("is for --precision int8"))
     elif precision is Precision.int8 and not text:
         raise bad_option("--text", ValueError("int8 looks at some hundreds of typical texts: name a file of them"))
     check_out(source, output, overwrite)
@@ -87,7 +98,9 @@ def export(
             if engine is Engine.onnx:
                 facts = _to_onnx(source, folder, output, precision, overwrite)
             else:
-                facts = _to_openvino(source, folder, output, precision, rows, texts, samples, keep or [], overwrite)
+                facts = _to_openvino(
+                    source, folder, output, precision, rows, texts, samples, keep or [], vnni, overwrite
+                )
         except ImportError as error:
             raise RuntimeError(str(error)) from error
     result = {
@@ -119,6 +132,7 @@ def _to_openvino(
     texts: list[str] | None,
     samples: int,
     keep: list[str],
+    vnni: bool | None,
     overwrite: bool,
 ) -> dict[str, Any]:
     from transformers import AutoTokenizer
@@ -137,6 +151,7 @@ def _to_openvino(
         embedding=Embedding.of_folder(folder.root, folder.transformer),
         samples=samples,
         keep=keep,
+        vnni=vnni,
     )
     made.save_pretrained(output, overwrite=overwrite)
     return {"model_class": made.model_class, "rows": made.rows, "operations": made.operations}

@@ -20,7 +20,7 @@ from ..files import atomic_folder, check_output
 from .embedding import Embedding
 from .graph import align_rows, fuse_norms, operations, pack_rows, to_graph
 from .library import OPERATION, engine, engine_version, extension
-from .quantise import calibration_batches, products, quantised
+from .quantise import calibration_batches, has_vnni, products, quantised
 
 PRECISIONS = ("int8", "bf16", "f32")
 # "auto" is as the precision. Beside int8 attention, which costs converted MiniLMs 0.013 to 0.017 of cosine to themselves in float32, int8 rows cost 0.002
@@ -41,6 +41,7 @@ def compile(
     embedding: Embedding | None = None,
     samples: int = 300,
     keep: Sequence[str] = (),
+    vnni: bool | None = None,
     ov_config: Mapping[str, Any] | None = None,
 ) -> "OpenVINOModel":
     """A model inside OpenVINO, from one in PyTorch, which stays as it is. What is converted and what is dense both work.
@@ -57,6 +58,8 @@ def compile(
         samples: texts that int8 looks at, at most.
         keep: for "int8": names of modules of the model whose matrix products stay in float32, with * for any part, such as
             ``["encoder.layer.0.*"]``; their neighbours are quantised as before.
+        vnni: for "int8": whether the CPU that will run the model has VNNI instructions (or AMX, or is no x86); None: as this one. Without
+            them products of int8 can overflow, so weights have 7 bits.
         ov_config: properties of the engine, such as ``{"INFERENCE_NUM_THREADS": 4}``.
 
     Raises:
@@ -92,15 +95,15 @@ def compile(
     if not operations(graph) and not hasattr(model.config, "fff"):
         warnings.warn(f"this {type(model).__name__} holds no FFF: it becomes a plain model of OpenVINO", stacklevel=2)
     if batches is not None:
-        kept = products(graph, keep)
+        kept, vnni = products(graph, keep), has_vnni() if vnni is None else vnni
         inputs = [{name: t.numpy() for name, t in complete(batch, names).items()} for batch in batches]
-        graph = quantised(graph, inputs, kept)
+        graph = quantised(graph, inputs, kept, vnni)
     if rows != "f32":
         pack_rows(graph, rows)
     fuse_norms(graph)
     facts: dict[str, Any] = {"precision": precision, "rows": rows, "outputs": kind, "model_class": type(model).__name__}
-    if keep:
-        facts["keep"] = list(keep)
+    if precision == "int8":
+        facts |= {"keep": list(keep), "vnni": vnni}
     return OpenVINOModel(graph, facts, model.config, tokenizer, embedding, ov_config)
 
 
@@ -125,6 +128,12 @@ def load(folder: str | Path, *, ov_config: Mapping[str, Any] | None = None) -> "
             f"{folder / _FACTS} has a version that this hf_fff does not read (it reads {known}): export the model again"
         )
     facts.setdefault("rows", "f32" if facts["precision"] == "f32" else "bf16")
+    if facts["precision"] == "int8" and facts.get("vnni", True) and not has_vnni():
+        warnings.warn(
+            f"{folder} was made for a CPU with VNNI, which this one lacks: its int8 products overflow here, and outputs are less exact; "
+            "export it on this machine, or with --no-vnni",
+            stacklevel=2,
+        )
     found = set(re.findall(r'type="(?:Packed)?FFF" version="([^"]*)"', (folder / _GRAPH).read_text(encoding="utf-8")))
     if other := sorted(found - {OPERATION}):
         raise ValueError(

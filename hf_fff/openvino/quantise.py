@@ -2,10 +2,12 @@
 
 import fnmatch
 import logging
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..ops.loader import cpu_features
 from ..surgery.text import Batch, as_batches, shuffled
 
 _BATCH_TOKENS = 256  # small batches: inputs of similar length together, so that little padding is seen
@@ -50,11 +52,19 @@ def products(graph: Any, modules: Sequence[str]) -> list[str]:
     return [name for name, module in where.items() if any(fnmatch.fnmatchcase(module, p) for p in modules)]
 
 
-def quantised(graph: Any, inputs: list[dict[str, Any]], keep: Sequence[str] = ()) -> Any:
+def has_vnni() -> bool:
+    """Whether this CPU sums up products of int8 in 32 bits. An x86 CPU without VNNI adds each two of them in 16 bits, where they overflow."""
+    exact = any("vnni" in feature or feature == "amx_int8" for feature in cpu_features())
+    return exact or platform.machine().lower() not in ("x86_64", "amd64")
+
+
+def quantised(graph: Any, inputs: list[dict[str, Any]], keep: Sequence[str] = (), vnni: bool | None = None) -> Any:
     """A graph with int8 matrix products, after a look at some typical inputs; FFFs stay as they are.
 
     Args:
         keep: names of products that stay in float32.
+        vnni: whether the CPU that will run it has such instructions; None: as this one. Without them weights have 7 bits, so that no
+            sum of two products overflows.
 
     Raises:
         ImportError: NNCF is not installed.
@@ -66,6 +76,7 @@ def quantised(graph: Any, inputs: list[dict[str, Any]], keep: Sequence[str] = ()
             f"int8 needs NNCF, which cannot be imported ({error}): install it with `pip install 'hf-fff[openvino]'`"
         ) from error
 
+    vnni = has_vnni() if vnni is None else vnni
     with _quiet():
         return nncf.quantize(
             graph,
@@ -73,6 +84,9 @@ def quantised(graph: Any, inputs: list[dict[str, Any]], keep: Sequence[str] = ()
             subset_size=len(inputs),
             model_type=nncf.ModelType.TRANSFORMER,
             ignored_scope=nncf.IgnoredScope(names=list(keep)),
+            advanced_parameters=None
+            if vnni
+            else nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )
 
 

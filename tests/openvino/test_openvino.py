@@ -23,6 +23,7 @@ from hf_fff import openvino as fff_openvino
 from hf_fff.models import known_types
 from hf_fff.openvino import graph as graphs
 from hf_fff.openvino import library, quantise
+from hf_fff.openvino import model as model_module
 from hf_fff.openvino.embedding import Embedding
 from hf_fff.ops import ACTIVATIONS, loader, packed_backend
 
@@ -375,6 +376,40 @@ def test_int8_products_and_close_outputs():
     assert not torch.equal(found, want)
 
 
+def test_weights_of_7_bits_without_vnni(monkeypatch, tmp_path):
+    """No sum of two products leaves 16 bits then; who opens a model of the other kind on such a machine is told."""
+    most = {}
+    for has in (True, False):
+        monkeypatch.setattr(model_module, "has_vnni", lambda has=has: has)
+        _, made = int8("none")
+        weights = [
+            n.get_data()
+            for n in made._graph.get_ops()
+            if n.get_type_name() == "Constant" and n.get_element_type() == ov.Type.i8
+        ]
+        most[has] = max(int(np.abs(w.astype(int)).max()) for w in weights)
+        made.save_pretrained(tmp_path / str(has))
+    assert most[True] in (127, 128) and most[False] in (63, 64)
+    assert fff_openvino.load(tmp_path / "False", ov_config=ONE).precision == "int8"
+    with pytest.warns(UserWarning, match="was made for a CPU with VNNI, which this one lacks"):
+        fff_openvino.load(tmp_path / "True", ov_config=ONE)
+
+
+def test_cpus_with_vnni(monkeypatch):
+    monkeypatch.setattr(quantise.platform, "machine", lambda: "x86_64")
+    for features, has in (
+        (["avx2"], False),
+        (["avx512f", "avx512_vnni"], True),
+        (["avx_vnni"], True),
+        (["amx_int8"], True),
+    ):
+        monkeypatch.setattr(quantise, "cpu_features", lambda features=features: features)
+        assert quantise.has_vnni() == has
+    monkeypatch.setattr(quantise.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(quantise, "cpu_features", list)
+    assert quantise.has_vnni()
+
+
 def test_products_that_stay_in_float32(tmp_path):
     _, made = int8("none", keep=["encoder.layer.0.*", "*.1.attention.output.dense"])
     quantised = {
@@ -655,6 +690,7 @@ def test_export_command(tmp_path):
         (["--engine", "tvm"], "'openvino', 'onnx'"),
         (["--precision", "bf16", "--keep", "encoder.*"], "is for --precision int8"),
         (["--engine", "onnx", "--keep", "encoder.*"], "is not for onnx"),
+        (["--engine", "onnx", "--no-vnni"], "is not for onnx"),
     ):
         result = run("export", tmp_path / "m", tmp_path / "out", *options)
         assert result.exit_code == 2 and message in unwrapped(result.output)
