@@ -2,8 +2,8 @@
 
     python examples/experiments/openvino_fused.py --out openvino_fused.jsonl
 
-A model of a size and kind is quantised once; one copy stays as it is, in the other the operation does what follows it (hf_fff.openvino.graph.fuse_norms). Both, and
-the model without FFNs, take turns in random order, in one process and one pool of threads. A line of JSON for each batch: milliseconds, medians of
+A model of a size and kind is quantised once; one copy stays as it is, in the other the operation does what follows it (hf_fff.openvino.graph.fuse_norms). Both
+take turns in random order, in one process and one pool of threads. A line of JSON for each batch: milliseconds, medians of
 all calls, and the median over the turns of the ratio.
 """
 
@@ -74,10 +74,9 @@ def main():
     for size in options.sizes:
         for kind in options.kinds:
             for rows in options.rows:
-                none, model = random_models(size, ["none", kind], {"": torch.float32}).values()
-                _, none, _ = variants(none, "f32", properties)
+                (model,) = random_models(size, [kind], {"": torch.float32}).values()
                 count, plain, fused = variants(model, rows, properties)
-                models = {"none": none, "plain": plain, "fused": fused}
+                models = {"plain": plain, "fused": fused}
                 for shape in options.shapes:
                     batch = batch_of(shape, model.config.vocab_size)
                     calls = {
