@@ -290,13 +290,18 @@ def build(name: str = "cpu", *, force: bool = False, output: Path | None = None,
     return replace(built, path=copy)
 
 
+def cpu_features() -> list[str]:
+    """Instruction sets of this CPU that matter here, as Linux names them."""
+    return [f for f in _cpu_flags().split() if _CPU_FEATURES.fullmatch(f)]
+
+
 def describe() -> dict[str, Any]:
     """Everything that decides which library is used, and what was decided, for ``hf-fff env``. Loads nothing."""
     facts: dict[str, Any] = {
         "backend_setting": os.environ.get("HF_FFF_BACKEND") or "auto",
         "kernel_path": os.environ.get("HF_FFF_KERNEL_PATH") or None,
         "sources": str(kernels_root()),
-        "cpu_features": [f for f in _cpu_flags().split() if _CPU_FEATURES.fullmatch(f)],
+        "cpu_features": cpu_features(),
         "libraries": {},
     }
     try:
