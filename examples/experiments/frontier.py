@@ -36,9 +36,9 @@ weights, which take as long.
 VERDICT = """
 ## Where a tree is ahead
 
-Each tree against *none* and the MLPs that keep as much or more (mean cosine): the fastest of these, and how many times as long it takes as the tree.
-**Above 1.00x the tree is ahead of all of them.** In brackets the same against an MLP that keeps exactly as much, by interpolation between the
-measured ones. Where no MLP measured here keeps as much, the rival is the original.
+How many times as long an MLP takes that keeps exactly as much as the tree (mean cosine), by interpolation between *none* and the measured MLPs: **above
+1.00x the tree is ahead.** In brackets the fastest measured one that keeps as much or more, and how many times as long as the tree that takes. Where no MLP
+measured here keeps as much as the tree, the original stands there instead, which is no rival of equal quality.
 
 """
 
@@ -108,18 +108,17 @@ def between(tree: float, took: Mapping[str, float], cosines: Mapping[str, float]
 
 
 def verdict(tree: str, timed: Timed, cosines: Mapping[str, float]) -> tuple[str, float]:
-    """A cell, and how many times as long the fastest rival of equal or better quality takes."""
+    """A cell, and how many times as long what keeps as much as the tree takes."""
     known = {kind: t for kind, t in timed.took.items() if kind in cosines}
     good = {kind: known[kind] for kind in rivals(known) if cosines[kind] >= cosines[tree]}
     if not good:
-        good = {"dense": timed.took["dense"]} if "dense" in timed.took else {}
-    if not good:
-        return "-", 1.0
+        dense = timed.took.get("dense")
+        return (f"dense {dense / known[tree]:.2f}x" if dense else "-"), 1.0
     name = min(good, key=lambda kind: good[kind])
-    ratio = good[name] / known[tree]
-    same = between(cosines[tree], known, cosines)
-    cell = f"{name} {ratio:.2f}x" + (f" ({same / known[tree]:.2f}x)" if same else "")
-    return (f"**{cell}**" if ratio > 1 + LEVEL and name != "dense" else cell), ratio if name != "dense" else 1.0
+    ratio, same = good[name] / known[tree], between(cosines[tree], known, cosines)
+    equal = ratio if same is None else min(ratio, same / known[tree])
+    cell = f"{equal:.2f}x ({name} {ratio:.2f}x)"
+    return (f"**{cell}**" if equal > 1 + LEVEL else cell), equal
 
 
 def order(kind: str) -> tuple[int, str]:
