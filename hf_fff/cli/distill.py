@@ -83,7 +83,7 @@ def distill(
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where that is safe; for GPUs.")] = False,
     graphs: Annotated[
         bool,
-        typer.Option("--graphs", help="On a GPU, record training steps as CUDA graphs: small models train faster."),
+        typer.Option("--graphs", help="Experimental: record training steps on a GPU as CUDA graphs."),
     ] = False,
     device: OnDevice = None,
     seed: Seed = 0,

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
 from .objectives import get_objective
@@ -35,10 +34,6 @@ class FastArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Passed to DDP."})
 
     def __post_init__(self) -> None:
-        if self.accelerator_config is None and self.dataloader_pin_memory and torch.cuda.is_available():
-            self.accelerator_config = {
-                "non_blocking": True
-            }  # else each batch waits until the GPU has done the step before
         super().__post_init__()
         for name in ("learning_rate", "fff_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
@@ -97,15 +92,16 @@ class DistillationArguments(FastArguments):
     )
     cuda_graphs: bool = field(
         default=False,
-        metadata={
-            "help": "Record a step on a GPU once for each length, and replay it: it is launching kernels mostly."
-        },
+        metadata={"help": "Experimental. Record a step on a GPU once for each length of the inputs, and replay it."},
     )
     learning_rate: float = field(default=4e-4, metadata={"help": "For all but what replaced the FFNs."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the rates fall."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps in which the rates rise; below 1: a share."})
 
     def __post_init__(self) -> None:
+        if self.cuda_graphs and self.accelerator_config is None and self.dataloader_pin_memory:
+            # Else a batch waits until the GPU has done the step before.
+            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
         for name in _WEIGHTS:
             if not getattr(self, name) >= 0:
