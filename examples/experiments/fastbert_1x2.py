@@ -3,6 +3,7 @@
     python examples/experiments/fastbert_1x2.py --model DIR --data DIR --results fastbert_1x2.jsonl            # what is not there yet
     python examples/experiments/fastbert_1x2.py --results fastbert_1x2.jsonl --report                        # page and picture
     python examples/experiments/fastbert_1x2.py --model DIR --data DIR --results try.jsonl --quick           # minutes on a CPU
+    python examples/experiments/side_by_side.py --gpus 2 --at-once 6 fastbert_1x2.py --model DIR --data DIR --results FILE --bf16
 
 1x2 uses 3 of 7 neurons, 512x2 1536 of 3584; beside each stands an MLP of as many neurons as it uses, and beside all no FFN at all. What
 is converted is calibrated on the rows to train on, and then all are finetuned alike, by the preset crammed-finetune (5 epochs of batches of 16, 4e-5).
@@ -10,15 +11,16 @@ DATA holds sst2, mrpc, qnli and stsb, each with train.tsv and dev.tsv. Nothing i
 """
 
 import argparse
-import json
-import os
 import tempfile
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from runs import make_runs, results, spread
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "results" / "glue-subset.md"
@@ -63,6 +65,8 @@ def main() -> None:
         "--limit", type=int, default=10_000, help="rows to train on at most, the first ones of a shuffle"
     )
     parser.add_argument("--calibration-steps", type=int, default=1000)
+    parser.add_argument("--claims", type=Path, help="folder that processes side by side have in common, a fresh one")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no run is begun that would not end by then")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; for GPUs")
     parser.add_argument(
         "--quick", action="store_true", help="64 rows, one epoch, one seed: tells nothing but that it runs"
@@ -77,13 +81,19 @@ def main() -> None:
         return
     if not args.model or not args.data:
         parser.error("--model and --data are needed")
-    done = {tuple(row[name] for name in KEY) for row in results(args.results)}
-    for task in args.tasks:
-        for seed in args.seeds:
-            for fff in args.fff:
-                key = (args.name or Path(args.model).name, task, fff, seed, args.limit, args.quick)
-                if key not in done:
-                    append(args.results, dict(zip(KEY, key, strict=True)) | run(args, task, fff, seed))
+    name = args.name or Path(args.model).name
+    keys = [
+        dict(zip(KEY, (name, task, fff, seed, args.limit, args.quick), strict=True))
+        for seed in args.seeds
+        for task in args.tasks
+        for fff in args.fff
+    ]
+
+    def of(key: Mapping[str, Any]) -> dict[str, Any]:
+        return run(args, key["task"], key["fff"], key["seed"])
+
+    if make_runs(keys, of, args.results, claims=args.claims, seconds=args.seconds):
+        raise SystemExit("not all runs could be made")
 
 
 def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, Any]:
@@ -110,7 +120,8 @@ def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of rows that are cut, which the record has
         out = Path(folder, "out")
-        settings |= {"save_strategy": "no"}
+        # A batch of the evaluation is no part of the preset; a line in the logs waits for the GPU.
+        settings |= {"save_strategy": "no", "per_device_eval_batch_size": 128, "logging_steps": 100}
         fixed = {"output_dir": f"{folder}/work", "seed": seed, "use_cpu": not gpu, "disable_tqdm": True}
         plan = Calibration(None, steps=args.calibration_steps, max_tokens=400_000, seed=seed, progress=False)
         trained = train_folder(
@@ -137,33 +148,6 @@ def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, A
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "torch": torch.__version__,
     }
-
-
-def results(path: Path) -> list[dict[str, Any]]:
-    """The runs that are there; a line that was cut off is none."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """In one write, on a line of its own: others may do so at the same time, and whoever dies leaves no half of one behind."""
-    print(json.dumps(row), flush=True)
-    torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, (("\n" if torn else "") + json.dumps(row) + "\n").encode())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def told(values: list[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def report(rows: list[dict[str, Any]], page: Path) -> None:
@@ -197,7 +181,7 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
     text += f"| | neurons used | seeds | {' | '.join(columns)} | kept |\n|{'---|' * (len(tasks) + 4)}\n"
     for kind in kinds:
         used = "all" if kind == "dense" else str(FFFConfig.from_shorthand(kind).active_nodes)
-        cells = [told(scores[kind, task]) if scores.get((kind, task)) else "not measured" for task in tasks]
+        cells = [spread(scores[kind, task]) if scores.get((kind, task)) else "not measured" for task in tasks]
         seeds = len({row["seed"] for row in rows if row["fff"] == kind})
         text += f"| {kind} | {used} | {seeds} | {' | '.join(cells)} | {kept(kind)} |\n"
     picture = page.with_suffix(".png")

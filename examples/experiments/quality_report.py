@@ -127,18 +127,17 @@ masked; passages that no training text is from; one seed. The teachers were trai
 TASKS = """
 ## Tasks
 
-Each from its own finetuned teacher (MiniLM, three epochs) and distilled for {steps} steps of {batch_size} rows on the labelled rows, copies of them with
-replaced words and, for MNLI, SNLI's pairs without labels; calibrated on the same inputs for {calibration_steps} steps. Scores on rows
-that were not looked at for any choice; **one seed**, so that differences of a point or two mean nothing (wnut17 has 1287 sentences with few
-entities: there the standard error alone is above two points).
+MiniLM finetuned for each (*dense*, three epochs), and students of it: calibrated on the task's inputs for {calibration_steps} steps a layer, then distilled for {steps}
+steps of {batch_size} rows on the labelled rows, copies of them with replaced words and, of pairs, those of other data sets without labels; {limit} rows to train
+on. Scores on rows that were not looked at for any choice, {report_limit} of them; {seeds}. *Recovered* is (x - none) / (dense - none) of
+the means, and told only where dense and none are more than two standard errors apart; *agreement* the share of the positions where the likeliest class is the
+teacher's. {device}, torch {torch}.
 
-| | {names} |
-|---|{lines}|
 """
 
 TASKS_TAIL = """
-In brackets the share of the positions where the likeliest class is the teacher's. Where a student is above its teacher, distillation with
-more inputs gave what three epochs on few rows did not. Without any FFN {worst} of the teacher's score is kept at worst: measure `none` first.
+Where a student is above its teacher, distillation with more inputs gave what three epochs on few rows did not. Without any FFN {worst} of the
+teacher's score is kept at worst ({where}): measure `none` first.
 """
 
 EQUAL = """
@@ -184,8 +183,9 @@ MISSING = """
 ## What is not measured yet
 
 More than one seed of what has one here; SST-2, QNLI, MRPC and STS-B after task distillation; the inputs' format; frozen attention;
-trainings of more than 3000 steps, on more text, with cropped texts or larger batches on a GPU; steps as CUDA graphs. The scripts are there
-(`quality_minilm.py`, `tasks_minilm.py`), and so is the [queue](../../examples/experiments/README.md).
+    page = HEAD + general(rows) + longer(rows) + cropped(rows) + ablation(rows) + masked_words(done)
+    page += tasks(rows_of("tasks_table.jsonl") or [row for row in done if row["name"] != "mlm"])
+    page += task_ablations(done) + calibrated(rows)
 """
 
 
@@ -441,32 +441,69 @@ def masked_words_kept(rows: list[dict]) -> dict[str, float]:
     return {fff: mean(some) for fff, some in shares.items()}
 
 
-_SCORES = {"qa": ("XQuAD en, F1", "f1"), "mnli": ("MNLI matched, accuracy", "accuracy"), "wnut17": ("wnut17, F1", "f1")}
+# In the order of the table: those that tell designs apart first.
+_SCORES = {
+    "mlm": ("masked words, loss", "loss"),
+    "qa": ("XQuAD en, F1", "f1"),
+    "mnli": ("MNLI matched, accuracy", "accuracy"),
+    "wnut17": ("wnut17, F1", "f1"),
+    "mrpc": ("MRPC, F1", "f1"),
+    "sst2": ("SST-2, accuracy", "accuracy"),
+    "qnli": ("QNLI, accuracy", "accuracy"),
+    "stsb": ("STS-B, Spearman", "spearman"),
+}
+
+
+def apart(a: list[float], b: list[float]) -> bool:
+    """Whether two means are more than two standard errors apart; of single runs nobody can tell."""
+    if min(len(a), len(b)) < 2:
+        return False
+    return abs(mean(a) - mean(b)) > 2 * sum(stdev(values) ** 2 / len(values) for values in (a, b)) ** 0.5
 
 
 def tasks(rows: list[dict]) -> str:
-    names = {name: score for name, score in _SCORES.items() if any(row["name"] == name for row in rows)}
-    example = next(row for row in rows if row["name"] in names and row["fff"] != "dense")
+    """Of ``tasks_table.py``, or single runs of ``tasks_minilm.py``."""
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+    agreements: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        found = row["scores"] if row["fff"] == "dense" else row["distilled"]
+        scale = 1 if row["name"] == "mlm" else 100
+        scores[row["fff"], row["name"]].append(scale * found[_SCORES[row["name"]][1]])
+        if "agreement" in found:
+            agreements[row["fff"], row["name"]].append(100 * found["agreement"])
+    names = [name for name in _SCORES if any(fff != "dense" and of == name for fff, of in scores)]
+    kinds = list(grouped([row for row in rows if row["fff"] != "dense"]))
+    others = [kind for kind in kinds if kind != "none"]
+    example = next(row for row in rows if row["fff"] != "dense" and row["name"] != "mlm")
+    counts = sorted({len(values) for values in scores.values()})
+    several = "mean ± standard deviation over {} seeds, each with a teacher of its own"
+    few = "**one seed**, so that differences of a point or two mean nothing (wnut17 has 1287 sentences with few entities: there the standard error alone is above two points)"
+    limits = {name: f"{example[name]:,} at most" if example.get(name) else "all" for name in ("limit", "report_limit")}
     text = TASKS.format(
-        names=" | ".join(title for title, _ in names.values()),
-        lines="|".join(["---"] * len(names)),
-        **{k: example[k] for k in ("steps", "batch_size", "calibration_steps")},
+        **{name: example[name] for name in ("calibration_steps", "steps", "batch_size", "device", "torch")},
+        **limits,
+        seeds=few
+        if counts == [1]
+        else several.format(" to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))),
     )
-    dense = {row["name"]: row["scores"] for row in rows if row["fff"] == "dense"}
-    text += f"| dense | {' | '.join(f'{100 * dense[name][metric]:.1f}' for name, (_, metric) in names.items())} |\n"
+    columns = ["dense", *kinds, *(f"{kind} recovered" for kind in others), *(f"{kind} agreement" for kind in kinds)]
+    text += f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}\n"
     kept = {}
-    for fff, group in grouped([row for row in rows if row["name"] in names and row["fff"] != "dense"]).items():
-        cells = []
-        for name, (_, metric) in names.items():
-            scores = [row["distilled"] for row in group if row["name"] == name]
-            value = mean(score[metric] for score in scores)
-            kept[fff, name] = value / dense[name][metric]
-            cells.append(
-                f"{100 * value:.1f}, {100 * kept[fff, name]:.1f} % ({100 * mean(s['agreement'] for s in scores):.1f} %)"
-            )
-        text += f"| {fff} | {' | '.join(cells)} |\n"
-    worst = min(value for (fff, _), value in kept.items() if fff == "none")
-    return text + TASKS_TAIL.format(worst=f"{100 * worst:.1f} %")
+    for name in names:
+        dense, none = scores["dense", name], scores["none", name]
+        digits = 3 if name == "mlm" else 1
+        cells = [spread(scores[kind, name], digits) if scores[kind, name] else "-" for kind in ("dense", *kinds)]
+        for kind in others:
+            told = scores[kind, name] and apart(dense, none)
+            cells.append(recovered(mean(scores[kind, name]), mean(none), mean(dense)) if told else "-")
+        cells += [f"{mean(agreements[kind, name]):.1f} %" if agreements[kind, name] else "-" for kind in kinds]
+        text += f"| {_SCORES[name][0]} | {' | '.join(cells)} |\n"
+        if name != "mlm" and dense and none:
+            kept[name] = mean(none) / mean(dense)
+    if not kept:
+        return text
+    where = min(kept, key=lambda name: kept[name])
+    return text + TASKS_TAIL.format(worst=f"{100 * kept[where]:.1f} %", where=_SCORES[where][0].split(",")[0])
 
 
 def equal_time(rows: list[dict], found: dict) -> str:
@@ -511,7 +548,8 @@ def main() -> None:
     rows = rows_of("quality_minilm.jsonl")
     speeds = rows_of("model_time.jsonl")[-1]
     done = rows_of("tasks_minilm.jsonl")
-    page = HEAD + general(rows) + longer(rows) + cropped(rows) + ablation(rows) + masked_words(done) + tasks(done)
+    page = HEAD + general(rows) + longer(rows) + cropped(rows) + ablation(rows) + masked_words(done)
+    page += tasks(rows_of("tasks_table.jsonl") or [row for row in done if row["name"] != "mlm"])
     page += task_ablations(done) + calibrated(rows)
     page += models(speeds) + equal_time(rows, speeds) + rates(rows) + step(rows_of("step_time.jsonl")[-1]) + MISSING
     PAGE.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
@@ -80,7 +81,7 @@ def freshly_masked(collate, masking):
     return masked
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="where the pretrained model is; for the teacher alone")
     parser.add_argument("--teacher", type=Path, required=True)
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--fff", default="8x8", help="or dense: finetunes the teacher")
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--limit", type=int, help="rows of each file at most")
+    parser.add_argument("--report-limit", type=int, help="of the files to report on; --limit by default")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--teacher-steps", type=int)
     parser.add_argument("--teacher-batch-size", type=int, default=32)
@@ -108,11 +110,14 @@ def main() -> None:
     parser.add_argument("--freeze", action="store_true", help="train nothing but what replaces the FFNs")
     parser.add_argument("--compile", action="store_true", help="the training step")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser
 
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Makes the teacher or a student; what that gave."""
     task = get_task(args.task)
     rows = [row for path in args.train for row in read_rows(path)[: args.limit]]
-    report = [row for path in args.report for row in read_rows(path)[: args.limit]]
+    report = [row for path in args.report for row in read_rows(path)[: args.report_limit or args.limit]]
     dense = args.fff == "dense"
     tokenizer = AutoTokenizer.from_pretrained(args.model if dense else args.teacher)
     model = fresh_model(args, task, rows) if dense else None
@@ -195,8 +200,8 @@ def main() -> None:
     result["seconds"] = round(time.monotonic() - begin, 1)
     result["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     result["torch"] = torch.__version__
-    print(json.dumps(result), flush=True)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(run(parser().parse_args())), flush=True)

@@ -68,7 +68,7 @@ def choose(
 
     Raises:
         ValueError: as ``distil_folder``; the dense model's own score is not above 0; the work folder was made with other
-            options, or is none.
+            options, or is none; there are several processes.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
         RuntimeError: out of memory.
 
@@ -112,6 +112,8 @@ class _Search:
         self.source, self.work, self.data, self.plan = source, work, data, plan
         self.arguments, self.tell = arguments, tell
         self.args = arguments(work / "training", 1)
+        if self.args.world_size > 1:
+            raise ValueError(f"there are {self.args.world_size} processes, and a search measures times: start one")
         self.time_on = torch.device("cpu" if plan.engine != "torch" else time_on or self.args.device)
         self.dense_inside: Any = None  # the dense model in the engine, once it is there
         self.options = self._options()

@@ -98,7 +98,8 @@ def distill(
     """Convert, calibrate, and train the whole model to give what the dense one gives.
 
     Without --task that is the dense model's hidden states and embeddings, on any --text; with it, the logits of its head, on
-    labelled --data, copies of them with other tokens, and --transfer inputs. For mlm, --text is the data.
+    labelled --data, copies of them with other tokens, and --transfer inputs. For mlm, --text is the data. `accelerate launch -m hf_fff
+    distill …` trains on several GPUs, which share the rows of a step.
     """
     check_use(fff, source, output, overwrite)
     for option, rate in (("--learning-rate", learning_rate), ("--fff-learning-rate", fff_learning_rate)):
@@ -145,6 +146,7 @@ def distill(
         "dataloader_pin_memory": torch.cuda.is_available() and device is not Device.cpu,
     }
     arguments = arguments_for(task, **options)
+    _share(arguments)
     rows: Any
     if task:
         labelled = read_data("--data", data or []) + read_data("--text", [str(path) for path in text or []])
@@ -168,6 +170,8 @@ def distill(
             resume=resume,
             overwrite=overwrite,
         )
+    if arguments.process_index:
+        return
     report = model.distillation_report
     result = {
         **facts_of(model, output),
@@ -178,6 +182,14 @@ def distill(
         return
     out.print(f"{type(model).__name__} in {output}: {_told(report)}", soft_wrap=True)
     out.print(how_to_open(output), soft_wrap=True)
+
+
+def _share(arguments: Any) -> None:
+    """The rows of a step among the processes that there are, so that steps and rates stay what they are with one."""
+    rows, processes = arguments.per_device_train_batch_size, arguments.world_size
+    if rows % processes:
+        raise bad_option("--batch-size", ValueError(f"{rows} rows a step cannot be shared by {processes} processes"))
+    arguments.per_device_train_batch_size = rows // processes
 
 
 def _told(report: Any) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+
 from ..memory import memory_explained
 from ..surgery.text import shuffled
 from ..tasks import Encoded, evaluate, get_task
@@ -163,13 +165,16 @@ def _distil(
             unprepare(trainer.model)
         scores += [score(student)] if score else []
     was, now = scores[1:] if scores else (before["eval_cosine"], after["eval_cosine"])
-    if undone := now < was and after["eval_loss"] > before["eval_loss"]:  # a score of few rows alone is noise
+    worse = now < was and after["eval_loss"] > before["eval_loss"]  # a score of few rows alone is noise
+    undone = bool(broadcast_object_list([worse])[0])  # scores may differ in the last digit from one GPU to the other
+    if undone:
         name = get_task(options["task"]).main_metric if score else "cosine"
-        warnings.warn(
-            f"{done.global_step} steps made the {name} on held-out rows worse ({was:.4f} before, {now:.4f} after) and are undone: "
-            "take more steps, or lower learning rates",
-            stacklevel=3,
-        )
+        if args.process_index == 0:
+            warnings.warn(
+                f"{done.global_step} steps made the {name} on held-out rows worse ({was:.4f} before, {now:.4f} after) and are undone: "
+                "take more steps, or lower learning rates",
+                stacklevel=3,
+            )
         student.load_state_dict(begun)
         after, scores = before, [*scores[:2], *scores[1:2]]
     return {

@@ -28,6 +28,25 @@ def check_processes(args: Any) -> None:
         )
 
 
+def check_not_sharded(args: Any) -> None:
+    """Raises ``ValueError`` where each process would hold a part of a model that is distilled.
+
+    Args:
+        args: ``TrainingArguments``.
+    """
+    deepspeed = args.deepspeed or _flag("ACCELERATE_USE_DEEPSPEED")
+    how = "DeepSpeed" if deepspeed else "FSDP" if args.fsdp or _flag("ACCELERATE_USE_FSDP") else None
+    if how:
+        raise ValueError(not_sharded(how))
+
+
+def not_sharded(how: str) -> str:
+    return (
+        f"distillation does not run under {how}: nobody has tried its teacher and its units there. "
+        "Use DDP (see examples/accelerate)"
+    )
+
+
 def what_would_run() -> dict[str, Any]:
     """What a training would run on: told by the environment where ``accelerate launch`` or ``torchrun`` has started this process, else by
     Accelerate's default config, which ``accelerate launch`` reads.

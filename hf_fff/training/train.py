@@ -29,6 +29,7 @@ from .checkpoints import last_checkpoint
 from .data import StreamedPieces, TextPieces, TextStream, calibration_batches
 from .finetuning import FinetuningTrainer
 from .objectives import get_objective
+from .processes import check_processes
 from .progress import tell_progress
 from .work import OPTIONS, START, check_folders, check_work, digest
 
@@ -118,6 +119,7 @@ def train_folder(
         FloatingPointError: the loss is not finite.
         RuntimeError: out of memory.
     """
+    check_processes(args)
     work = Path(str(args.output_dir))
     check_folders(source, output, work, overwrite=overwrite)
     get_objective(data.task)

@@ -19,6 +19,7 @@ from .base import MEASURED_ROWS, FastTrainer, without_labels
 from .data import Cropping, check_rows
 from .graphs import StepGraphs
 from .objectives import OBJECTIVES, Objective, get_objective, visible
+from .processes import not_sharded
 
 
 class DistillationTrainer(FastTrainer):
@@ -318,10 +319,7 @@ def _check_whole(student: Any, trainer: Any = None) -> None:
     if trainer is not None:
         how = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else how
     if how:
-        raise ValueError(
-            f"distillation does not run under {how}: nobody has tried its teacher and its units there. "
-            "Use DDP (see examples/accelerate)"
-        )
+        raise ValueError(not_sharded(how))
 
 
 def _objective(task: str | None, student: Any, teacher: Any) -> Objective:

@@ -24,6 +24,7 @@ from .checkpoints import last_checkpoint
 from .data import calibration_batches
 from .distil import distil_task, distil_texts, length_for, mixed_rows, split_rows, split_texts
 from .objectives import get_objective
+from .processes import check_not_sharded, check_processes
 
 OPTIONS, START = "options.json", "start"  # what lies in a work folder beside the checkpoints
 _WEIGHTS = ("hidden_weight", "embedding_weight", "logits_weight", "label_weight", "temperature")
@@ -72,7 +73,8 @@ def distil_folder(
     runs on the device of ``args``.
 
     ``args.output_dir`` is the work folder: it holds the calibrated start and the checkpoints, stays where it is when the
-    training is interrupted, and is removed in the end. With ``resume``, one that is there already is continued.
+    training is interrupted, and is removed in the end. With ``resume``, one that is there already is continued. Under
+    ``accelerate launch`` (DDP) all processes call this; the first one calibrates and writes.
 
     Args:
         data: texts for general distillation, or the rows of a task, of which the source is a finetuned model.
@@ -85,14 +87,13 @@ def distil_folder(
 
     Raises:
         ValueError: as ``convert_ffn_to_fff``, ``distil_texts`` and ``distil_task``; the work folder was made with other
-            options, or is none; there are several processes.
+            options, or is none; as ``check_processes``, or it would run under FSDP or DeepSpeed.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
         RuntimeError: out of memory.
     """
-    if args.world_size > 1:
-        raise ValueError(
-            "distil_folder and hf-fff distill run as one process: on several GPUs, use DistillationTrainer"
-        )
+    check_processes(args)
+    check_not_sharded(args)
+    first = args.process_index == 0
     work = Path(str(args.output_dir))
     check_folders(source, output, work, overwrite=overwrite)
     if held_out is None:
@@ -109,7 +110,7 @@ def distil_folder(
         "max_length": max_length,
         "held_out": held_out,
         "steps": args.max_steps,
-        "batch_size": args.per_device_train_batch_size,
+        "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
         "fff_learning_rate": args.fff_learning_rate,
         "loss": {name: getattr(args, name) for name in _WEIGHTS},
@@ -119,27 +120,31 @@ def distil_folder(
         "start": str(start.resolve()) if start else None,
     }
     options = json.loads(json.dumps(options))  # as it is read again
-    started = check_work(work, options, resume=resume)
+    if first:  # before anything that takes time
+        check_work(work, options, resume=resume)
     dense = source.load_dense().to(args.device)
     tokenizer = AutoTokenizer.from_pretrained(source.transformer)
     max_length = length_for(max_length, dense)
     plan = (_plan_of_task if isinstance(data, TaskRows) else _plan_of_texts)(
         data, dense, tokenizer, args, max_length, held_out, calibration
     )
-    if not started:
-        calibrated = replace(calibration, data=plan.inputs, tokenizer=tokenizer, max_length=max_length)
-        with (
-            atomic_folder(work, overwrite=True) as new,
-            memory_explained("calibrating", "the calibration's max_tokens or the maximal length of the inputs"),
-        ):
-            if start:
-                begun: Any = fast_class(type(dense)).from_pretrained(ModelFolder.find(str(start)).transformer)
-            else:
-                begun = convert_ffn_to_fff(dense, config, calibration=calibrated, seed=args.seed)
-            begun.save_pretrained(new / START)
-            before = read_record(ModelFolder.find(str(start)).root) if start else {}
-            write_record(new / START, before or record_of(source, begun))
-            (new / OPTIONS).write_text(json.dumps(options, indent=2), encoding="utf-8")
+    with args.main_process_first(local=False):
+        if not check_work(work, options, resume=resume or not first):
+            if not first:
+                raise RuntimeError("the first process, which begins, has failed")
+            calibrated = replace(calibration, data=plan.inputs, tokenizer=tokenizer, max_length=max_length)
+            with (
+                atomic_folder(work, overwrite=True) as new,
+                memory_explained("calibrating", "the calibration's max_tokens or the maximal length of the inputs"),
+            ):
+                if start:
+                    begun: Any = fast_class(type(dense)).from_pretrained(ModelFolder.find(str(start)).transformer)
+                else:
+                    begun = convert_ffn_to_fff(dense, config, calibration=calibrated, seed=args.seed)
+                begun.save_pretrained(new / START)
+                before = read_record(ModelFolder.find(str(start)).root) if start else {}
+                write_record(new / START, before or record_of(source, begun))
+                (new / OPTIONS).write_text(json.dumps(options, indent=2), encoding="utf-8")
     # Loaded even if it was just made: so what is interrupted and what is not start alike.
     student: Any = fast_class(type(dense)).from_pretrained(work / START)
     dtype = student.dtype
@@ -148,8 +153,11 @@ def distil_folder(
     plan.distil(student.float(), str(checkpoint) if checkpoint else None)  # small steps vanish in half precision
     how = {name: part for name, part in read_record(work / START).items() if name == "calibration"}
     how["recipe"] = {name: value for name, value in options.items() if name not in ("source", "start")}  # paths
-    write_folder(source, output, lambda: student.to(dtype), overwrite=overwrite, how=how)
-    shutil.rmtree(work)
+    student.to(dtype)
+    with args.main_process_first(local=False):
+        if first:
+            write_folder(source, output, lambda: student, overwrite=overwrite, how=how)
+            shutil.rmtree(work)
     return student
 
 

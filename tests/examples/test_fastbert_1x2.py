@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "experiments"))
 
 import fastbert_1x2 as experiment
+from runs import append, results
 
 SCORES = {"dense": 0.9, "1x2": 0.8, "none": 0.7}
 
@@ -37,8 +38,8 @@ def test_what_is_there_is_left(path, monkeypatch, tmp_path):
         return {"scores": {"accuracy": 0.5}}
 
     monkeypatch.setattr(experiment, "run", run)
-    experiment.append(path, row("dense", quick=True))
-    experiment.append(path, row("none"))  # not quick: of another experiment
+    append(path, row("dense", quick=True))
+    append(path, row("none"))  # not quick: of another experiment
     path.write_bytes(path.read_bytes() + b'{"model": "m", "ta')  # whoever wrote this was killed
     options = (
         "--model",
@@ -58,7 +59,7 @@ def test_what_is_there_is_left(path, monkeypatch, tmp_path):
     assert asked == [("sst2", "none", 0)]
     call(monkeypatch, *options)
     assert len(asked) == 1
-    rows = experiment.results(path)
+    rows = results(path)
     assert [r["fff"] for r in rows] == ["dense", "none", "none"]
     assert len(path.read_text().splitlines()) == 4 and json.loads(path.read_text().splitlines()[-1]) == rows[-1]
 
@@ -66,8 +67,8 @@ def test_what_is_there_is_left(path, monkeypatch, tmp_path):
 def test_the_page(path, monkeypatch, tmp_path):
     for fff in SCORES:
         for seed in (0, 1):
-            experiment.append(path, row(fff, seed))
-    experiment.append(path, row("dense", quick=True, task="mrpc"))  # which is none of it
+            append(path, row(fff, seed))
+    append(path, row("dense", quick=True, task="mrpc"))  # which is none of it
     page = tmp_path / "page.md"
     call(monkeypatch, "--results", path, "--report", "--page", page)
     lines = [line for line in page.read_text().splitlines() if line.startswith("|")]

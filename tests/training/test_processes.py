@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from accelerate.commands.config import config_args
 from command import run, unwrapped
 from resuming import Plain
+from task_rows import WORDS, tiny_tokenizer
 from test_distillation import pair
 from test_distillation import trainer as distillation
+from tiny import HEADS, tiny_bert
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 from two_processes import STEPS, rate, trainers
 
+from hf_fff import Calibration, DistillationArguments
+from hf_fff.surgery.folder import ModelFolder
+from hf_fff.surgery.record import read_record
+from hf_fff.training import arguments_for, distil_folder, work
 from hf_fff.training.processes import what_would_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
@@ -165,23 +174,24 @@ def test_a_distillation_of_shards_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
-def launch(config, *words, options=()):
-    """``two_processes`` by ``accelerate launch``."""
+def launch(config, module, *words, options=()):
+    """A module by ``accelerate launch``: what it printed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(ROOT / "examples" / "accelerate" / f"{config}.yaml"), *options, "-m", "two_processes"]
-    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command += [str(ROOT / "examples" / "accelerate" / f"{config}.yaml"), *options, "-m", module]
+    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         environment.pop(name, None)
     told = subprocess.run([*command, *map(str, words)], env=environment, capture_output=True, text=True, timeout=600)
     assert told.returncode == 0, told.stderr[-3000:]
+    return told.stdout
 
 
 @pytest.mark.full
 def test_two_processes(tmp_path):
     """``accelerate launch`` with our config: DDP without a search for unused parameters, with accumulation, reaches the losses of one
     process with the same rows a step; what one of them was asked to end, both end at the same step, and go on to the bit."""
-    launch("cpu_2", tmp_path)
+    launch("cpu_2", "two_processes", tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for name in ("plain", "distillation"):
         assert first[name]["weights"] == second[name]["weights"], f"{name}: the processes have different models"
@@ -210,12 +220,164 @@ def test_two_processes(tmp_path):
         trainers(tmp_path / "alone", 1)["plain"]().train(resume_from_checkpoint=str(tmp_path / "plain"))
 
 
+@pytest.fixture
+def classifier(tmp_path):
+    """A folder of a tiny classifier, and labelled rows of six words each, so that the halves of a step weigh alike."""
+    tiny_bert(HEADS["ForSequenceClassification"]).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=6)) for _ in range(200)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    lines = ["sentence\tlabel", *(f"{text}\t{int(text < 'word5')}" for text in texts)]
+    (tmp_path / "rows.tsv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def same_weights(one, other, rtol=1e-3, atol=1e-4):
+    ours, theirs = (AutoModelForSequenceClassification.from_pretrained(folder).state_dict() for folder in (one, other))
+    assert ours.keys() == theirs.keys() and any("weight_in" in name for name in ours)
+    for name, value in ours.items():
+        if name.endswith(
+            "key.bias"
+        ):  # softmax does not see it: its gradient is rounding, of which Adam makes whole steps
+            continue
+        told = {"rtol": rtol, "atol": atol, "msg": lambda text, name=name: f"{name}: {text}"}
+        torch.testing.assert_close(theirs[name], value, **told)
+
+
+def distill_words(folder, output, task, device):
+    data = ("--task", task, "--data", folder / "rows.tsv") if task else ("--text", folder / "texts.txt")
+    options = ("--steps", 6, "--calibration-steps", 3, "--batch-size", 16, "--device", device, "--json")
+    return ["distill", folder / "dense", output, "--fff", "2x3", *data, *options]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("task", [None, "classification"])
+def test_distill_on_two_processes(classifier, task):
+    """The first one calibrates and writes; both train, on halves of the same steps."""
+    alone = run(*distill_words(classifier, classifier / "alone", task, "cpu"))
+    assert alone.exit_code == 0, alone.output
+    told = launch("cpu_2", "hf_fff", *distill_words(classifier, classifier / "two", task, "cpu"))
+    one, two = json.loads(alone.stdout)["distillation"], json.loads(told)["distillation"]
+    assert two["steps"] == one["steps"] == 6 and two["rows"] == one["rows"]
+    for name in ("cosine_before", "cosine", "loss", *(["score_teacher"] if task else [])):
+        assert two[name] == pytest.approx(one[name], rel=1e-3), name
+    same_weights(classifier / "alone", classifier / "two")
+    assert not (classifier / "two.work").exists()
+    assert read_record(classifier / "two")["recipe"] == read_record(classifier / "alone")["recipe"]
+
+
+def test_rows_that_cannot_be_shared(bare, classifier):
+    bare.setattr(DistillationArguments, "world_size", 3)
+    result = run(*distill_words(classifier, classifier / "out", None, "cpu"))
+    assert result.exit_code == 2
+    assert "16 rows a step cannot be shared by 3 processes" in unwrapped(result.stderr)
+    assert not (classifier / "out.work").exists()
+
+
+@pytest.mark.parametrize(("name", "how"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
+def test_a_sharded_distillation_is_refused_before_the_calibration(bare, classifier, name, how):
+    bare.setattr(work, "check_processes", lambda args: None)  # which refuses FSDP on a CPU
+    args = arguments_for(None, output_dir=str(classifier / "work"), use_cpu=True, max_steps=1)
+    plan = Calibration(None, steps=1, progress=False)
+    bare.setenv(name, "true")
+    with pytest.raises(ValueError, match=f"distillation does not run under {how}"):
+        distil_folder(
+            ModelFolder.find(str(classifier / "dense")), classifier / "out", "2x3", ["a"], args, calibration=plan
+        )
+    assert not (classifier / "work").exists()
+
+
+def train_words(folder, output, rows, device="gpu", **more):
+    settings = {"max_steps": 12, "per_device_train_batch_size": rows, "learning_rate": 1e-3, "dropout": "false"}
+    settings |= {"logging_steps": 4, "report_to": "none", "save_strategy": "no", **more}
+    data = ("--data", folder / "rows.tsv", "--eval", folder / "rows.tsv", "--out", output)
+    words = ["train", "classify", folder / "dense", *data, "--fff", "2x3", "--calibration-steps", 3, "--json"]
+    words += ["--device", "cpu"] if device == "cpu" else []
+    return [*words, *(word for name, value in settings.items() for word in ("--set", f"{name}={value}"))]
+
+
+@pytest.mark.full
+def test_train_on_two_processes(classifier):
+    alone = run(*train_words(classifier, classifier / "alone", 16, "cpu"))
+    assert alone.exit_code == 0, alone.output
+    told = launch("cpu_2", "hf_fff", *train_words(classifier, classifier / "two", 8, "cpu"))
+    one, two = json.loads(alone.stdout)["training"], json.loads(told)["training"]
+    assert two["scores"] == pytest.approx(one["scores"], abs=0.02)
+    same_weights(classifier / "alone", classifier / "two")
+
+
+@pytest.mark.full
+def test_train_sharded(classifier, monkeypatch):
+    """``hf-fff train`` under FSDP2 as Accelerate has it, on two processes: units, steps, checkpoints, evaluation, and the folder that it writes."""
+    alone = run(*train_words(classifier, classifier / "alone", 16, "cpu"))
+    assert alone.exit_code == 0, alone.output
+    config = yaml.safe_load((ROOT / "examples" / "accelerate" / "gpu_8_fsdp2.yaml").read_text())["fsdp_config"]
+    for name, value in config.items():  # as accelerate launch hands it on
+        told = str(value).lower() if isinstance(value, bool) else str(value)
+        monkeypatch.setenv(name.upper().replace("LAYER_CLS", "CLS"), told)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = train_words(classifier, classifier / "two", 8, "cpu", save_strategy="steps", save_steps=6)
+    told = subprocess.run([*command, "-m", "sharding_on_cpu", *map(str, words)], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert re.search(r"sharded (\d\d) of \1 parameters", told.stderr), told.stderr
+    one, two = json.loads(alone.stdout)["training"], json.loads(told.stdout)["training"]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert two["scores"] == pytest.approx(one["scores"], abs=0.02)
+    same_weights(classifier / "alone", classifier / "two")
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.full
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [pytest.param("gpu_8_ddp", marks=two_gpus), "gpu_8_fsdp2"])
+def test_train_on_gpus(classifier, config):
+    """``hf-fff train`` on two GPUs (or one), replicated or sharded, gives what one process gives with the same rows a step."""
+    processes = min(2, torch.cuda.device_count())
+    one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    words = [str(word) for word in train_words(classifier, classifier / "alone", 16)]
+    alone = subprocess.run(
+        [sys.executable, "-m", "hf_fff", *words],
+        env={**os.environ, **one, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+    )
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    options = ["--num_processes", str(processes), "--mixed_precision", "no"]
+    told = launch(config, "hf_fff", *train_words(classifier, classifier / "two", 16 // processes), options=options)
+    first, second = json.loads(alone.stdout)["training"], json.loads(told)["training"]
+    assert second["steps"] == first["steps"] == 12
+    assert second["scores"] == pytest.approx(first["scores"], abs=0.02)
+    same_weights(classifier / "alone", classifier / "two", rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.full
+@pytest.mark.gpu
+@two_gpus
+def test_distill_on_two_gpus(classifier):
+    options = ["--num_processes", "2", "--mixed_precision", "no"]
+    words = distill_words(classifier, classifier / "two", "classification", "cuda")
+    two = json.loads(launch("gpu_8_ddp", "hf_fff", *words, options=options))["distillation"]
+    alone = run(*distill_words(classifier, classifier / "alone", "classification", "cpu"))
+    one = json.loads(alone.stdout)["distillation"]
+    assert two["steps"] == one["steps"] == 6
+    assert two["cosine"] == pytest.approx(one["cosine"], abs=0.02)
+    assert type(AutoModelForSequenceClassification.from_pretrained(classifier / "two")).__name__.startswith("Fast")
+
+
 @pytest.mark.full
 @pytest.mark.gpu
 def test_fsdp2_on_one_gpu(tmp_path):
     """The way through Accelerate and the Trainer, which does not shard on a CPU: with one NCCL process the losses of one process, to go
     on from a checkpoint, and a model that opens."""
-    launch("gpu_8_fsdp2", tmp_path, "sharded", options=["--num_processes", "1", "--mixed_precision", "no"])
+    launch(
+        *("gpu_8_fsdp2", "two_processes", tmp_path, "sharded"),
+        options=["--num_processes", "1", "--mixed_precision", "no"],
+    )
     told = json.loads((tmp_path / "sharded.json").read_text())
     t = trainers(tmp_path / "alone", 2, use_cpu=False)["plain"]()
     t.train()

@@ -1,0 +1,471 @@
+"""Masked-LM pretraining from nothing of small BERTs that differ in what stands in the place of the FFNs; a line of JSON a run.
+
+    python examples/experiments/pretrain_small.py --tokenizer DIR --text train.txt --unseen unseen.txt --results pretrain_small.jsonl
+    python examples/experiments/pretrain_small.py --tokenizer DIR --text train.txt --results pretrain_small.jsonl --time    # alone on a GPU
+    python examples/experiments/pretrain_small.py --results pretrain_small.jsonl --report                                  # page and picture
+    python examples/experiments/pretrain_small.py --tokenizer DIR --results try.jsonl --quick                              # seconds on a CPU
+
+6 layers of 384, the dense FFN of 1536; 25 % of the tokens masked and all else as in the preset crammed-pretrain, at a constant rate after the
+warm-up, so that any two points of any two curves may be compared. Trees are trained with each of ``--routing-gradient``. Texts (a paragraph a
+line) are packed: every row is full. ``--time`` measures the steps, all models by turns in one process; the page reads the loss after equal
+seconds off the curves by these times, since runs that shared a GPU cannot tell theirs. ``side_by_side.py`` starts several processes.
+"""
+
+import argparse
+import hashlib
+import random
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+from runs import append, make_runs, results, spread
+
+HERE = Path(__file__).parent
+DATA = HERE.parent / "data"
+PAGE = HERE.parents[1] / "docs" / "results" / "pretraining.md"
+KINDS = ("dense", "8x8", "mlp:72", "1x11", "mlp:12", "none")
+KEY = (
+    "run",
+    "fff",
+    "routing_gradient",
+    "seed",
+    "steps",
+    "rows",
+    "tokens",
+    "learning_rate",
+    "fff_learning_rate",
+    "plain_steps",
+    "layers",
+    "hidden_size",
+    "quick",
+)
+HELD_OUT = 256  # rows of the training text, by which rates are chosen
+CHUNK = 4096  # texts that are tokenised at once
+
+
+class Kind(NamedTuple):
+    """What stands in the place of the FFNs; ``routing`` is the routing gradient of trees, None of all else."""
+
+    fff: str
+    routing: float | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.fff}, no routing gradient" if self.routing == 0 else self.fff
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--tokenizer", help="folder of a tokenizer, or of a model that has one")
+    found.add_argument("--text", type=Path, nargs="+", default=[DATA / "everyday_calibrate.txt"])
+    found.add_argument("--unseen", type=Path, nargs="+", default=[DATA / "everyday_eval.txt"])
+    found.add_argument("--results", type=Path, required=True)
+    found.add_argument("--run", default="main", help="main is what the page shows; rates is for choosing")
+    found.add_argument(
+        "--fff", nargs="+", default=list(KINDS), help="what takes the place of the FFNs; dense leaves them"
+    )
+    found.add_argument(
+        "--routing-gradient", nargs="+", type=float, default=[3.0, 0.0], help="of trees; 0 is the paper's"
+    )
+    found.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    found.add_argument("--steps", type=int, default=1024)
+    found.add_argument("--rows", type=int, default=128, help="of a step")
+    found.add_argument("--tokens", type=int, default=128, help="of a row")
+    found.add_argument("--layers", type=int, default=6)
+    found.add_argument("--hidden-size", type=int, default=384)
+    found.add_argument("--learning-rate", type=float, default=1e-3)
+    found.add_argument("--fff-learning-rate", type=float, help="of what replaces the FFNs; the package's by default")
+    found.add_argument("--plain-steps", action="store_true", help="without units for what replaces the FFNs")
+    found.add_argument("--evaluations", type=int, default=16)
+    found.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "packed"), help="for the packed text")
+    found.add_argument("--claims", type=Path, help="folder that processes side by side have in common, a fresh one")
+    found.add_argument("--seconds", type=float, default=1e9, help="no run is begun that would not end by then")
+    found.add_argument("--time", action="store_true", help="measure the steps of all kinds, by turns, and nothing else")
+    found.add_argument("--rounds", type=int, default=3, help="of --time")
+    found.add_argument("--quick", action="store_true", help="a tiny model, a few steps: tells nothing but that it runs")
+    found.add_argument("--report", action="store_true", help="write the page and the picture")
+    found.add_argument("--page", type=Path, default=PAGE)
+    return found
+
+
+def main() -> None:
+    asked = parser()
+    args = asked.parse_args()
+    if args.report:
+        report([row for row in results(args.results) if row["quick"] == args.quick], args.page)
+        return
+    if not args.tokenizer:
+        asked.error("--tokenizer is needed")
+    if args.quick:
+        args.layers, args.hidden_size, args.steps, args.rows, args.tokens = 2, 64, 8, 8, 32
+        args.seeds, args.evaluations, args.rounds = args.seeds[:1], 2, 1
+    if args.steps % args.evaluations:
+        asked.error(f"--steps {args.steps} must be a multiple of --evaluations {args.evaluations}")
+    kinds = [Kind(fff, r) for fff in args.fff for r in (args.routing_gradient if "x" in fff else (None,))]
+    if args.time:
+        times(args, kinds)
+        return
+    keys = [key_of(args, kind, seed) for seed in args.seeds for kind in kinds]
+
+    def of(key: Mapping[str, Any]) -> dict[str, Any]:
+        return run(args, Kind(key["fff"], key["routing_gradient"]), key["seed"])
+
+    if make_runs(keys, of, args.results, claims=args.claims, seconds=args.seconds):
+        raise SystemExit("not all runs could be made")
+
+
+def key_of(args: argparse.Namespace, kind: Kind, seed: int | None) -> dict[str, Any]:
+    given = {name: getattr(args, name, None) for name in KEY}
+    return given | {"fff": kind.fff, "routing_gradient": kind.routing, "seed": seed}
+
+
+# Text
+
+
+def packed(tokenizer: Any, paths: list[Path], tokens: int, cache: Path) -> np.ndarray:
+    """``[rows, tokens]`` of int32: texts one after the other, each with a separator behind it, cut into rows that begin with the class token.
+    Made once, by whichever process comes first."""
+    from filelock import FileLock
+
+    facts = [(path.name, path.stat().st_size) for path in paths], tokenizer.vocab_size, tokens
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    cache.mkdir(parents=True, exist_ok=True)
+    place = cache / f"{name}.npy"
+    with FileLock(cache / f"{name}.lock"):
+        if not place.exists():
+            lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            parts = []
+            for at in range(0, len(lines), CHUNK):
+                ids = tokenizer(lines[at : at + CHUNK], add_special_tokens=False, verbose=False)["input_ids"]
+                parts += [np.array([*row, tokenizer.sep_token_id], dtype=np.int32) for row in ids]
+            flat = np.concatenate(parts)
+            count = len(flat) // (tokens - 1)
+            if not count:
+                raise SystemExit(f"{', '.join(map(str, paths))}: {len(flat)} tokens do not fill a row of {tokens}")
+            rows = flat[: count * (tokens - 1)].reshape(count, tokens - 1)
+            np.save(cache / f"{name}.new.npy", np.pad(rows, ((0, 0), (1, 0)), constant_values=tokenizer.cls_token_id))
+            (cache / f"{name}.new.npy").rename(place)
+    return np.load(place, mmap_mode="r")
+
+
+class Rows:
+    """Packed rows as a data set: nothing to pad, and no attention mask."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Any:
+        import torch
+
+        return torch.from_numpy(self.ids[index].astype(np.int64))
+
+
+def texts(args: argparse.Namespace) -> tuple[Any, Rows, Rows, Rows]:
+    """The tokenizer; rows to train on; some of the same text that are not; of unseen text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    train = packed(tokenizer, args.text, args.tokens, args.cache)
+    unseen = packed(tokenizer, args.unseen, args.tokens, args.cache)
+    held_out = min(HELD_OUT, len(train) // 10)
+    if len(train) - held_out < args.rows:
+        raise SystemExit(f"--text has {len(train)} rows of {args.tokens} tokens, too few for steps of {args.rows}")
+    return tokenizer, Rows(train[held_out:]), Rows(train[:held_out]), Rows(unseen[: 2 * HELD_OUT])
+
+
+# Runs
+
+
+def trainer(args: argparse.Namespace, kind: Kind, seed: int, data: tuple[Any, Rows, Rows, Rows], **options: Any) -> Any:
+    import torch
+    from transformers import BertConfig, BertForMaskedLM, PrinterCallback, set_seed
+
+    from hf_fff import FastBertConfig, FastBertForMaskedLM, FinetuningArguments, FinetuningTrainer
+    from hf_fff.training import preset
+
+    tokenizer, train, _, unseen = data
+    gpu = torch.cuda.is_available()
+    shape = {
+        "vocab_size": -(-len(tokenizer) // 64) * 64,  # an odd one is slow on a GPU
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden_size // 32,
+        "intermediate_size": 4 * args.hidden_size,
+        "max_position_embeddings": args.tokens,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    set_seed(seed)
+    dense = kind.fff == "dense"
+    model: Any = (
+        BertForMaskedLM(BertConfig(**shape)) if dense else FastBertForMaskedLM(FastBertConfig(**shape, fff=kind.fff))
+    )
+    settings = preset("crammed-pretrain") | {  # 25 % of the tokens masked, no dropout
+        "optim": "adamw_torch_fused",
+        "learning_rate": args.learning_rate,
+        "fff_learning_rate": args.fff_learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": max(1, args.steps // 10),
+        "per_device_train_batch_size": args.rows,
+        "per_device_eval_batch_size": args.rows,
+        "routing_gradient": kind.routing,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": gpu,
+        "use_cpu": not gpu,
+        "dataloader_num_workers": 2 if gpu else 0,
+        "dataloader_pin_memory": gpu,
+        "seed": seed,
+    }
+    made = FinetuningTrainer(
+        model,
+        FinetuningArguments(**settings | options),
+        task="mlm",
+        train_dataset=train,
+        eval_dataset=unseen,
+        processing_class=tokenizer,
+    )
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def plain(args: argparse.Namespace) -> Any:
+    from hf_fff import FinetuningTrainer
+
+    if not args.plain_steps:
+        return nullcontext()
+    return mock.patch.object(FinetuningTrainer, "_measure_units", lambda self: None)
+
+
+def on(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def run(args: argparse.Namespace, kind: Kind, seed: int) -> dict[str, Any]:
+    """Pretrains one model; what that gave."""
+    from hf_fff import FFFConfig
+
+    begin = time.monotonic()
+    data = texts(args)
+    every = args.steps // args.evaluations
+    with tempfile.TemporaryDirectory() as folder, plain(args):
+        made = trainer(
+            args,
+            kind,
+            seed,
+            data,
+            output_dir=folder,
+            max_steps=args.steps,
+            eval_strategy="steps",
+            eval_steps=every,
+            logging_steps=every,
+        )
+        started = time.monotonic()
+        made.train()
+        trained = time.monotonic() - started
+        history = list(made.state.log_history)
+        held_out = made.evaluate(data[2])["eval_loss"]
+    curve = [(row["step"], round(row["eval_loss"], 4)) for row in history if "eval_loss" in row]
+    last = next(row for row in reversed(history) if "loss" in row)
+    routing = {
+        name: round(mean(found), 4)
+        for name in ("dead_nodes", "visit_entropy")
+        if (found := [value for key, value in last.items() if key.startswith(name)])
+    }
+    rate = None if kind.fff == "dense" else made.args.rate_of(FFFConfig.from_shorthand(kind.fff).kind)
+    return {
+        "curve": curve,
+        "training_curve": [(row["step"], round(row["loss"], 4)) for row in history if "loss" in row],
+        "unseen": curve[-1][1],
+        "held_out": round(held_out, 4),
+        **routing,
+        "rate": rate,
+        "parameters": sum(p.numel() for p in made.model.parameters()),
+        "train_rows": len(data[1]),
+        "unseen_rows": len(data[3]),
+        "training_seconds": round(trained, 1),
+        "seconds": round(time.monotonic() - begin, 1),
+        **on(args),
+    }
+
+
+# Times
+
+
+def times(args: argparse.Namespace, kinds: list[Kind]) -> None:
+    """What a step takes, data and all, in the median of windows of several steps; the kinds take turns."""
+    import torch
+    from transformers import TrainerCallback
+
+    first, window, windows = (2, 2, 1) if args.quick else (8, 10, 2)
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.marks: list[float] = []
+
+        def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step >= first and (state.global_step - first) % window == 0:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                self.marks.append(time.perf_counter())
+
+    data, order = texts(args), random.Random(0)
+    found: dict[Kind, list[float]] = defaultdict(list)
+    for number in range(args.rounds):
+        for kind in order.sample(kinds, len(kinds)):
+            with tempfile.TemporaryDirectory() as folder, plain(args):
+                steps = first + window * windows
+                made = trainer(args, kind, number, data, output_dir=folder, max_steps=steps, logging_steps=1000)
+                made.add_callback(clock := Clock())
+                made.train()
+            found[kind] += [1e3 * (b - a) / window for a, b in zip(clock.marks, clock.marks[1:], strict=False)]
+    for kind in kinds:
+        measured = {"milliseconds": round(median(found[kind]), 3), "windows": [round(ms, 3) for ms in found[kind]]}
+        append(args.results, key_of(args, kind, None) | {"run": "time", "steps": None} | measured | on(args))
+
+
+# The page
+
+HEAD = """# Pretraining from nothing
+
+Made by `python examples/experiments/pretrain_small.py --report` from the JSON lines of its runs; how to run them stands there. BERTs of {layers} layers of
+{hidden_size}, which differ in nothing but what stands in the place of the FFNs (dense: {inner} neurons), pretrained on masked words from random weights: {steps:,}
+steps of {rows} full rows of {tokens} tokens ({seen:.1f} million tokens, {passes:.1f} passes over the text), 25 % of the tokens masked, AdamW at
+{learning_rate:g} (0.9, 0.98, 1e-12), weight decay 0.01, clipping at 0.5, no dropout, a warm-up over a tenth of the steps and then a constant rate, bf16.
+What replaces the FFNs has the rate of its column. Loss on masked words of {unseen_rows} rows of text from documents that no training
+text is from, the same masks every time; mean ± standard deviation over seeds. *Recovered*: the share of what the dense FFNs give that is
+kept, (none - x) / (none - dense).
+
+*After equal seconds*: the loss that each has when the fastest is through, {budget:.1f} s, by the time that a step takes alone on the GPU (median; all models
+by turns in one process). The rate is constant, so that a training which stops earlier is no other one.
+
+"""
+COLUMNS = "| | routing gradient | neurons used | rate | seeds | loss after equal steps | recovered | a step, ms | loss after equal seconds | recovered | nodes never visited |"
+TAIL = """
+![Loss over steps and over seconds]({picture})
+
+*Nodes never visited*: in the last {every} steps, the mean over layers. {device}, torch {torch}. Runs shared a GPU, a run took {seconds:.0f} s so on average.
+"""
+
+
+def at(curve: list[tuple[int, float]], step: float) -> float:
+    """The loss after so many steps, between two evaluations on the line through them."""
+    return float(np.interp(step, [s for s, _ in curve], [loss for _, loss in curve]))
+
+
+def report(rows: list[dict[str, Any]], page: Path) -> None:
+    """The table of all runs, and a picture of it."""
+    from hf_fff.config import FFFConfig
+    from hf_fff.files import atomic_file
+
+    trained = [row for row in rows if row["run"] == "main"]
+    if not trained:
+        raise SystemExit("there are no runs to report")
+    first = trained[-1]
+    same = ("steps", "rows", "tokens", "learning_rate", "layers", "hidden_size", "device")
+    inner = 4 * first["hidden_size"]  # neurons of the dense FFN
+    trained = [row for row in trained if all(row[name] == first[name] for name in same)]
+    groups: dict[Kind, list[dict[str, Any]]] = defaultdict(list)
+    for row in trained:
+        groups[Kind(row["fff"], row["routing_gradient"])].append(row)
+    order = [Kind(fff, r) for fff in KINDS for r in (None, 3.0, 0.0)]
+    kinds = [kind for kind in order if kind in groups] + [kind for kind in groups if kind not in order]
+    ms = {
+        Kind(row["fff"], row["routing_gradient"]): row["milliseconds"]
+        for row in rows
+        if row["run"] == "time"
+        and all(row[name] == first[name] for name in ("rows", "tokens", "layers", "hidden_size", "device"))
+    }
+    budget = min((ms[kind] * first["steps"] / 1e3 for kind in kinds if kind in ms), default=float("nan"))
+    ends = {kind: [row["curve"][-1][1] for row in groups[kind]] for kind in kinds}
+    timed = {kind: [at(row["curve"], 1e3 * budget / ms[kind]) for row in groups[kind]] for kind in kinds if kind in ms}
+
+    def recovered(losses: dict[Kind, list[float]], kind: Kind) -> str:
+        if not {Kind("dense"), Kind("none"), kind} <= {*losses}:
+            return "not measured"
+        x, dense, none = (mean(losses[k]) for k in (kind, Kind("dense"), Kind("none")))
+        return f"{100 * (none - x) / (none - dense) + 0.0:.0f} %" if none > dense else "none is ahead of dense"
+
+    seen = first["steps"] * first["rows"]
+    text = HEAD.format(
+        **{name: first[name] for name in ("unseen_rows", *same[:-1])},
+        inner=inner,
+        seen=seen * first["tokens"] / 1e6,
+        passes=seen / first["train_rows"],
+        budget=budget,
+    )
+    text += f"{COLUMNS}\n|{'---|' * (COLUMNS.count('|') - 1)}\n"
+    for kind in kinds:
+        of = groups[kind]
+        used = inner if kind.fff == "dense" else FFFConfig.from_shorthand(kind.fff).active_nodes
+        cells = [
+            kind.fff,
+            "-" if kind.routing is None else f"{kind.routing:g}",
+            f"{used} ({100 * used / inner:.1f} %)",
+            "-" if of[0]["rate"] is None or kind.fff == "none" else f"{of[0]['rate']:g}",
+            str(len(of)),
+            spread(ends[kind]),
+            recovered(ends, kind),
+            f"{ms[kind]:.1f}" if kind in ms else "not measured",
+            spread(timed[kind]) if kind in timed else "not measured",
+            recovered(timed, kind),
+            f"{100 * mean(row['dead_nodes'] for row in of):.1f} %" if "dead_nodes" in of[0] else "-",
+        ]
+        text += f"| {' | '.join(cells)} |\n"
+    picture = page.with_suffix(".png")
+    text += TAIL.format(
+        picture=picture.name,
+        **{name: first[name] for name in ("device", "torch")},
+        every=first["training_curve"][0][0],
+        seconds=mean(row["seconds"] for row in trained),
+    )
+    draw(groups, kinds, ms, picture)
+    with atomic_file(page) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def draw(groups: dict[Kind, list[dict[str, Any]]], kinds: list[Kind], ms: dict[Kind, float], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from hf_fff.files import atomic_file
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    colours = {fff: f"C{i}" for i, fff in enumerate(dict.fromkeys(kind.fff for kind in kinds))}
+    highest = []
+    for kind in kinds:
+        steps = [step for step, _ in groups[kind][0]["curve"]]
+        losses = np.array([[loss for _, loss in row["curve"]] for row in groups[kind]])
+        middle, sd = losses.mean(0), losses.std(0, ddof=1) if len(losses) > 1 else np.zeros(losses.shape[1])
+        highest.append(middle[min(2, len(middle) - 1)])
+        for axes, scale in zip(panels, (1.0, ms.get(kind, float("nan")) / 1e3), strict=True):
+            x = [scale * step for step in steps]
+            style = {"color": colours[kind.fff], "linestyle": "--" if kind.routing == 0 else "-"}
+            axes.plot(x, middle, label=kind.label, **style)
+            axes.fill_between(x, middle - sd, middle + sd, color=colours[kind.fff], alpha=0.15, linewidth=0)
+    panels[0].set_ylim(top=max(highest))
+    panels[0].set_xlabel("steps")
+    panels[1].set_xlabel("seconds, alone on the GPU")
+    panels[0].set_ylabel("loss on masked words of unseen text")
+    panels[1].legend()
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    with atomic_file(path) as new:
+        figure.savefig(new, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

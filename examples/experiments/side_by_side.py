@@ -1,0 +1,63 @@
+"""Processes of one experiment side by side, which share its runs: on a GPU several small trainings together do more than one after the other.
+
+    python examples/experiments/side_by_side.py --gpus 2 --at-once 5 --seconds 500 pretrain_small.py --model DIR ... --results FILE
+
+Starts SCRIPT, a file of this folder, ``gpus * at_once`` times with the options that follow it, ``--claims`` (a fresh folder) and
+``--seconds`` (what is left for it); what they print goes to logs, of which the end is printed where one fails. What still runs half a minute
+after the seconds are over is ended. On a machine without GPUs, ``--gpus 0`` starts ``at_once`` processes.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+GRACE = 30  # seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=4, help="processes on each GPU")
+    parser.add_argument("--seconds", type=float, default=1e6)
+    parser.add_argument("script")
+    parser.add_argument("options", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    if min(args.at_once, args.gpus + 1) < 1:
+        parser.error(f"--gpus {args.gpus} and --at-once {args.at_once} leave nothing to start")
+
+    deadline = time.monotonic() + args.seconds
+    folder = Path(tempfile.mkdtemp(prefix="side-by-side-"))
+    count = max(1, args.gpus) * args.at_once
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    running = []
+    for number in range(count):
+        gpu = number % args.gpus if args.gpus else None
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) > gpu and visible[gpu] else str(gpu)
+        command = [sys.executable, str(HERE / args.script), *args.options]
+        command += ["--claims", str(folder / "claims"), "--seconds", str(args.seconds)]
+        log = folder / f"{number}.txt"
+        with log.open("w") as file:
+            running.append((subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment), log))
+    failed = 0
+    for process, log in running:
+        try:
+            code = process.wait(max(1.0, deadline + GRACE - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        if code:
+            failed += 1
+            print(f"{args.script} ended with {code}:\n{log.read_text()[-1500:]}", file=sys.stderr, flush=True)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The table of tasks: a teacher and its students for each seed, and what the page makes of them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from task_rows import learnable, tiny_tokenizer
+from tiny import tiny_bert
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "experiments"))
+
+import quality_report
+import tasks_table as experiment
+from runs import results
+
+
+def call(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["tasks_table.py", *map(str, options)])
+    experiment.main()
+
+
+@pytest.mark.full
+def test_a_teacher_and_its_students(tmp_path, monkeypatch, capsys):
+    tiny_bert(initializer_range=0.1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for name, seed in (("train", 0), ("dev", 1)):
+        rows = learnable("classification", 60, seed)
+        lines = ["\t".join(rows[0]), *("\t".join(map(str, row.values())) for row in rows)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(experiment, "TASKS", {"sst2": ("classification", "train.tsv", "dev.tsv", [])})
+    options = ["--model", tmp_path / "model", "--data", tmp_path, "--results", tmp_path / "results.jsonl"]
+    options += ["--fff", "2x3", "none", "--seeds", 0, "--steps", 2, "--calibration-steps", 2, "--report-limit", 20]
+    call(monkeypatch, *options, "--work", tmp_path / "work")
+    found = results(tmp_path / "results.jsonl")
+    assert [row["fff"] for row in found] == ["dense", "2x3", "none"]
+    assert "accuracy" in found[0]["scores"] and all("agreement" in row["distilled"] for row in found[1:])
+    assert all(row["name"] == "sst2" and row["report_limit"] == 20 for row in found)
+    call(monkeypatch, *options, "--work", tmp_path / "work")
+    assert len(results(tmp_path / "results.jsonl")) == 3
+    options[options.index("--fff") + 1] = "1x3"
+    with pytest.raises(SystemExit, match="not all runs"):  # whose teacher is elsewhere
+        call(monkeypatch, *options, "--work", tmp_path / "elsewhere")
+    assert "there is no teacher sst2-0" in capsys.readouterr().err
+
+
+def row(name, fff, seed, **scores):
+    told = {
+        "name": name,
+        "fff": fff,
+        "seed": seed,
+        "limit": 100,
+        "report_limit": 50,
+        "steps": 600,
+        "batch_size": 32,
+        "device": "a GPU",
+    }
+    return told | {"calibration_steps": 400, "torch": "2", "scores" if fff == "dense" else "distilled": scores}
+
+
+def test_the_table():
+    """Means and deviations over seeds; a share of the FFNs' contribution only where there is one beyond the noise."""
+    rows = []
+    for seed in (0, 1, 2):
+        for fff, value in (("dense", 0.7), ("none", 0.5), ("8x8", 0.65)):
+            more = {} if fff == "dense" else {"agreement": 0.9}
+            rows.append(row("mnli", fff, seed, accuracy=value + 0.01 * seed, **more))
+            rows.append(row("sst2", fff, seed, accuracy=0.9 + 0.01 * (seed + len(fff)) % 0.03, **more))
+            rows.append(row("mlm", fff, seed, loss=6 - 4 * value, **more))
+    lines = [line for line in quality_report.tasks(rows).splitlines() if line.startswith("| ")]
+    assert lines[0] == "| | dense | none | 8x8 | 8x8 recovered | none agreement | 8x8 agreement |"
+    assert lines[1] == "| masked words, loss | 3.200 ± 0.000 | 4.000 ± 0.000 | 3.400 ± 0.000 | 75 % | 90.0 % | 90.0 % |"
+    assert lines[2] == "| MNLI matched, accuracy | 71.0 ± 1.0 | 51.0 ± 1.0 | 66.0 ± 1.0 | 75 % | 90.0 % | 90.0 % |"
+    assert lines[3].startswith("| SST-2, accuracy | ") and " | - | 90.0 % | 90.0 % |" in lines[3]
+    assert "over 3 seeds" in quality_report.tasks(rows) and "71.8 % of the" in quality_report.tasks(rows)
+    alone = quality_report.tasks([r for r in rows if not r["seed"]])  # of which nobody can tell
+    assert "**one seed**" in alone and "| MNLI matched, accuracy | 70.0 | 50.0 | 65.0 | - | 90.0 % | 90.0 % |" in alone
