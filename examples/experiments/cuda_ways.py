@@ -1,4 +1,4 @@
-"""The ways of the CUDA kernels against each other and against dense layers, on one GPU: ``python cuda_ways.py OUT.jsonl``.
+"""The ways of the CUDA kernels against each other and against dense layers, on one GPU: ``python cuda_ways.py OUT.jsonl [forward] [backward]``.
 
 Medians of interleaved calls, the second-level cache overwritten before each, in microseconds. `hf-fff bench cuda` measures what users
 get, and checks it; this is for choosing between ways (docs/kernel-cuda.md). ``HF_FFF_CUDA_WAY`` forces one.
@@ -24,12 +24,21 @@ FORWARD = [
     *((k, d, BF16, 131072) for k, d in ((2, 10), (4, 9), (8, 8), (16, 7), (32, 6), (64, 5))),
     *((8, 8, F32, 131072), (8, 8, BF16, 16384), (4, 9, BF16, 16384)),
 ]
+LADDER = (
+    (1, 11),
+    (2, 10),
+    (4, 9),
+    (8, 8),
+    (16, 7),
+    (32, 6),
+    (64, 5),
+    (128, 4),
+    (512, 2),
+)  # the paper's, and what is between
 BACKWARD = [
-    (1, 11, BF16, 131072),
-    (8, 8, BF16, 131072),
-    (32, 6, BF16, 131072),
-    (1, 11, F32, 131072),
-    (1, 11, BF16, 16384),
+    *((k, d, BF16, 131072) for k, d in LADDER),
+    *((k, d, F32, 131072) for k, d in ((1, 11), (8, 8))),
+    *((k, d, BF16, t) for k, d in ((1, 11), (8, 8)) for t in (16384, 4096, 1024)),
 ]
 
 
@@ -90,23 +99,23 @@ def mlp(x, a, b, c, d):
     return F.linear(F.gelu(F.linear(x, a, b)), c, d)
 
 
-def main(path):
+def main(path, sections=("forward", "backward")):
     assert ops.backend("cuda") == "native", ops.load("cuda").reason
     with open(path, "a") as file:
-        for n_trees, depth, dtype, tokens in FORWARD:
+        for n_trees, depth, dtype, tokens in FORWARD if "forward" in sections else ():
             x, weights, reference = (
                 torch.randn(tokens, HIDDEN, device="cuda", dtype=dtype),
                 layer(n_trees, depth, dtype),
                 dense(dtype),
             )
             calls = {"dense:3072": lambda x=x, p=reference: mlp(x, *p), "copy": x.clone}
-            ways = ("gather", "sorted", "tiles") if n_trees == 1 else ("gather", "columns", "dense")
+            ways = ("gather", "sorted", "tiles") if n_trees == 1 else ("gather", "columns", "forest", "dense")
             for way in ways:
                 call = by(way, lambda x=x, w=weights, k=n_trees: torch.ops.hf_fff.fff(x, *w, k, "gelu"))
                 calls[way] = call
             with torch.no_grad():
                 tell(file, "forward", n_trees, depth, dtype, tokens, medians(calls))
-        for n_trees, depth, dtype, tokens in BACKWARD:
+        for n_trees, depth, dtype, tokens in BACKWARD if "backward" in sections else ():
             x, g = torch.randn(2, tokens, HIDDEN, device="cuda", dtype=dtype)
             weights, leaves = layer(n_trees, depth, dtype), [x.clone().requires_grad_(), *dense(dtype)]
             _, tree_path, logits = torch.ops.hf_fff.fff_train(x, *weights, n_trees, "gelu")
@@ -117,11 +126,20 @@ def main(path):
 
             calls = {
                 "dense:3072": lambda y=y, of=leaves, g=g: torch.autograd.grad(y, of, g, retain_graph=True),
+                "automatic": back,
                 "conditional": by("plain", back),
-                "conditional, routing": by("plain", lambda back=back: back(3.0, 1.0)),
+                "tiles": by("tiles", back),
                 "masked": by("dense", back),
+                "automatic, routing": lambda back=back: back(3.0, 1.0),
+                "masked, routing": by("dense", lambda back=back: back(3.0, 1.0)),
             }
+            if dtype == F32 or not serves_tiles(n_trees, depth):
+                del calls["tiles"]
             tell(file, "backward", n_trees, depth, dtype, tokens, medians(calls))
+
+
+def serves_tiles(n_trees, depth):
+    return depth < 12 and n_trees << max(0, depth - 5) <= 256
 
 
 def tell(file, section, n_trees, depth, dtype, tokens, us):
@@ -132,4 +150,4 @@ def tell(file, section, n_trees, depth, dtype, tokens, us):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:] or ("forward", "backward"))

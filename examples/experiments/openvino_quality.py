@@ -4,7 +4,8 @@
     python examples/experiments/openvino_quality.py --out openvino_quality.jsonl --models FOLDER... --rows int8 bf16 f32 \\
         --calibrate train.txt --compare unseen.txt --similarity stsb/dev.tsv --train sst2/train.tsv --test sst2/dev.tsv
 
-Each kind is calibrated once, with the texts of examples/data, and compared on others of them; --models are converted already. A task's
+Each kind is calibrated once, with the texts of examples/data, and compared on others of them; --models are folders that were converted already, calibrated
+alone or distilled, which a line says (`made`). --keep and --no-vnni are those of `hf-fff export`. A task's
 files are tab-separated with a head: pairs and their score, texts and their class. The classifier is a logistic regression on the embeddings of
 the converted model in float32, and stays as it is.
 """
@@ -28,6 +29,7 @@ from hf_fff.bench.machine import summary
 from hf_fff.layers import PackedFFF
 from hf_fff.openvino.graph import operations
 from hf_fff.ops.packed_backend import packed_path
+from hf_fff.surgery.record import RECORD
 from hf_fff.surgery.text import read_texts
 
 DATA = Path(__file__).parents[1] / "data"
@@ -80,6 +82,12 @@ def agreeing(model, made, batch):
     return (float(torch.stack(walks).mean()), float(torch.stack(visits).mean())) if walks else (None, None)
 
 
+def made_by(folder):
+    """What a converted folder went through last."""
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else {}
+    return "distilled" if record.get("distillation") else "calibrated" if record.get("calibration") else "unknown"
+
+
 def rows_of(path, most=None):
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[:most]
@@ -114,6 +122,8 @@ def main():
     parser.add_argument("--kinds", nargs="+", default=["dense", "none", "mlp:72", "8x8", "1x11"])
     parser.add_argument("--models", nargs="+", default=[], help="converted folders, instead of --kinds")
     parser.add_argument("--precisions", nargs="+", default=["int8", "bf16", "f32"])
+    parser.add_argument("--keep", nargs="*", default=[], help="modules whose products stay in float32 in int8")
+    parser.add_argument("--vnni", action=argparse.BooleanOptionalAction, help="as this CPU has it")
     parser.add_argument("--rows", nargs="+", default=["auto"], help="of the trees, in each precision")
     parser.add_argument("--budget", type=float, default=60)
     parser.add_argument("--calibrate", type=Path, default=DATA / "everyday_calibrate.txt")
@@ -143,6 +153,7 @@ def main():
         tasks = Tasks(options, model)
         told = {
             "kind": Path(kind).name,
+            "made": made_by(Path(kind)) if options.models else "calibrated",
             "compared": options.compare.stem,
             "texts": len(held_out),
             "pairs": len(tasks.pairs),
@@ -152,11 +163,12 @@ def main():
         told["float32"] = tasks.scores(model.encode)
         for precision in options.precisions:
             for rows in options.rows:
-                made = fff_openvino.compile(model, precision, texts=train, rows=rows)
+                of_int8 = {"keep": options.keep, "vnni": options.vnni} if precision == "int8" else {}
+                made = fff_openvino.compile(model, precision, texts=train, rows=rows, **of_int8)
                 vectors = made.encode(held_out, convert_to_tensor=True)
                 cosine = cosines(vectors, want)
                 walks, visits = agreeing(inner, made, batch)
-                row = {"precision": precision, "rows": made.rows}
+                row = {"precision": precision, "rows": made.rows, **of_int8}
                 row |= {"cosine": float(cosine.mean()), "lowest": float(cosine.min()), "walks": walks, "visits": visits}
                 row |= {"to_original": float(cosines(vectors, original).mean()), **tasks.scores(made.encode)}
                 row |= {"openvino": openvino.get_version()}

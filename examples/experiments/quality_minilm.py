@@ -10,7 +10,7 @@ import argparse
 import copy
 import json
 import tempfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -44,6 +44,21 @@ def at_random(self, x):
         visited.scatter_(-1, node, 1.0)
         node = 2 * node + 1 + torch.randint_like(node, 2)
     return (F.gelu(F.linear(x, self.weight_in, self.bias_in)) * visited.flatten(-2)) @ self.weight_out
+
+
+@contextmanager
+def curve():
+    """What is logged in a training meanwhile: step, cosine on its own batches, and on held-out texts where it is looked at."""
+    told, log = [], DistillationTrainer.log
+
+    def listen(self, logs, *args):
+        log(self, logs, *args)
+        found = {name: round(logs[name], 4) for name in ("cosine", "eval_cosine", "eval_loss") if name in logs}
+        if found and self.state.global_step:
+            told.append({"step": self.state.global_step, **found})
+
+    with mock.patch.object(DistillationTrainer, "log", listen):
+        yield told
 
 
 def calibrated(args, dense, tokenizer, texts):
@@ -82,7 +97,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--unseen", type=Path, nargs="+", required=True)
-    parser.add_argument("--run", default="general", help="the table that it belongs to: general, calibration or rates")
+    parser.add_argument("--run", default="general", help="the table: general, calibration, rates, crop or long")
     parser.add_argument("--fff", default="8x8")
     parser.add_argument("--calibration-steps", type=int, default=1000)
     parser.add_argument("--calibration-batch", type=int, default=4096, help="tokens a step")
@@ -94,11 +109,14 @@ def main() -> None:
     parser.add_argument("--hidden-weight", type=float, default=0.5)
     parser.add_argument("--embedding-weight", type=float, default=10.0)
     parser.add_argument("--routing-gradient", type=float, default=3.0)
+    parser.add_argument("--crop", type=float, default=0.0, help="share of the batches that are cropped at random")
     parser.add_argument("--freeze-embeddings", action="store_true")
     parser.add_argument(
         "--plain-steps", action="store_true", help="what replaced the FFNs trains in no units of its own"
     )
     parser.add_argument("--compile", action="store_true", help="the training step")
+    parser.add_argument("--graphs", action="store_true", help="training steps as CUDA graphs")
+    parser.add_argument("--eval-steps", type=int, default=0, help="steps after which held-out text is looked at")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="folder for calibrated models, which are then not made anew")
     args = parser.parse_args()
@@ -109,6 +127,7 @@ def main() -> None:
     texts = [text for path in args.text for text in read_texts(path)]
     unseen = {path.stem: read_texts(path) for path in args.unseen}
     result = {k: v for k, v in vars(args).items() if k not in ("model", "text", "unseen", "cache")}
+    result["texts"] = len(texts)
     if args.fff == "dense":
         fast = copy.deepcopy(dense)
     else:
@@ -125,12 +144,16 @@ def main() -> None:
                 fff_learning_rate=args.fff_learning_rate,
                 hidden_weight=args.hidden_weight,
                 embedding_weight=args.embedding_weight,
+                crop=args.crop,
                 save_strategy="no",
-                logging_steps=250,
+                logging_steps=max(250, args.steps // 12),
+                eval_strategy="steps" if args.eval_steps else "no",
+                eval_steps=args.eval_steps or None,
                 disable_tqdm=True,
-                dataloader_num_workers=2 if device == "cuda" else 0,
+                dataloader_num_workers=3 if device == "cuda" else 0,
                 bf16=device == "cuda",
                 torch_compile=args.compile,
+                cuda_graphs=args.graphs,
                 seed=args.seed,
             )
             if args.fff != "dense":
@@ -139,9 +162,10 @@ def main() -> None:
                 own_parameters(fast)
                 fast.embeddings.requires_grad_(False)
             with (
+                curve() as result["curve"],
                 mock.patch.object(DistillationTrainer, "_measure_units", lambda self: None)
                 if args.plain_steps
-                else nullcontext()
+                else nullcontext(),
             ):
                 distil_texts(fast, dense, texts, tokenizer, training)
         report = fast.distillation_report

@@ -73,6 +73,36 @@ ABLATION = """
 |---|---|---|---|---|
 """
 
+LONG = """
+## Longer trainings
+
+*Passes*: how often the training text was seen. *Cropped*: share of the batches whose texts are cropped
+at random. *Training batches*: the cosine on those of the last steps, cropped ones among them; where it is near that of held-out text, more text would
+not help.
+
+| | steps x texts | passes | cropped | text | seeds | cosine, sentences | recovered | neighbours | cosine, passages | cosine, held-out text | training batches | minutes | goal |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+CROP = """
+## Cropped texts
+
+The same runs with and without cropping a share of the batches: each text to a run of its tokens that begins at random. *Text*: what there was to train on.
+
+| | device | text | steps x texts | cropped | seeds | held-out loss | cosine, held-out text | training batches | cosine, sentences | cosine, passages |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+TASK_ABLATIONS = """
+## What a task's students need
+
+{name}: accuracy, and agreement with the teacher, calibrated and distilled as above. *One text*: calibrated on the texts of the pairs one by one, not on
+pairs as the task has them; *frozen*: all but what replaced the FFNs stays as it is in the teacher.
+
+| | seeds | calibrated | distilled | agreement |
+|---|---|---|---|---|
+"""
+
 RATES = """
 ## Rates
 
@@ -153,8 +183,9 @@ MISSING = """
 ## What is not measured yet
 
 More than one seed of what has one here; SST-2, QNLI, MRPC and STS-B after task distillation; the inputs' format; frozen attention;
-trainings of more than 3000 steps; the frontier in other engines than PyTorch. The scripts are there
-(`quality_minilm.py`, `tasks_table.py`), and so is the [queue](../../examples/experiments/README.md).
+    page = HEAD + general(rows) + longer(rows) + cropped(rows) + ablation(rows) + masked_words(done)
+    page += tasks(rows_of("tasks_table.jsonl") or [row for row in done if row["name"] != "mlm"])
+    page += task_ablations(done) + calibrated(rows)
 """
 
 
@@ -284,6 +315,97 @@ def rates(rows: list[dict]) -> str:
     return text
 
 
+GOALS = {"1x11": 0.924, "8x8": 0.951, "32x6": 0.967}  # cosines within 30 minutes of one GPU
+
+
+def recipe(row: dict) -> tuple:
+    return row["fff"], row["steps"], row["batch_size"], row.get("crop", 0.0), row.get("texts", 0)
+
+
+def by_recipe(rows: list[dict], run: str) -> list[list[dict]]:
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        if row["run"] == run:
+            groups[recipe(row)].append(row)
+    return [g for _, g in sorted(groups.items(), key=lambda i: (FFFConfig.from_shorthand(i[0][0]).active_nodes, *i[0]))]
+
+
+def at_the_end(row: dict) -> float | None:
+    """The cosine on the last training batches."""
+    return next((told["cosine"] for told in reversed(row.get("curve", [])) if "cosine" in told), None)
+
+
+def cosines(group: list[dict], texts: str, name: str = "cosine") -> list[float]:
+    return [row["distilled"][f"unseen_{texts}"][name] for row in group]
+
+
+def longer(rows: list[dict]) -> str:
+    groups = by_recipe(rows, "long")
+    if not groups:
+        return ""
+    text, floors = LONG, {recipe(g[0])[1:]: mean(cosines(g, "short")) for g in groups if g[0]["fff"] == "none"}
+    for group in groups:
+        first, cosine = group[0], cosines(group, "short")
+        none, goal = floors.get(recipe(first)[1:]), GOALS.get(first["fff"])
+        ends = [end for end in map(at_the_end, group) if end is not None]
+        passes = first["steps"] * first["batch_size"] / first["texts"] if first.get("texts") else None
+        minutes = [(row["calibration_seconds"] + row["distillation_seconds"]) / 60 for row in group]
+        cells = [
+            first["fff"],
+            f"{first['steps']} x {first['batch_size']}",
+            f"{passes:.1f}" if passes else "",
+            f"{100 * first.get('crop', 0.0):.0f} %",
+            f"{first['texts']:,} texts" if passes else "",
+            str(len(group)),
+            spread(cosine),
+            recovered(mean(cosine), none, 1) if none is not None else "",
+            spread(cosines(group, "short", "neighbours")),
+            spread(cosines(group, "long")),
+            spread([row["eval_cosine"] for row in group]),
+            spread(ends) if ends else "",
+            spread(minutes, 1),
+            f"{goal}, {'reached' if mean(cosine) >= goal else 'missed'}" if goal else "",
+        ]
+        text += f"| {' | '.join(cells)} |\n"
+    device = by_recipe(rows, "long")[0][0]
+    return (
+        text
+        + f"\nMinutes are those of calibration and distillation on one {device['device']} that was shared by several such runs.\n"
+    )
+
+
+def cropped(rows: list[dict]) -> str:
+    groups, text = by_recipe(rows, "crop"), CROP
+    for group in groups:
+        first, ends = group[0], [end for end in map(at_the_end, group) if end is not None]
+        cells = [first["fff"], first["device"], f"{first['texts']:,} texts"]
+        cells += [f"{first['steps']} x {first['batch_size']}", f"{100 * first['crop']:.0f} %", str(len(group))]
+        cells += [spread([row[name] for row in group]) for name in ("eval_loss", "eval_cosine")]
+        cells += [spread(ends) if ends else "", spread(cosines(group, "short")), spread(cosines(group, "long"))]
+        text += f"| {' | '.join(cells)} |\n"
+    return text if groups else ""
+
+
+def task_ablations(rows: list[dict], name: str = "mrpc", title: str = "MRPC") -> str:
+    """Students of other inputs, or with what is not an FFN frozen, beside those of the table of tasks."""
+    of = [row for row in rows if row["name"] == name and row["fff"] != "dense"]
+    if not any(row.get("first_text_alone") or row.get("freeze") for row in of):
+        return ""
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for row in of:
+        groups[row["fff"], bool(row.get("first_text_alone")), bool(row.get("freeze"))].append(row)
+    dense = [row["scores"]["accuracy"] for row in rows if row["name"] == name and row["fff"] == "dense"]
+    text = TASK_ABLATIONS.format(name=title) + f"| the teacher | {len(dense)} | | {spread(dense)} | |\n"
+    for (fff, alone, frozen), group in sorted(
+        groups.items(), key=lambda item: (FFFConfig.from_shorthand(item[0][0]).active_nodes, item[0])
+    ):
+        told = ", one text" * alone + ", frozen" * frozen
+        cells = [fff + told, str(len(group)), spread([row["calibrated"]["accuracy"] for row in group])]
+        cells += [spread([row["distilled"][score] for row in group]) for score in ("accuracy", "agreement")]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
 def masked_words(rows: list[dict]) -> str:
     rows = [row for row in rows if row["name"] == "mlm"]
     first = next(row for row in rows if row["fff"] == "8x8")
@@ -302,6 +424,21 @@ def masked_words(rows: list[dict]) -> str:
             cells += [spread([row[name] for row in done]) for name in ("accuracy", "agreement")]
             text += f"| {' | '.join(cells)} |\n"
     return text
+
+
+def masked_words_kept(rows: list[dict]) -> dict[str, float]:
+    """By kind what of the difference in masked words' loss between no FFN and the teacher is kept, the mean over teachers."""
+    shares: dict[str, list[float]] = defaultdict(list)
+    rows = [row for row in rows if row["name"] == "mlm"]
+    for steps in {row["teacher_steps"] for row in rows}:
+        of = [row for row in rows if row["teacher_steps"] == steps]
+        dense = mean(row["scores"]["loss"] for row in of if row["fff"] == "dense")
+        losses = {
+            f: mean(r["distilled"]["loss"] for r in g) for f, g in grouped([r for r in of if "distilled" in r]).items()
+        }
+        for fff, loss in losses.items() if "none" in losses else ():
+            shares[fff].append((losses["none"] - loss) / (losses["none"] - dense))
+    return {fff: mean(some) for fff, some in shares.items()}
 
 
 # In the order of the table: those that tell designs apart first.
@@ -411,14 +548,9 @@ def main() -> None:
     rows = rows_of("quality_minilm.jsonl")
     speeds = rows_of("model_time.jsonl")[-1]
     done = rows_of("tasks_minilm.jsonl")
-    page = (
-        HEAD
-        + general(rows)
-        + ablation(rows)
-        + masked_words(done)
-        + tasks(rows_of("tasks_table.jsonl") or [row for row in done if row["name"] != "mlm"])
-        + calibrated(rows)
-    )
+    page = HEAD + general(rows) + longer(rows) + cropped(rows) + ablation(rows) + masked_words(done)
+    page += tasks(rows_of("tasks_table.jsonl") or [row for row in done if row["name"] != "mlm"])
+    page += task_ablations(done) + calibrated(rows)
     page += models(speeds) + equal_time(rows, speeds) + rates(rows) + step(rows_of("step_time.jsonl")[-1]) + MISSING
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(page, encoding="utf-8")

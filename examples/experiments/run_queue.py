@@ -1,6 +1,6 @@
 """Runs what is in queue.txt and has no result yet, several runs side by side on each GPU, and appends results to a file.
 
-    python examples/experiments/run_queue.py --model DIR --data DIR --results runs.jsonl --gpus 2 --at-once 4 --seconds 560
+    python examples/experiments/run_queue.py --model DIR --data DIR --results runs.jsonl --gpus 0 1 --at-once 4 --seconds 560
 
 A line of the queue is a script of this folder with its options; ``{model}``, ``{data}`` and ``{work}`` stand for folders. A line that
 ends in ``&&`` has to be done before those after it begin, up to the next empty line. Results are what the scripts print last, one JSON object a run, with the line as
@@ -29,7 +29,7 @@ def main() -> None:
         "--work", default=tempfile.gettempdir(), help="where scripts keep teachers and calibrated models"
     )
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[0], help="numbers of those to use")
     parser.add_argument("--at-once", type=int, default=4, help="runs on each GPU")
     parser.add_argument("--seconds", type=float, default=1e9)
     args = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> None:
             waiting.append((name, list(first)))
             first += [name] if line.endswith("&&") else []
     running: dict[tuple[int, int], tuple[str, subprocess.Popen, Path]] = {}
-    places = [(slot, gpu) for slot in range(args.at_once) for gpu in range(args.gpus)]
+    places = [(slot, gpu) for slot in range(args.at_once) for gpu in args.gpus]
     logs = Path(tempfile.mkdtemp(prefix="queue-"))
 
     def collect(place: tuple[int, int]) -> None:

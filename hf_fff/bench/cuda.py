@@ -59,7 +59,11 @@ class Plan:
     size: str = "bert-base"
     batches: tuple[str, ...] = ("32x128", "256x128", "64x512")
     kinds: tuple[str, ...] = ("dense", "1x11", "8x8", "none")
-    training: tuple[tuple[str, str], ...] = (("bert-base", "32x128"), ("minilm", "128x64"))
+    training: tuple[tuple[str, str], ...] = (
+        ("bert-base", "32x128"),
+        ("bert-base", "64x128"),
+        ("minilm", "128x64"),
+    )
     rounds: int = 30
     limit: float = 3.0  # seconds for the rounds of a cell, if three are done by then
     seconds: float = float("inf")  # after which no other cell is begun

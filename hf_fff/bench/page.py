@@ -3,10 +3,12 @@
 python -m hf_fff.bench.page docs/results
 
 For each of cpu-layer.json, cpu-frontier.json, cpu-scaling.json, cpu-model.json, serve.json and cuda-*.json in the folder it writes a page and
-a picture; what is measured with trained weights on a CPU is in files of its own, cpu-layer-*.json and serve-*.json.
+a picture; what is measured with trained weights on a CPU is in files of its own, cpu-layer-*.json and serve-*.json. A folder is of one machine; those of
+others lie in folders beside these files, such as docs/results/avx2, and pages of the same name link to each other.
 """
 
 import json
+import os
 import re
 import statistics
 import sys
@@ -31,7 +33,10 @@ GPU_GOALS: tuple[tuple[str, str, str, int, str, float], ...] = (
     ("forward", "1x11", "float32", 131072, "dense:3072", 45),
     ("forward", "8x8", "float32", 131072, "dense:3072", 8),
     ("backward", "1x11", "bfloat16", 131072, "dense:3072", 3),
-    *(("backward", fff, "bfloat16", 131072, "masked", 1) for fff in ("1x11", "4x9", "8x8", "32x6")),
+    *(
+        ("backward", fff, "bfloat16", 131072, "masked", 1)  # the paper's, and those between
+        for fff in ("1x11", "2x10", "4x9", "8x8", "16x7", "32x6", "64x5", "128x4", "512x2")
+    ),
     *(("graph", "1x11", "bfloat16", tokens, "dense:3072", 1) for tokens in (128, 256, 512, 1024, 2048)),
 )
 GPU_LIMIT = 0.9  # of the speed of a model without feedforward networks
@@ -42,6 +47,16 @@ FRONTIER_GOALS = {
     "8x8": {16: 0.85, 128: 0.65, 1024: 0.50, 8192: 0.55},
     "32x6": {16: 2.3, 128: 1.6, 1024: 1.4, 8192: 1.4},
 }
+# A 1x11 of float32 at H = 768, on 2 threads, in a loop: times as fast as torch's dense layer of as many neurons, by the instruction set that they were
+# set for; tokens -> goal
+LAYER_GOALS: dict[str, dict[str, dict[int, int]]] = {
+    "avx512": {
+        "float32 rows": {1: 400, 8: 400, 128: 210, 512: 220, 4096: 190},
+        "bf16 rows": {1: 420, 8: 420, 128: 280, 512: 300, 4096: 280},
+    },
+    "avx2": {"float32 rows": {1: 500, 8: 550, 128: 300, 512: 300, 4096: 200, 16384: 200, 65536: 200}},
+}
+_ISA = {"avx512": "AVX-512", "avx2": "AVX2"}
 _BUSY = 0.25  # cores that others used: the figure is marked
 
 Told = Mapping[str, Any]
@@ -50,6 +65,12 @@ Told = Mapping[str, Any]
 def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of Markdown, with an empty one behind."""
     return [f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *rows)] + [""]
+
+
+def machine_name(told: Told) -> str:
+    """Such as "Intel Xeon (family 6), AVX-512", for titles."""
+    plain = re.sub(r"\((?:R|TM)\)| Processor| CPU(?= @)", "", told["cpu"])
+    return f"{' '.join(plain.split())}, {_ISA.get(told['isa'], told['isa'])}"
 
 
 def machine_of(told: Told, command: str) -> list[str]:
@@ -107,6 +128,33 @@ def _packed(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str
     ]
 
 
+def _layer_goals(rows: Sequence[Told], isa: str) -> list[str]:
+    """A 1x11 beside what was aimed at for such machines; kinds of rows without a goal are told without."""
+    of = [r for r in rows if (r["fff"], r["hidden_size"], r["dtype"], r["threads"]) == ("1x11", 768, "float32", 2)]
+    goals = LAYER_GOALS.get(isa)
+    if not of or goals is None:
+        return []
+    shown = [{**r, "rows": "float32 rows", "time": r["loop"]["fff"]} for r in of]
+    shown += [{**r, "rows": n, "time": r["loop"][n]} for n in ("bf16 rows", "int8 rows") for r in of if n in r["loop"]]
+    unjudged = " and ".join(n for n in dict.fromkeys(r["rows"] for r in shown) if n not in goals)
+
+    def cell(row: Told) -> str:
+        ratio, goal = row["loop"]["dense"] / row["time"], goals.get(row["rows"], {}).get(row["tokens"])
+        if goal is None:
+            return times(ratio)
+        judged = "" if star(row) else " **reached**" if ratio >= goal else " missed"
+        return f"{times(ratio)}, goal {goal}x{judged}"
+
+    return [
+        "## The goals",
+        "",
+        f"1x11, hidden size 768, 2 threads, in a loop, beside what was aimed at for machines with {_ISA[isa]}"
+        f"{' alone' if isa == 'avx2' else ''}; figures with a star are not judged{f', {unjudged} have no goal here' if unjudged else ''}.",
+        "",
+        *grid(shown, ("rows",), cell),
+    ]
+
+
 def layer_page(told: Told, trained: Sequence[Told]) -> list[str]:
     rows = told["rows"]
     best = [{**row, "best": row["loop"] or row["forward"]} for row in rows]
@@ -116,7 +164,7 @@ def layer_page(told: Told, trained: Sequence[Told]) -> list[str]:
     packed = [n for n in rows[0]["loop"] if n.endswith(" rows")]
     others = [n for n in rows[0]["forward"] if n not in ("fff", "dense", "torch", *packed)]
     lines = [
-        "# How fast a layer is on a CPU",
+        f"# How fast a layer is on a CPU: {machine_name(told)}",
         "",
         *machine_of(told, "hf-fff bench layer"),
         f"Hidden size {hidden}. *dense* is torch's Linear-GELU-Linear of as many neurons as the FFF has in all; *torch* is the same FFF "
@@ -133,6 +181,7 @@ def layer_page(told: Told, trained: Sequence[Told]) -> list[str]:
         *grid(looped, size, lambda r: f"{micro(r['loop']['fff'])}, {times(r['loop']['dense'] / r['loop']['fff'])}"),
         *_overhead(looped),
         *_packed(looped, packed),
+        *_layer_goals(looped, told["isa"]),
         "## A call from Python",
         "",
         f"`FFF(x)`: time, and how many times as fast as *dense* / *torch*{''.join(f' / *{n}*' for n in others)}.",
@@ -207,7 +256,7 @@ def frontier_page(told: Told) -> list[str]:
     empty = sorted(row["engine"]["empty call"] for row in rows)
     installed = ", ".join(f"{name} {number}" for name, number in told["versions"].items())
     lines = [
-        "# Trees against small MLPs in int8",
+        f"# Trees against small MLPs in int8: {machine_name(told)}",
         "",
         *machine_of(told, "hf-fff bench layer --engine openvino"),
         f"One layer, hidden size {sizes}, **random weights and inputs**, µs a token, medians, by turns; {installed}. The rival of a tree is the dense "
@@ -233,12 +282,12 @@ def frontier_page(told: Told) -> list[str]:
             "",
             *grid([{"tree": row["fff"], **row} for row in shown], ("tree", "who"), lambda row: str(row["cell"])),
             *_ahead_of_mlps(of),
-            *_whole_ffn(of),
+            *_whole_ffn(of, told["isa"] == "avx512"),
         ]
     threads = max(row["threads"] for row in rows)
     judged = [r for r in rows if r["threads"] == threads and r["hidden_size"] == 768 and r["weights"] == "random"]
     judged = [r for r in judged if "int8 rows" in r["loop"] and r["tokens"] in FRONTIER_GOALS.get(r["fff"], {})]
-    if judged:
+    if judged and told["isa"] == "avx512":  # for which they were set: without VNNI there are none
         lines += [
             "## The goals",
             "",
@@ -290,7 +339,7 @@ def _ahead_of_mlps(rows: Sequence[Told]) -> list[str]:
     ]  # fmt: skip
 
 
-def _whole_ffn(rows: Sequence[Told]) -> list[str]:
+def _whole_ffn(rows: Sequence[Told], judged: bool) -> list[str]:
     """Trees beside what they replace, where that was measured."""
     shown = [
         {**row, "tree": row["fff"], "rows": name, "ffn": row["engine"][full]}
@@ -301,8 +350,9 @@ def _whole_ffn(rows: Sequence[Told]) -> list[str]:
     if not shown:
         return []
     return [
-        "How many times as fast as the whole feedforward network (4 x hidden size) in int8, both inside OpenVINO, call against call. Aimed at, from 1024 "
-        "tokens on: 8x8 5x and 32x6 1.8x with bf16 rows, half of that with float32 rows.",
+        "How many times as fast as the whole feedforward network (4 x hidden size) in int8, both inside OpenVINO, call against call."
+        + " Aimed at, from 1024 tokens on: 8x8 5x and 32x6 1.8x with bf16 rows, half of that with float32 rows."
+        * judged,
         "",
         *grid(
             [{**row, "rows": row["rows"].replace("fff", "float32 rows")} | {"name": row["rows"]} for row in shown],
@@ -321,7 +371,7 @@ def scaling_page(told: Told) -> list[str]:
     rows = told["rows"]
     threads = sorted({row["threads"] for row in rows})
     lines = [
-        "# How the speedup grows with the layer",
+        f"# How the speedup grows with the layer: {machine_name(told)}",
         "",
         *machine_of(told, "hf-fff bench scaling"),
         "One layer, float32, the dense feedforward network of a model's size against the deepest single tree with at most as many neurons, "
@@ -432,7 +482,7 @@ def claim(rows: Sequence[Told]) -> list[str]:
 def model_page(told: Told) -> list[str]:
     rows, names = told["rows"], list(told["rows"][0]["seconds"])
     lines = [
-        f"# How fast a model is on a CPU: {told['size']} in PyTorch",
+        f"# How fast a model is on a CPU: {told['size']} in PyTorch, {machine_name(told)}",
         "",
         *machine_of(told, "hf-fff bench model"),
         f"{told['threads']} threads, random weights and ids, models by turns, medians. *none* has no feedforward networks, which is the limit: nothing in "
@@ -448,7 +498,12 @@ def model_page(told: Told) -> list[str]:
         "",
         *table(
             ["model", "goal", *(row["workload"] for row in rows), "reached"],
-            (_goal(name, goal, rows) for name in names for kind, goal in GOALS.items() if name.split()[0] == kind),
+            (
+                _goal(name, goal, rows, told["isa"])
+                for name in names
+                for kind, goal in GOALS.items()
+                if name.split()[0] == kind
+            ),
         ),
     ]
     workload, neurons = told["visited"]["workload"], {k: v for k, v in told["visited"].items() if k != "workload"}
@@ -469,14 +524,17 @@ def _model_cell(row: Told, name: str) -> str:
     return f"{milliseconds:.3g} ms, {1 / row['ratios'][name]:.2f}x{share}"
 
 
-def _goal(name: str, goal: float, rows: Sequence[Told]) -> list[str]:
+def _goal(name: str, goal: float, rows: Sequence[Told], isa: str = "avx512") -> list[str]:
     shares = [row["shares"].get(name, float("nan")) for row in rows]
+    told = [f"{100 * share:.0f} %" for share in shares]
+    if name.endswith("bfloat16") and isa != "avx512":
+        return [name, "-", *told, "not judged: such a CPU has no bfloat16"]
     judged = [(row["workload"], share) for row, share in zip(rows, shares, strict=True) if not star(row)]
     reached = [workload for workload, share in judged if share >= goal]
     where = "everywhere" if len(reached) == len(rows) else "at " + ", ".join(reached) if reached else "nowhere"
     if len(judged) < len(rows):
         where = f"{where} of those undisturbed" if judged else "not judged: others used the machine"
-    return [name, f"{100 * goal:.0f} %", *(f"{100 * share:.0f} %" for share in shares), where]
+    return [name, f"{100 * goal:.0f} %", *told, where]
 
 
 _AHEAD = 1.05  # times as fast: less is within what runs differ by
@@ -484,7 +542,7 @@ _TREE_ROWS = {"auto": "rows as `hf-fff export` chooses them"}
 
 
 def serve_page(tolds: Sequence[Told]) -> list[str]:
-    lines = ["# How fast a model is served on a CPU", ""]
+    lines = [f"# How fast a model is served on a CPU: {machine_name(tolds[0])}", ""]
     lines += [
         "Engines against each other, one process a system, which take turns in random order. A cell: the "
         "median of a batch's milliseconds, then times as fast as the dense model **in OpenVINO int8** of the same run, and in brackets "
@@ -512,8 +570,8 @@ def serve_page(tolds: Sequence[Told]) -> list[str]:
         if distilled:
             lines += [
                 "*cosine* and *neighbours* (the share of the ten nearest that are found again) are not of these weights, but of MiniLMs with these kinds in place of their FFNs, "
-                "after general distillation, in float32, on unseen sentences, means over seeds ([quality.md](quality.md)). A kind without such a model has none. "
-                "What int8 takes off besides: [openvino.md](../openvino.md#quality).",
+                "after general distillation, in float32, on unseen sentences, means over seeds ([quality.md](RESULTS/quality.md)). A kind without such a model has none. "
+                "What int8 takes off besides: [openvino.md](RESULTS/../openvino.md#quality).",
                 "",
             ]
         lines += [told["note"], ""] if "note" in told else []
@@ -816,6 +874,19 @@ def _serve_cell(row: Told) -> str:
     )
 
 
+def _elsewhere(folder: Path, name: str) -> list[str]:
+    """Links to the pages of the same name of other machines: in the folder above, if this is one of several there, or in folders below."""
+    file = f"{name}.json"
+    root, own = folder.parent if (folder.parent / file).is_file() else folder, folder / file
+    files = [path for path in (root / file, *sorted(root.glob(f"*/{file}"))) if not path.samefile(own)]
+    links = []
+    for path in files:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        where = os.path.relpath(path.with_suffix(".md"), folder).replace(os.sep, "/")
+        links.append(f"[{told.get('device') or machine_name(told)}]({where})")
+    return [f"The same on another machine: {'; '.join(links)}.", ""] if links else []
+
+
 def write_pages(folder: Path) -> list[Path]:
     """Writes the pages and pictures of all measurements in ``folder``.
 
@@ -832,6 +903,7 @@ def write_pages(folder: Path) -> list[Path]:
         "serve": lambda told: serve_page([told, *(read[name] for name in read if name.startswith("serve-"))]),
     }
     pages |= dict.fromkeys((name for name in read if name.startswith("cuda-")), cuda_page)
+    up = "" if (folder / "quality.md").is_file() or not (folder.parent / "quality.md").is_file() else "../"
     written = []
     for name in read.keys() & pages.keys():
         page = folder / f"{name}.md"
@@ -841,11 +913,12 @@ def write_pages(folder: Path) -> list[Path]:
         source = f"Made by `python -m hf_fff.bench.page` from `{name}.json`, which {maker} writes."
         lines = pages[name](read[name])
         figure = page.with_suffix(".png")
-        lines = [line.replace("(FIGURE)", f"({figure.name})") for line in lines]
+        lines = [line.replace("(FIGURE)", f"({figure.name})").replace("(RESULTS/", f"({up}") for line in lines]
         if any(figure.name in line for line in lines):
             plot(read[name], figure)
         with atomic_file(page) as path:
-            path.write_text("\n".join([*lines[:2], source, "", *lines[2:]]).rstrip() + "\n", encoding="utf-8")
+            head = [*lines[:2], source, "", *_elsewhere(folder, name)]
+            path.write_text("\n".join([*head, *lines[2:]]).rstrip() + "\n", encoding="utf-8")
         written.append(page)
     if not written:
         raise FileNotFoundError(

@@ -49,6 +49,19 @@ def export(
         list[Path] | None, typer.Option(help="Typical texts for int8 in openvino, one a line; may be repeated.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts that int8 looks at, at most.")] = 300,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Modules whose products stay in float32 beside int8 in openvino, such as 'encoder.layer.0.*'; may be repeated."
+        ),
+    ] = None,
+    vnni: Annotated[
+        bool | None,
+        typer.Option(
+            "--vnni/--no-vnni",
+            help="Whether the CPU that will run int8 in openvino has VNNI or AMX; as this one. Without, weights have 7 bits.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -62,6 +75,14 @@ def export(
             raise bad_option(
                 "--text", ValueError("is not for onnx, whose int8 finds ranges when it runs: leave it out")
             )
+        if keep:
+            raise bad_option("--keep", ValueError("is not for onnx: leave it out"))
+        if vnni is not None:
+            raise bad_option("--vnni", ValueError("is not for onnx: leave it out"))
+    elif keep and precision is not Precision.int8:
+        raise bad_option("--keep", ValueError("is for --precision int8"))
+    elif vnni is not None and precision is not Precision.int8:
+        raise bad_option("--vnni", ValueError("is for --precision int8"))
     elif precision is Precision.int8 and not text:
         raise bad_option("--text", ValueError("int8 looks at some hundreds of typical texts: name a file of them"))
     check_out(source, output, overwrite)
@@ -77,7 +98,9 @@ def export(
             if engine is Engine.onnx:
                 facts = _to_onnx(source, folder, output, precision, overwrite)
             else:
-                facts = _to_openvino(source, folder, output, precision, rows, texts, samples, overwrite)
+                facts = _to_openvino(
+                    source, folder, output, precision, rows, texts, samples, keep or [], vnni, overwrite
+                )
         except ImportError as error:
             raise RuntimeError(str(error)) from error
     result = {
@@ -108,6 +131,8 @@ def _to_openvino(
     rows: Rows,
     texts: list[str] | None,
     samples: int,
+    keep: list[str],
+    vnni: bool | None,
     overwrite: bool,
 ) -> dict[str, Any]:
     from transformers import AutoTokenizer
@@ -125,6 +150,8 @@ def _to_openvino(
         tokenizer=AutoTokenizer.from_pretrained(folder.transformer),
         embedding=Embedding.of_folder(folder.root, folder.transformer),
         samples=samples,
+        keep=keep,
+        vnni=vnni,
     )
     made.save_pretrained(output, overwrite=overwrite)
     return {"model_class": made.model_class, "rows": made.rows, "operations": made.operations}

@@ -18,16 +18,16 @@ from ..adapters import check_not_adapted
 from ..exporting import complete, inputs_of, only_model_in
 from ..files import atomic_folder, check_output
 from .embedding import Embedding
-from .graph import align_rows, operations, pack_rows, to_graph
+from .graph import align_rows, fuse_norms, operations, pack_rows, to_graph
 from .library import OPERATION, engine, engine_version, extension
-from .quantise import calibration_batches, quantised
+from .quantise import calibration_batches, has_vnni, products, quantised
 
 PRECISIONS = ("int8", "bf16", "f32")
 # "auto" is as the precision. Beside int8 attention, which costs converted MiniLMs 0.013 to 0.017 of cosine to themselves in float32, int8 rows cost 0.002
 # more than bf16 ones, nothing that two tasks notice, and are faster with many trees (docs/openvino.md).
 ROWS = ("auto", *PRECISIONS)
-FORMAT_VERSION = 2
-_READ_VERSIONS = (1, FORMAT_VERSION)  # 1 knew no packed rows
+FORMAT_VERSION = 3
+_READ_VERSIONS = (1, 2, FORMAT_VERSION)  # 1 knew no packed rows, 2 no operations with a norm
 _GRAPH, _WEIGHTS, _FACTS = "openvino_model.xml", "openvino_model.bin", "fff_openvino.json"
 
 
@@ -40,6 +40,8 @@ def compile(
     tokenizer: Any = None,
     embedding: Embedding | None = None,
     samples: int = 300,
+    keep: Sequence[str] = (),
+    vnni: bool | None = None,
     ov_config: Mapping[str, Any] | None = None,
 ) -> "OpenVINOModel":
     """A model inside OpenVINO, from one in PyTorch, which stays as it is. What is converted and what is dense both work.
@@ -54,11 +56,15 @@ def compile(
         tokenizer: for texts, for ``encode``, and to be saved; a ``SentenceTransformer`` brings its own.
         embedding: for ``encode``: how vectors are pooled; a ``SentenceTransformer`` brings its own, the mean without one.
         samples: texts that int8 looks at, at most.
+        keep: for "int8": names of modules of the model whose matrix products stay in float32, with * for any part, such as
+            ``["encoder.layer.0.*"]``; their neighbours are quantised as before.
+        vnni: for "int8": whether the CPU that will run the model has VNNI instructions (or AMX, or is no x86); None: as this one. Without
+            them products of int8 can overflow, so weights have 7 bits.
         ov_config: properties of the engine, such as ``{"INFERENCE_NUM_THREADS": 4}``.
 
     Raises:
         ImportError: openvino is not installed, or nncf, which int8 needs.
-        ValueError: an unknown precision or kind of rows, no texts for int8, a float64 model, adapters of PEFT that are not merged, a
+        ValueError: an unknown precision or kind of rows, no texts for int8, names in ``keep`` that are of no product, a float64 model, adapters of PEFT that are not merged, a
             model that OpenVINO cannot convert.
         RuntimeError: the library with the operation FFF can neither be found nor compiled.
     """
@@ -66,6 +72,10 @@ def compile(
         raise ValueError(f"precision={precision!r} is not known (allowed: {', '.join(PRECISIONS)})")
     if rows not in ROWS:
         raise ValueError(f"rows={rows!r} is not known (allowed: {', '.join(ROWS)})")
+    if keep and precision != "int8":
+        raise ValueError(f"keep={list(keep)!r} is for int8, and precision={precision!r}")
+    if isinstance(keep, str):
+        raise ValueError(f"keep={keep!r} must be a list of names")
     rows = precision if rows == "auto" else rows
     if not isinstance(model, PreTrainedModel):
         inner = only_model_in(model)
@@ -85,11 +95,15 @@ def compile(
     if not operations(graph) and not hasattr(model.config, "fff"):
         warnings.warn(f"this {type(model).__name__} holds no FFF: it becomes a plain model of OpenVINO", stacklevel=2)
     if batches is not None:
+        kept, vnni = products(graph, keep), has_vnni() if vnni is None else vnni
         inputs = [{name: t.numpy() for name, t in complete(batch, names).items()} for batch in batches]
-        graph = quantised(graph, inputs)
+        graph = quantised(graph, inputs, kept, vnni)
     if rows != "f32":
         pack_rows(graph, rows)
-    facts = {"precision": precision, "rows": rows, "outputs": kind, "model_class": type(model).__name__}
+    fuse_norms(graph)
+    facts: dict[str, Any] = {"precision": precision, "rows": rows, "outputs": kind, "model_class": type(model).__name__}
+    if precision == "int8":
+        facts |= {"keep": list(keep), "vnni": vnni}
     return OpenVINOModel(graph, facts, model.config, tokenizer, embedding, ov_config)
 
 
@@ -114,6 +128,12 @@ def load(folder: str | Path, *, ov_config: Mapping[str, Any] | None = None) -> "
             f"{folder / _FACTS} has a version that this hf_fff does not read (it reads {known}): export the model again"
         )
     facts.setdefault("rows", "f32" if facts["precision"] == "f32" else "bf16")
+    if facts["precision"] == "int8" and facts.get("vnni", True) and not has_vnni():
+        warnings.warn(
+            f"{folder} was made for a CPU with VNNI, which this one lacks: its int8 products overflow here, and outputs are less exact; "
+            "export it on this machine, or with --no-vnni",
+            stacklevel=2,
+        )
     found = set(re.findall(r'type="(?:Packed)?FFF" version="([^"]*)"', (folder / _GRAPH).read_text(encoding="utf-8")))
     if other := sorted(found - {OPERATION}):
         raise ValueError(

@@ -114,7 +114,8 @@ def way(
     """How the CUDA kernels do a call on the current device (docs/kernel-cuda.md); None where they are not in use.
 
     Returns:
-        "gather", "sorted", "tiles", "columns" or "plain" (forward) or "conditional" (backward): only the nodes that tokens visit take part;
+        "gather", "sorted", "tiles", "columns", "forest" or "plain" (forward), "tiles" or "conditional" (backward): only the nodes that tokens visit
+        take part, and with tiles and forest their neighbours in small subtrees;
         "dense": all nodes do, in matrix products, and a mask drops the others, which is faster for wide layers.
     """
     if not torch.cuda.is_available() or backend("cuda") != "native":

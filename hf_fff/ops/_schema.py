@@ -32,6 +32,16 @@ _BACKWARD = (
 library.define(f"fff_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
 # The same by matrix products over all nodes and a mask: what the CUDA kernels call where that is faster.
 library.define(f"fff_backward_dense{_BACKWARD}")
+# Training under autocast on a GPU: float32 weights (and x, or it is of the type already), computed in bfloat16 or float16. What backward needs, the
+# cast numbers among it, comes in one buffer; the gradients are float32 where the kernels can write them so. ``functions`` calls them.
+library.define(
+    "fff_train_mixed(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, int n_trees, str activation, bool half)"
+    " -> (Tensor, Tensor)"
+)
+library.define(
+    "fff_backward_mixed(Tensor grad_y, Tensor? x, Tensor kept, int n_trees, int depth, str activation, float routing_gradient, "
+    "float routing_temperature, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 # Frozen layers, for inference on a CPU: one flat buffer with rows of fewer bytes, and the forward pass over it.
 library.define(
     "pack(Tensor weight_in, Tensor bias_in, Tensor weight_out, int n_trees, str rows) -> Tensor",

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import ops
-from ._schema import library
+from ._ops import add_op_namespace_prefix, ops
+from ._schema import depth_of, library
 
 
 def _autocast(name: str, device: str) -> Any:
@@ -25,7 +25,73 @@ for _name in ("fff", "fff_train"):
     library.impl(_name, _autocast(_name, "cpu"), "AutocastCPU")
     library.impl(_name, _autocast(_name, "cuda"), "AutocastCUDA")
 
+
+class _OnGpu(torch.autograd.Function):
+    """The differentiable operator on a GPU, with CUDA kernels: what ``fff_train`` does, without the dispatcher's kernels in Python, which take
+    longer than the GPU does. Under autocast the kernels cast, and give the gradients back in the weights' type."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, n_trees: int, activation: str,
+        alpha: float, tau: float, mixed: torch.dtype | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.settings, ctx.mixed = (activation, alpha, tau), mixed is not None
+        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
+            y: Tensor
+            if mixed is None:
+                y, path, logits = fff_train(x, weight_in, bias_in, weight_out, n_trees, activation)
+                ctx.save_for_backward(x, weight_in, bias_in, weight_out, path, logits)
+                ctx.trees = (n_trees,)
+            else:
+                half = mixed == torch.float16
+                y, kept = _train_mixed(x, weight_in, bias_in, weight_out, n_trees, activation, half)
+                ctx.save_for_backward(kept, x if x.dtype == mixed else None)
+                ctx.trees = (n_trees, depth_of(len(weight_in), n_trees))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad
+        needed = (need[0], need[1] or need[2] or need[3])
+        saved = ctx.saved_tensors  # once: checkpointing recomputes at every look
+        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
+            if ctx.mixed:
+                kept, x = saved
+                grads = _backward_mixed(grad_y, x, kept, *ctx.trees, *ctx.settings, *needed)
+            else:
+                grads = _backward(grad_y, *saved, *ctx.trees, *ctx.settings, *needed)
+        return (*(g if n else None for g, n in zip(grads, need[:4], strict=True)), None, None, None, None, None)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_MIXED_NAME = add_op_namespace_prefix("fff_train_mixed")
+
+
+def _on_gpu(*tensors: Tensor) -> bool:
+    """Whether that can be taken: CUDA kernels are loaded, and nobody traces, transforms or counts what is called."""
+    return (
+        tensors[0].is_cuda
+        and all(type(t) in _PLAIN for t in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.maybe_current_level() is None
+        and torch._C._dispatch_has_kernel_for_dispatch_key(_MIXED_NAME, "CUDA")
+    )
+
+
+def _can_mix(dtype: torch.dtype, x: Tensor, *weights: Tensor) -> bool:
+    single = torch.float32
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and x.dtype in (single, dtype)
+        and all(w.dtype == single for w in weights)
+    )
+
+
 fff_train = ops.fff_train.default
+_backward = ops.fff_backward.default
+_train_mixed = ops.fff_train_mixed.default
+_backward_mixed = ops.fff_backward_mixed.default
 pack = ops.pack.default
 fff_packed = ops.fff_packed.default
 _infer = ops.fff.default
@@ -62,6 +128,10 @@ def fff(
         x.requires_grad or weight_in.requires_grad or weight_out.requires_grad or bias_in.requires_grad
     ):
         routing = (routing_gradient, routing_temperature)
+        if not torch.compiler.is_compiling() and _on_gpu(x, weight_in, bias_in, weight_out):
+            mixed = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+            if mixed is None or _can_mix(mixed, x, weight_in, bias_in, weight_out):
+                return _OnGpu.apply(x, weight_in, bias_in, weight_out, n_trees, activation, *routing, mixed)
         y, _, _ = fff_train(x, weight_in, bias_in, weight_out, n_trees, activation, *routing)
         return y
     return _infer(x, weight_in, bias_in, weight_out, n_trees, activation)

@@ -66,7 +66,8 @@ _TOOLCHAINS = {
         "Install g++ or clang++",
         # No -march: the sources choose the instruction set when they run.
         ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden"),
-        ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-Wl,--no-as-needed",),
+        # Where a C++ runtime is linked statically, its names must not mix with those of torch's: they crash each other.
+        ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-Wl,--no-as-needed,--exclude-libs=ALL",),
         "HF_FFF_CXXFLAGS",
         timeout=300,
         takes="about 25 s",
@@ -289,13 +290,18 @@ def build(name: str = "cpu", *, force: bool = False, output: Path | None = None,
     return replace(built, path=copy)
 
 
+def cpu_features() -> list[str]:
+    """Instruction sets of this CPU that matter here, as Linux names them."""
+    return [f for f in _cpu_flags().split() if _CPU_FEATURES.fullmatch(f)]
+
+
 def describe() -> dict[str, Any]:
     """Everything that decides which library is used, and what was decided, for ``hf-fff env``. Loads nothing."""
     facts: dict[str, Any] = {
         "backend_setting": os.environ.get("HF_FFF_BACKEND") or "auto",
         "kernel_path": os.environ.get("HF_FFF_KERNEL_PATH") or None,
         "sources": str(kernels_root()),
-        "cpu_features": [f for f in _cpu_flags().split() if _CPU_FEATURES.fullmatch(f)],
+        "cpu_features": cpu_features(),
         "libraries": {},
     }
     try:

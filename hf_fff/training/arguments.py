@@ -75,7 +75,8 @@ class DistillationArguments(FastArguments):
     These are the defaults of general distillation, measured with about 8000 tokens a step; see ``arguments_for``, too.
 
     Raises:
-        ValueError: a weight below 0, all of them 0, or a rate or temperature that is not above 0.
+        ValueError: a weight below 0, all of them 0, a rate or temperature that is not above 0, or a share that is none; cropped
+            inputs of a task; CUDA graphs with accumulated batches or several processes.
     """
 
     hidden_weight: float = field(default=0.5, metadata={"help": "Of the hidden states' error in the loss."})
@@ -85,11 +86,22 @@ class DistillationArguments(FastArguments):
     )
     label_weight: float = field(default=0.0, metadata={"help": "Of the loss on labels, where there are any."})
     temperature: float = field(default=2.0, metadata={"help": "By which logits are divided for the KL divergence."})
+    crop: float = field(
+        default=0.0,
+        metadata={"help": "Share of the batches whose texts are cropped at random; for distillation without a task."},
+    )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={"help": "Experimental. Record a step on a GPU once for each length of the inputs, and replay it."},
+    )
     learning_rate: float = field(default=4e-4, metadata={"help": "For all but what replaced the FFNs."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the rates fall."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps in which the rates rise; below 1: a share."})
 
     def __post_init__(self) -> None:
+        if self.cuda_graphs and self.accelerator_config is None and self.dataloader_pin_memory:
+            # Else a batch waits until the GPU has done the step before.
+            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
         for name in _WEIGHTS:
             if not getattr(self, name) >= 0:
@@ -98,6 +110,15 @@ class DistillationArguments(FastArguments):
             raise ValueError(f"{', '.join(_WEIGHTS)} are all 0: there is nothing to learn")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r} must be above 0")
+        if not 0 <= self.crop <= 1:
+            raise ValueError(f"crop={self.crop!r} must lie between 0 and 1")
+        if self.crop and self.needs_task:
+            raise ValueError(f"crop={self.crop!r} is for distillation without a task, whose labels are of whole inputs")
+        if self.cuda_graphs and (self.gradient_accumulation_steps > 1 or self.world_size > 1):
+            raise ValueError(
+                "cuda_graphs=True needs gradient_accumulation_steps=1 and one process, not "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} and {self.world_size} processes"
+            )
 
     @property
     def needs_task(self) -> bool:

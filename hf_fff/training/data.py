@@ -1,7 +1,7 @@
 """What is trained on: texts without labels, whole or in pieces, or the mix of rows from which a task is distilled."""
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,44 @@ class TokenisedTexts(Dataset[dict[str, list[int]]]):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return {name: rows[index] for name, rows in self._columns.items()}
+
+
+class Cropping:
+    """A collator of batches of which a share is cropped: each row to a run of its tokens, which begins at random, and is as long for
+    all rows of the batch, between a quarter of the longest and all of it. The first and the last token of a row, BERT's [CLS] and
+    [SEP], stay. So a text that comes again is another one, and a batch of short rows needs no more padding than before.
+
+    Draws from torch's generator, which the trainers seed by the epoch and the rows.
+
+    Args:
+        collate: what makes a batch of the rows.
+        share: of the batches, from 0 to 1.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], share: float) -> None:
+        self._collate, self._share = collate, share
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        longest = max(len(row["input_ids"]) for row in rows)
+        if float(torch.rand(())) >= self._share:
+            return self._collate(list(rows))
+        length = int(torch.randint(max(3, longest // 4), max(3, longest) + 1, ()))
+        return self._collate([_cropped(row, length) for row in rows])
+
+
+def _cropped(row: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """A row of at most so many tokens: the first one, a run of those between, and the last one."""
+    tokens = len(row["input_ids"])
+    if tokens <= length:
+        return dict(row)
+    start = 1 + int(torch.randint(tokens - length + 1, ()))
+    places = [0, *range(start, start + length - 2), tokens - 1]
+
+    def part(values: Any) -> Any:
+        return values[places] if isinstance(values, Tensor) else [values[i] for i in places]
+
+    whole = {name for name, values in row.items() if hasattr(values, "__len__") and len(values) == tokens}
+    return {name: part(values) if name in whole else values for name, values in row.items()}
 
 
 def pieces(tokenizer: Any, texts: Iterable[str], max_length: int) -> Iterator[dict[str, list[int]]]:

@@ -57,15 +57,15 @@ class RoutingMetrics(TrainerCallback):
         self._watch = None
 
     def _told_of_training(self, watch: "_Routing") -> dict[str, float]:
-        counts = [v.counts for v in watch.every() if v.counts is not None]
+        counts = [v.counts for v in watch.every() if v.counts is not None]  # of all layers, or of none
         if not counts:
             return {}
         _sum_over_processes(counts)
         told: dict[str, float] = {}
         for number, found in watch.summary().items():
             told |= {f"dead_nodes_{number}": found["dead"], f"visit_entropy_{number}": found["entropy"]}
-        for visits in watch.every():
-            visits.counts = None
+        for count in counts:
+            count.zero_()  # in its place, where a recorded step goes on counting
         return told
 
     def _told_of_evaluation(self, watch: "_Routing", prefix: str) -> dict[str, float]:

@@ -12,10 +12,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ..tasks import get_task
+from ..tasks.data import IGNORED
 from ..tasks.evaluate import check_teacher
 from .arguments import DistillationArguments
 from .base import MEASURED_ROWS, FastTrainer, without_labels
-from .data import check_rows
+from .data import Cropping, check_rows
+from .graphs import StepGraphs
 from .objectives import OBJECTIVES, Objective, get_objective, visible
 from .processes import not_sharded
 
@@ -86,13 +88,58 @@ class DistillationTrainer(FastTrainer):
             backend: Any = args.torch_compile_backend
             self._watched = torch.compile(self.teacher, backend=backend, mode=args.torch_compile_mode)
         self._scales: list[Tensor] = []  # [H] for each layer
+        self._graphs: StepGraphs | None = None
+        self._graphed = False  # whether steps are to be recorded
 
     # Training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``."""
         self._measure_scales()
-        return super().train(*args, **kwargs)
+        self._graphed = self.args.cuda_graphs and self.args.device.type == "cuda"
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._graphs, self._graphed = None, False
+
+    def get_train_dataloader(self) -> Any:
+        """As ``Trainer`` has it, with batches that are cropped, where they are to be."""
+        collate: Any = self.data_collator
+        if self.args.crop:
+            self.data_collator = Cropping(collate, self.args.crop)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """As ``Trainer.training_step``."""
+        if not self._graphed or len(inputs["input_ids"]) != self.args.train_batch_size:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        if self._graphs is None:
+            self._graphs = self._new_graphs(inputs)
+
+        before = len(self._seen)
+
+        def run(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            loss: Tensor = super(DistillationTrainer, self).training_step(model, given, num_items_in_batch)
+            return loss, self._seen[-1][1]
+
+        loss, parts = self._graphs.step(inputs, run)
+        self._seen[before:] = [(self.state.global_step + 1, parts)]
+        return loss
+
+    def _new_graphs(self, inputs: Mapping[str, Tensor]) -> StepGraphs:
+        trained: Any = self.model
+        config = trained.config
+        longest = max(getattr(self.train_dataset, "lengths", None) or [inputs["input_ids"].shape[1]])
+        return StepGraphs(
+            [p for p in trained.parameters() if p.requires_grad],
+            {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": IGNORED},
+            longest,
+            getattr(config, "max_position_embeddings", None),
+        )
 
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -112,7 +159,7 @@ class DistillationTrainer(FastTrainer):
             self.student.save_pretrained(output_dir or self.args.output_dir)
 
     def _described(self) -> dict[str, Any]:
-        names = ("hidden_weight", "embedding_weight", "logits_weight", "label_weight", "temperature")
+        names = ("hidden_weight", "embedding_weight", "logits_weight", "label_weight", "temperature", "crop")
         return {**super()._described(), **{name: getattr(self.args, name) for name in names}}
 
     def _learned_from(self, out: Any) -> list[Tensor]:
@@ -138,13 +185,12 @@ class DistillationTrainer(FastTrainer):
             want = self._watched(**given, output_hidden_states=True)
         have = model(**given, output_hidden_states=True)
         seen = visible(given)
-        errors = [
-            (((h.float() - w.float()) / scale).square().mean(-1) * seen).sum(1)
-            for h, w, scale in zip(have.hidden_states[1:], want.hidden_states[1:], self._scales, strict=True)
-        ]
+        # All layers at once: fewer kernels to launch.
+        apart = torch.stack(have.hidden_states[1:]).float() - torch.stack(want.hidden_states[1:]).float()
+        errors = ((apart / torch.stack(self._scales)[:, None, None]).square().mean(-1) * seen).sum(2)
         a, b = (_pooled(_last(out), seen) for out in (have, want))
         cosine = F.cosine_similarity(a, b, dim=-1)
-        rows = torch.stack([*errors, seen.sum(1), cosine], 1)
+        rows = torch.cat([errors.T, seen.sum(1, keepdim=True), cosine.unsqueeze(1)], 1)
         if self.objective:
             distances = self.objective.distances(have, want, inputs, self.args.temperature)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.label_weight > 0):

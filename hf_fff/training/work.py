@@ -114,6 +114,7 @@ def distil_folder(
         "learning_rate": args.learning_rate,
         "fff_learning_rate": args.fff_learning_rate,
         "loss": {name: getattr(args, name) for name in _WEIGHTS},
+        "crop": args.crop,
         "seed": args.seed,
         "bf16": args.bf16,
         "start": str(start.resolve()) if start else None,

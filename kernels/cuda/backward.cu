@@ -7,6 +7,8 @@
 //    sums of one path in registers, and writes a node's gradients when the path leaves it: each row of x and grad_y is read once
 //    for all levels. What a chunk's border cuts is written as a part.
 // 5. join: adds up the parts.
+//
+// What has 16 bits and trees of up to 12 levels goes through tensor cores instead (gradients.cu).
 #include <algorithm>
 
 #include "cuda/common.cuh"
@@ -252,69 +254,69 @@ template <class T, int VEC, int LEVELS> __global__ void __launch_bounds__(kSumsT
   flush(0);
 }
 
-constexpr int kJoinColumns = 64, kJoinGroups = 8, kJoinThreads = kJoinColumns * kJoinGroups, kJoinParts = 4;
-constexpr int kShort = 8;  // parts that a thread adds up alone
+constexpr int kJoinThreads = 512, kJoinColumns = 64, kJoinGroups = kJoinThreads / kJoinColumns, kJoinVec = 2;
+constexpr int kMostLevels = 30;
 
-// A block: the run that begins in a chunk and goes on beyond it, if there is one at this level. Long ones have kJoinParts blocks.
+// A block: some columns of the runs, one a level, that begin in a chunk and go on beyond it.
 template <class T> __global__ void __launch_bounds__(kJoinThreads) join_kernel(Sums<T> a) {
   using A = accumulator_t<T>;
-  __shared__ A sums[kJoinGroups][kJoinColumns];
-  const int64_t chunk = blockIdx.x % a.chunks, tree = blockIdx.x / a.chunks, hidden = a.shape.hidden;
-  const int level = blockIdx.y, quarter = blockIdx.z, shift = int(a.shape.depth) - level;
-  const auto place_at = [&](int64_t c) { return a.leaf(tree, c * a.per_chunk) >> shift; };  // where chunk c begins
-  if (chunk + 1 >= a.chunks) return;
-  const int place = a.leaf(tree, (chunk + 1) * a.per_chunk - 1) >> shift;
-  const bool is_long = chunk + kShort + 1 < a.chunks && place_at(chunk + kShort + 1) == place;
-  if (quarter && !is_long) return;
-  if (place_at(chunk + 1) != place || (chunk && a.leaf(tree, chunk * a.per_chunk - 1) >> shift == place)) return;
-  int64_t last = chunk + 1;  // the last chunk that begins with the run
-  if (is_long) {
-    int64_t beyond = a.chunks;
-    last = chunk + kShort + 1;
-    while (last + 1 < beyond) {
-      const int64_t middle = (last + beyond) / 2;
-      if (place_at(middle) == place) last = middle;
-      else beyond = middle;
+  __shared__ A sums[kJoinGroups][kJoinColumns * kJoinVec];
+  __shared__ int last_chunk[kMostLevels], places[kMostLevels];  // the last one that begins with the run; -1: no run
+  const int64_t chunk = blockIdx.x % (a.chunks - 1), tree = blockIdx.x / (a.chunks - 1), hidden = a.shape.hidden;
+  const int levels = int(a.shape.levels());
+  const auto first_of = [&](int64_t c) { return a.leaf(tree, c * a.per_chunk); };
+  if (int(threadIdx.x) < levels) {
+    const int shift = int(a.shape.depth) - int(threadIdx.x), place = a.leaf(tree, (chunk + 1) * a.per_chunk - 1) >> shift;
+    int64_t last = -1;
+    if (first_of(chunk + 1) >> shift == place && !(chunk && a.leaf(tree, chunk * a.per_chunk - 1) >> shift == place)) {
+      last = chunk + 1;
+      int64_t beyond = a.chunks;
+      for (int64_t step = 1; last + step < beyond; step *= 2) {
+        if (first_of(last + step) >> shift == place) last += step;
+        else beyond = last + step;
+      }
+      while (last + 1 < beyond) {
+        const int64_t middle = (last + beyond) / 2;
+        if (first_of(middle) >> shift == place) last = middle;
+        else beyond = middle;
+      }
     }
-  } else {
-    while (last + 1 < a.chunks && place_at(last + 1) == place) ++last;
+    last_chunk[threadIdx.x] = int(last), places[threadIdx.x] = place;
   }
-  const int64_t row = tree * a.shape.tree_nodes() + (1 << level) - 1 + place;
-  const auto part = [&](int64_t c, int slot, int64_t at) { return a.parts[a.part(tree, c, slot, level) * 2 * hidden + at]; };
-  const auto write = [&](int64_t at, A sum) {
-    if (at < hidden) a.into_in[row * hidden + at] = from_acc<T>(sum);
-    else a.into_out[row * hidden + at - hidden] = from_acc<T>(sum);
-  };
-  if (!is_long) {
-    for (int64_t at = threadIdx.x; at < 2 * hidden; at += kJoinThreads) {
-      A sum = part(chunk, 1, at);
-      for (int64_t c = chunk + 1; c <= last; ++c) sum += part(c, 0, at);
-      write(at, sum);
-    }
-  } else {
-    const int column = threadIdx.x % kJoinColumns, group = threadIdx.x / kJoinColumns;
-    for (int64_t c = quarter * kJoinColumns; c < 2 * hidden; c += kJoinParts * kJoinColumns) {
-      const int64_t at = c + column;
-      A sum = 0;
-      if (at < 2 * hidden) {
-        if (group == 0) sum = part(chunk, 1, at);
+  __syncthreads();
+  const int column = threadIdx.x % kJoinColumns, group = threadIdx.x / kJoinColumns;
+  const int64_t at = (int64_t(blockIdx.y) * kJoinColumns + column) * kJoinVec;  // of a row of weight_in and one of weight_out
+  for (int level = 0; level < levels; ++level) {
+    const int64_t last = last_chunk[level];
+    if (last < 0) continue;
+    const int64_t row = tree * a.shape.tree_nodes() + (1 << level) - 1 + places[level];
+    A sum[kJoinVec] = {};
+    const auto add = [&](int64_t c, int slot) {
+      const A* part = a.parts + a.part(tree, c, slot, level) * 2 * hidden + at;
+#pragma unroll
+      for (int j = 0; j < kJoinVec; ++j)
+        if (at + j < 2 * hidden) sum[j] += part[j];
+    };
+    if (group == 0) add(chunk, 1);
 #pragma unroll 8
-        for (int64_t other = chunk + 1 + group; other <= last; other += kJoinGroups) sum += part(other, 0, at);
+    for (int64_t c = chunk + 1 + group; c <= last; c += kJoinGroups) add(c, 0);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kJoinVec; ++j) sums[group][column * kJoinVec + j] = sum[j];
+    __syncthreads();
+    if (group == 0)
+#pragma unroll
+      for (int j = 0; j < kJoinVec; ++j) {
+        for (int g = 1; g < kJoinGroups; ++g) sum[j] += sums[g][column * kJoinVec + j];
+        if (at + j < hidden) a.into_in[row * hidden + at + j] = from_acc<T>(sum[j]);
+        else if (at + j < 2 * hidden) a.into_out[row * hidden + at + j - hidden] = from_acc<T>(sum[j]);
       }
-      sums[group][column] = sum;
-      __syncthreads();
-      if (group == 0 && at < 2 * hidden) {
-        for (int g = 1; g < kJoinGroups; ++g) sum += sums[g][column];
-        write(at, sum);
-      }
-      __syncthreads();
+    if (blockIdx.y == 0 && group == kJoinGroups - 1 && column < kWarp) {
+      A total = 0;
+      for (int64_t c = chunk + 1 + column; c <= last; c += kWarp) total += a.bias_parts[a.part(tree, c, 0, level)];
+      total = warp_sum(total);
+      if (column == 0) a.into_bias[row] = from_acc<T>(total + a.bias_parts[a.part(tree, chunk, 1, level)]);
     }
-  }
-  if (quarter == 0 && threadIdx.x < kWarp) {
-    A sum = 0;
-    for (int64_t c = chunk + 1 + threadIdx.x; c <= last; c += kWarp) sum += a.bias_parts[a.part(tree, c, 0, level)];
-    sum = warp_sum(sum);
-    if (threadIdx.x == 0) a.into_bias[row] = from_acc<T>(sum + a.bias_parts[a.part(tree, chunk, 1, level)]);
   }
 }
 
@@ -334,8 +336,10 @@ template <class T> void sums(const Sums<T>& a, bool vectors, cudaStream_t stream
   else if (size == 4) launch(sums_kernel<T, VEC, 4>);
   else if (size == 8) launch(sums_kernel<T, VEC, 8>);
   else launch(sums_kernel<T, VEC, 12>);
-  if (a.chunks > 1)
-    join_kernel<T><<<dim3(grid.x, unsigned(levels), kJoinParts), kJoinThreads, 0, stream>>>(a);
+  if (a.chunks > 1) {
+    const dim3 borders(unsigned((a.chunks - 1) * a.shape.trees), unsigned(divide_up(2 * a.shape.hidden, kJoinColumns * kJoinVec)));
+    join_kernel<T><<<borders, kJoinThreads, 0, stream>>>(a);
+  }
 }
 
 // ---- the straight-through routing gradient -------------------------------------------------------------------------------
@@ -428,9 +432,11 @@ template <class T> const char* run(const Backward& b, cudaStream_t stream) {
 
 }  // namespace
 
+namespace {
+
 // What was measured on an H100, in microseconds for 131072 tokens of 768 numbers: the conditional pass costs so much for each visit,
 // with the routing gradient so much more for each node; the masked one for each node, and at least kDenseStart.
-bool backward_is_dense(const Problem& p, bool routing) {
+bool masked_is_faster(const Problem& p, bool routing) {
   if (p.type == Type::float64 || p.shape.tokens < 1024) return false;
   const bool single = p.type == Type::float32;
   const double visit = single ? 99 : 77, routing_node = single ? 8.1 : 0.8, dense_node = single ? 22 : 2.75, kDenseStart = 600, kMargin = 1.25;
@@ -438,8 +444,67 @@ bool backward_is_dense(const Problem& p, bool routing) {
   return (dense_node * nodes + kDenseStart) * kMargin < conditional;
 }
 
-int64_t backward_workspace(const Problem& p, bool weights) {
-  return p.shape.tokens ? parts_of(p, weights, nullptr).used : 0;
+constexpr int64_t kTilesFrom = 256;  // tokens
+
+}  // namespace
+
+Way backward_way(const Problem& p, bool routing, Way wanted) {
+  const bool tiles = backward_tiles_serve(p);
+  if (wanted == Way::dense) return Way::dense;
+  if (wanted != Way::automatic) return wanted == Way::tiles && tiles ? Way::tiles : Way::plain;
+  if (masked_is_faster(p, routing)) return Way::dense;
+  return tiles && p.shape.tokens >= kTilesFrom ? Way::tiles : Way::plain;
+}
+
+Wide backward_wide(const Problem& p, Way way) {
+  const bool tiles = way == Way::tiles;
+  return {tiles && p.shape.trees == 1, tiles};
+}
+
+int64_t backward_workspace(const Problem& p, Way way, bool x, bool weights) {
+  if (!p.shape.tokens) return 0;
+  return way == Way::tiles ? backward_tiles_workspace(p, x, weights) : parts_of(p, weights, nullptr).used;
+}
+
+// A thread: eight numbers of one of the arrays.
+struct Casts {
+  Cast of[kMostCasts];
+  int64_t first_block[kMostCasts + 1];
+};
+constexpr int kCastNumbers = 8;
+
+template <class T> __global__ void __launch_bounds__(kThreads) cast_kernel(Casts casts) {
+  int which = 0;
+  while (which + 1 < kMostCasts && int64_t(blockIdx.x) >= casts.first_block[which + 1]) ++which;
+  const Cast c = casts.of[which];
+  const int64_t begin = ((int64_t(blockIdx.x) - casts.first_block[which]) * kThreads + threadIdx.x) * kCastNumbers, end = c.count + c.zeros;
+  const float* from = static_cast<const float*>(c.from);
+  T* to = static_cast<T*>(c.to);
+  if (begin + kCastNumbers <= c.count && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    float v[kCastNumbers];
+#pragma unroll
+    for (int i = 0; i < kCastNumbers / 4; ++i) {
+      const float4 four = __ldcs(reinterpret_cast<const float4*>(from + begin) + i);
+      v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
+    }
+    *reinterpret_cast<uint4*>(to + begin) = Pack<T, kCastNumbers>::of(v).word;
+    return;
+  }
+  for (int64_t i = begin; i < min(begin + kCastNumbers, end); ++i) to[i] = from_acc<T>(i < c.count ? from[i] : 0);
+}
+
+const char* cast(const Cast* of, int count, Type to, cudaStream_t stream) {
+  Casts casts{};
+  int64_t blocks = 0;
+  for (int i = 0; i < kMostCasts; ++i) {
+    casts.first_block[i] = blocks;
+    if (i < count) casts.of[i] = of[i], blocks += divide_up(of[i].count + of[i].zeros, kThreads * kCastNumbers);
+  }
+  casts.first_block[kMostCasts] = blocks;
+  if (!blocks) return nullptr;
+  if (to == Type::bfloat16) cast_kernel<bfloat16><<<unsigned(blocks), kThreads, 0, stream>>>(casts);
+  else cast_kernel<float16><<<unsigned(blocks), kThreads, 0, stream>>>(casts);
+  return launched();
 }
 
 const char* routing(const Routing& r, Type type, cudaStream_t stream) {
@@ -449,7 +514,8 @@ const char* routing(const Routing& r, Type type, cudaStream_t stream) {
   return launched();
 }
 
-const char* backward(const Backward& b, cudaStream_t stream) {
+const char* backward(const Backward& b, Way way, cudaStream_t stream) {
+  if (way == Way::tiles) return backward_tiles(b, stream);
   return with_type(b.problem.type, [&](auto type) { return run<decltype(type)>(b, stream); });
 }
 

@@ -250,6 +250,11 @@ bool columns_serve(const Problem&);
 int64_t columns_workspace(const Problem&, bool train);
 const char* columns_forward(const Forward&, cudaStream_t);
 
+// ---- several trees with tensor cores (forest.cu) -------------------------------------------------------------------------
+bool forest_serves(const Problem&);
+int64_t forest_workspace(const Problem&);
+const char* forest_forward(const Forward&, cudaStream_t);
+
 // Levels [begin, levels) of all walks (forward.cu); the path and logits above are known.
 template <class T> void walk_down(const Problem&, const T* x, const T* weight_in, const T* bias_in, int32_t* path,
                                   accumulator_t<T>* logits, int begin, cudaStream_t);
@@ -261,5 +266,10 @@ template <class T> void top_paths(const Problem&, const T* x, const T* weight_in
 bool tiles_serve(const Problem&);
 int64_t tiles_workspace(const Problem&);
 const char* tiles_forward(const Forward&, cudaStream_t);
+
+// ---- gradients on tensor cores (gradients.cu) ----------------------------------------------------------------------------
+bool backward_tiles_serve(const Problem&);
+int64_t backward_tiles_workspace(const Problem&, bool x, bool weights);
+const char* backward_tiles(const Backward&, cudaStream_t);
 
 }  // namespace hf_fff_cuda

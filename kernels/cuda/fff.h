@@ -34,6 +34,7 @@ enum class Way : int {
   sorted,  // deep single trees: halfway down and at the leaves, tokens are sorted by where they are
   tiles,   // deep single trees of 16-bit numbers: the same, with tensor cores
   columns, // several trees: the nodes' outputs lie in shared memory, some columns of all of them in each multiprocessor
+  forest,  // several trees of 16-bit numbers on tensor cores, tokens sorted by subtree
   dense,   // all nodes, then a mask: matrix products of the framework, not done here
 };
 
@@ -65,6 +66,7 @@ struct Backward {
   void* grad_x;         // or null: not wanted
   void *grad_weight_in, *grad_bias_in, *grad_weight_out;  // all three or none
   void* workspace;
+  bool wide_x = false, wide_weights = false;  // these gradients are float32, the numbers have 16 bits: where `backward_wide` allows it
 };
 
 // The straight-through routing gradient of every visit, from the logits and the gains of *all* nodes, rows of `width`, which are
@@ -83,11 +85,16 @@ struct Routing {
 
 // The way that a forward pass takes, or whether `wanted` can be taken: then that, otherwise `plain`.
 Way forward_way(const Problem&, Way wanted = Way::automatic);
-// Whether dense matrix products beat the conditional backward pass.
-bool backward_is_dense(const Problem&, bool routing);
+// The way that a backward pass takes: `plain`, `tiles` or `dense`.
+Way backward_way(const Problem&, bool routing, Way wanted = Way::automatic);
+// What that way can write as float32 for 16-bit numbers.
+struct Wide {
+  bool x, weights;
+};
+Wide backward_wide(const Problem&, Way);
 
 int64_t forward_workspace(const Problem&, Way, bool train);
-int64_t backward_workspace(const Problem&, bool weights);
+int64_t backward_workspace(const Problem&, Way, bool x, bool weights);
 
 // Null, or what went wrong.
 const char* forward(const Forward&, Way, cudaStream_t);
@@ -105,6 +112,15 @@ struct Mask {
 
 const char* mask(const Mask&, Type, cudaStream_t);
 const char* routing(const Routing&, Type, cudaStream_t);
-const char* backward(const Backward&, cudaStream_t);
+const char* backward(const Backward&, Way, cudaStream_t);
+
+// float32 to 16-bit numbers, several arrays at once, with zeros behind.
+struct Cast {
+  const void* from;
+  void* to;
+  int64_t count, zeros;
+};
+constexpr int kMostCasts = 4;
+const char* cast(const Cast* casts, int count, Type to, cudaStream_t);
 
 }  // namespace hf_fff_cuda

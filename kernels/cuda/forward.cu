@@ -107,13 +107,13 @@ template <class T> struct Walk {
   int64_t per_block;               // walks, neighbours in the order: they share rows in the first-level cache
 };
 
-template <class T, int VEC, int CHUNKS>  // CHUNKS = 0: rows of any length, x read anew for each
-__global__ void __launch_bounds__(kThreads, CHUNKS && CHUNKS * VEC <= 24 ? 4 : 1) walk_kernel(Walk<T> a) {
+template <class T, int VEC, int CHUNKS, int THREADS = kThreads>  // CHUNKS = 0: rows of any length, x read anew for each
+__global__ void __launch_bounds__(THREADS, THREADS == kThreads && CHUNKS && CHUNKS * VEC <= 24 ? 4 : 1) walk_kernel(Walk<T> a) {
   using A = accumulator_t<T>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t hidden = a.shape.hidden, levels = a.shape.levels(), trees = a.shape.trees, walks = a.shape.tokens * trees;
   const int64_t last = min(walks, (blockIdx.x + int64_t(1)) * a.per_block);
-  for (int64_t walk = blockIdx.x * a.per_block + warp; walk < last; walk += kWarps) {
+  for (int64_t walk = blockIdx.x * a.per_block + warp; walk < last; walk += THREADS / kWarp) {
     const int64_t slot = walk / trees, tree = walk % trees, token = a.order ? a.order[slot] : slot;
     const int64_t root = tree * a.shape.tree_nodes(), visits = (token * trees + tree) * levels;
     const T* in = a.weight_in + root * hidden;
@@ -154,6 +154,14 @@ template <class T> void walk(Walk<T> a, bool vectors, int processors, cudaStream
   if (!vectors) {
     walk_kernel<T, 1, 0><<<blocks, kThreads, 0, stream>>>(a);
     return;
+  }
+  if constexpr (sizeof(T) == 4) {
+    const int64_t chunks = divide_up(hidden, kWarp * VEC);
+    if (a.counts && (chunks == 5 || chunks == 6)) {  // sorted: one block a multiprocessor, whose neighbours are few subtrees
+      a.per_block = std::max<int64_t>(kWarp, divide_up(divide_up(walks, processors), kWarp) * kWarp);
+      walk_kernel<T, VEC, 6, 1024><<<unsigned(divide_up(walks, a.per_block)), 1024, 0, stream>>>(a);
+      return;
+    }
   }
   if constexpr (sizeof(T) < 8) switch (divide_up(hidden, kWarp * VEC)) {
     case 1: walk_kernel<T, VEC, 1><<<blocks, kThreads, 0, stream>>>(a); return;
@@ -382,6 +390,7 @@ bool serves(const Problem& p, Way way) {
     case Way::sorted: return s.trees == 1 && s.depth >= 3 && s.depth <= 20;
     case Way::tiles: return tiles_serve(p);
     case Way::columns: return columns_serve(p);
+    case Way::forest: return forest_serves(p);
     case Way::dense: return s.nodes() * (p.type == Type::float64 ? 8 : p.type == Type::float32 ? 4 : 2) <= 40 * 1024;
     default: return true;
   }
@@ -389,13 +398,13 @@ bool serves(const Problem& p, Way way) {
 
 }  // namespace
 
-// What was measured on an H100, in microseconds for 131072 tokens of 768 numbers: of gathering and of columns for each visit, of
-// dense matrix products for each node; and what a call costs beside.
+// What was measured on an H200 (float32: on an H100), in microseconds for 131072 tokens of 768 numbers: of gathering and of columns
+// for each visit, of a forest for each tree, of dense matrix products for each node; where they start; and what a call costs beside.
 struct Costs {
-  double gather, columns, dense;
+  double gather, columns, forest, dense;
 };
-constexpr Costs kHalf{62, 37, 0.72}, kSingle{71, 0, 8.8};
-constexpr double kDenseStart = 300, kGatherCall = 15, kColumnsCall = 25, kDenseCall = 20;
+constexpr Costs kHalf{62, 37, 70, 0.56}, kSingle{71, 0, 0, 8.8};
+constexpr double kForestStart = 680, kDenseStart = 500, kGatherCall = 15, kColumnsCall = 25, kForestCall = 40, kDenseCall = 20;
 constexpr double kMargin = 1.25;  // by which dense must be better: it rounds 16-bit logits, and turns elsewhere near ties
 
 Way forward_way(const Problem& p, Way wanted) {
@@ -413,6 +422,10 @@ Way forward_way(const Problem& p, Way wanted) {
   if (s.tokens >= 8192 && serves(p, Way::columns)) {
     const double columns = scale * cost.columns * double(s.walk()) + kColumnsCall;
     if (columns < least) least = columns, best = Way::columns;
+  }
+  if (s.tokens >= 2048 && serves(p, Way::forest)) {
+    const double forest = scale * (kForestStart + cost.forest * double(s.trees)) + kForestCall;
+    if (forest < least) least = forest, best = Way::forest;
   }
   const double dense = scale * (kDenseStart + cost.dense * double(s.nodes())) + kDenseCall;
   return s.tokens >= 2048 && serves(p, Way::dense) && dense * kMargin < least ? Way::dense : best;
@@ -433,6 +446,7 @@ int64_t forward_workspace(const Problem& p, Way way, bool train) {
   const Shape& s = p.shape;
   if (way == Way::tiles) return tiles_workspace(p);
   if (way == Way::columns) return columns_workspace(p, train);
+  if (way == Way::forest) return forest_workspace(p);
   if (way == Way::gather || way == Way::dense) return 0;
   Carve carve{nullptr};
   if (!train) {
@@ -452,6 +466,7 @@ const char* forward(const Forward& f, Way way, cudaStream_t stream) {
   if (f.problem.shape.tokens == 0) return nullptr;
   if (way == Way::tiles) return tiles_forward(f, stream);
   if (way == Way::columns) return columns_forward(f, stream);
+  if (way == Way::forest) return forest_forward(f, stream);
   return with_type(f.problem.type, [&](auto type) { return run_forward<decltype(type)>(f, way, stream); });
 }
 

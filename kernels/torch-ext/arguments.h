@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <string>
 
 namespace hf_fff_torch {
@@ -23,10 +24,12 @@ struct Sizes {
   int64_t tokens, hidden, trees, depth;
 };
 
-// Of a call, once its arguments are known to fit each other. `beside_x` says whether a tensor is on x's device.
+// Of a call, once its arguments are known to fit each other. `beside_x` says whether a tensor is on x's device; `dtype` is the weights',
+// without it x's.
 template <class F>
 Sizes sizes_of(const torch::stable::Tensor& x, const torch::stable::Tensor& weight_in, const torch::stable::Tensor& bias_in,
-               const torch::stable::Tensor& weight_out, int64_t n_trees, int64_t deepest, const F& beside_x) {
+               const torch::stable::Tensor& weight_out, int64_t n_trees, int64_t deepest, const F& beside_x,
+               std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
   STD_TORCH_CHECK(x.dim() >= 1, "fff: x has no dimensions; it is [..., hidden]");
   STD_TORCH_CHECK(weight_in.dim() == 2, "fff: weight_in is ", text(weight_in), "; it must be [nodes, hidden]");
   const int64_t hidden = x.size(x.dim() - 1), nodes = weight_in.size(0);
@@ -42,7 +45,7 @@ Sizes sizes_of(const torch::stable::Tensor& x, const torch::stable::Tensor& weig
   STD_TORCH_CHECK((int64_t{2} << depth) - 1 == nodes / n_trees, "fff: a tree of ", nodes / n_trees,
                   " nodes is not balanced; 2^(depth+1)-1 nodes a tree are needed");
   for (const torch::stable::Tensor* t : {&weight_in, &bias_in, &weight_out}) {
-    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), "fff: x, weight_in, bias_in and weight_out must have one dtype");
+    STD_TORCH_CHECK(t->scalar_type() == dtype.value_or(x.scalar_type()), "fff: x, weight_in, bias_in and weight_out must have one dtype");
     STD_TORCH_CHECK(beside_x(*t), "fff: x, weight_in, bias_in and weight_out must be on one device");
   }
   return {x.numel() / hidden, hidden, n_trees, depth};

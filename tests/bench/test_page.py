@@ -85,6 +85,48 @@ def test_pages(tmp_path):
     assert "gpt-4 was skipped: needs much." in scaling and "| 1 | 26 |" in scaling
 
 
+def write(folder, **tolds):
+    folder.mkdir(exist_ok=True)
+    for name, told in tolds.items():
+        (folder / f"{name.replace('_', '-')}.json").write_text(json.dumps(told))
+
+
+def test_pages_of_two_machines(tmp_path):
+    """Titles name the machine, pages of the same name link to each other, and those of one page alone to none."""
+    avx2 = {**MACHINE, "cpu": "AMD EPYC Processor (family 25)", "isa": "avx2"}
+    results, other = tmp_path / "results", tmp_path / "results" / "avx2"
+    write(results, cpu_layer=LAYER, cpu_model=MODEL)
+    write(other, cpu_layer={**LAYER, **avx2})
+    for folder in (results, other):
+        page.write_pages(folder)
+    first, second = ((f / "cpu-layer.md").read_text() for f in (results, other))
+    assert first.startswith("# How fast a layer is on a CPU: Some CPU, AVX-512\n")
+    assert second.startswith("# How fast a layer is on a CPU: AMD EPYC (family 25), AVX2\n")
+    assert "another machine: [AMD EPYC (family 25), AVX2](avx2/cpu-layer.md)." in first
+    assert "another machine: [Some CPU, AVX-512](../cpu-layer.md)." in second
+    assert "another machine" not in (results / "cpu-model.md").read_text()
+
+
+def test_goals_are_those_of_the_machine():
+    """In float32 each kind has its own; without AVX-512 bf16 is told and not judged."""
+    rows = [layer_row(2, 1), layer_row(2, 8, others=1.2), layer_row(2, 16)]
+    rows[0]["loop"] |= {"dense": 2100.0, "bf16 rows": 7.0}
+    text = {isa: "\n".join(page.layer_page({**LAYER, "isa": isa, "rows": rows}, [])) for isa in ("avx512", "avx2", "-")}
+    assert "| float32 rows | 420x, goal 400x **reached** | 380x, goal 400x * | 380x |" in text["avx512"]
+    assert "| bf16 rows | 300x, goal 420x missed | - | - |" in text["avx512"]
+    assert "int8 rows have no goal here" in text["avx512"]
+    assert "| float32 rows | 420x, goal 500x missed | 380x, goal 550x * | 380x |" in text["avx2"]
+    assert (
+        "| bf16 rows | 300x | - | - |" in text["avx2"] and "bf16 rows and int8 rows have no goal here" in text["avx2"]
+    )
+    assert "goal" not in text["-"]
+    (row,) = MODEL["rows"]
+    row = {**row, "shares": {**row["shares"], "8x8 bfloat16": 0.9}}
+    assert page._goal("8x8 bfloat16", 0.85, [row])[-1] == "everywhere"
+    assert page._goal("8x8 bfloat16", 0.85, [row], "avx2")[-1] == "not judged: such a CPU has no bfloat16"
+    assert page._goal("8x8 float32", 0.85, [row], "avx2")[-1] == "everywhere"
+
+
 def test_remaking_a_page_changes_nothing(tmp_path):
     (tmp_path / "cpu-model.json").write_text(json.dumps(MODEL))
     (first,) = page.write_pages(tmp_path)

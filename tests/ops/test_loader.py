@@ -152,6 +152,28 @@ def test_an_operator_in_the_stable_abi_compiles_and_runs(root):
     assert torch.ops.hf_fff_loader_test.twice(21) == 42
 
 
+def test_errors_are_told_where_the_cpp_runtime_is_linked_statically(root, monkeypatch):
+    """As compilers do that have no other: mixed with the names of torch's, it crashed where a number was written into a message."""
+    import torch
+
+    (root / "tiny.cpp").write_text("""
+        #include <torch/csrc/stable/library.h>
+        int64_t negative(int64_t x) { STD_TORCH_CHECK(x < 0, "x is ", x, ", not negative"); return x; }
+        STABLE_TORCH_LIBRARY(hf_fff_static_test, m) { m.def("negative(int x) -> int"); }
+        STABLE_TORCH_LIBRARY_IMPL(hf_fff_static_test, CompositeExplicitAutograd, m) {
+          m.impl("negative", TORCH_BOX(&negative));
+        }
+    """)
+    monkeypatch.setenv("HF_FFF_CXXFLAGS", "-static-libstdc++")
+    loader = fresh_loader(root, operator="hf_fff_static_test::negative", dispatch_key="CompositeExplicitAutograd")
+    status = load_quietly(loader)
+    if "libstdc++" in status.reason:
+        pytest.skip("no static C++ runtime is installed")
+    assert status.loaded and torch.ops.hf_fff_static_test.negative(-1) == -1
+    with pytest.raises(RuntimeError, match="x is 42, not negative"):
+        torch.ops.hf_fff_static_test.negative(42)
+
+
 def test_a_library_without_the_operator_is_refused(root, compiler):
     compiler()
     loader = fresh_loader(root, operator="hf_fff_nowhere::fff")

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from ast import literal_eval
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from hf_fff import DistillationArguments, DistillationTrainer, convert_ffn_to_fff
 from hf_fff.training import TokenisedTexts, distil_texts
+from hf_fff.training.data import Cropping
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
 
@@ -238,13 +240,25 @@ def test_data_that_is_too_little(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("hidden_weight", -1), ("embedding_weight", float("nan")), ("learning_rate", 0), ("fff_learning_rate", -1.0)],
+    [
+        ("hidden_weight", -1),
+        ("embedding_weight", float("nan")),
+        ("learning_rate", 0),
+        ("fff_learning_rate", -1.0),
+        ("crop", -0.1),
+        ("crop", 1.5),
+        ("crop", float("nan")),
+    ],
 )
 def test_arguments_out_of_range(tmp_path, field, value):
     with pytest.raises(ValueError, match=field):
         arguments(tmp_path, **{field: value})
     with pytest.raises(ValueError, match="all 0"):
         arguments(tmp_path, hidden_weight=0, embedding_weight=0)
+    with pytest.raises(ValueError, match=r"crop=0\.5 is for distillation without a task"):
+        arguments(tmp_path, crop=0.5, logits_weight=1)
+    with pytest.raises(ValueError, match="cuda_graphs=True needs gradient_accumulation_steps=1 and one process, not"):
+        arguments(tmp_path, cuda_graphs=True, gradient_accumulation_steps=2)
 
 
 @pytest.mark.parametrize("logging_steps", [1, 3, 1000])
@@ -286,13 +300,13 @@ class Interrupt(TrainerCallback):
 
 
 @pytest.mark.parametrize("stop", [4, 8])  # in the first epoch, which has 6 steps, and in the second
-@pytest.mark.parametrize("kind", ["rows", "texts"])
+@pytest.mark.parametrize("kind", ["rows", "texts", "cropped"])
 def test_resumed_as_if_not_interrupted(tmp_path, tokenizer, stop, kind):
-    options = {"max_steps": 14, "save_strategy": "steps", "save_steps": stop}
+    options = {"max_steps": 14, "save_strategy": "steps", "save_steps": stop, "crop": 0.5 * (kind == "cropped")}
 
     def run(resume=None, interrupt=False):
         student, teacher = pair()
-        data = TokenisedTexts(texts(96), tokenizer, 16) if kind == "texts" else rows()
+        data = rows() if kind == "rows" else TokenisedTexts(texts(96), tokenizer, 16)
         t = DistillationTrainer(
             student,
             arguments(tmp_path, **options),
@@ -312,6 +326,45 @@ def test_resumed_as_if_not_interrupted(tmp_path, tokenizer, stop, kind):
     resumed = run(resume=str(tmp_path / f"checkpoint-{stop}"))
     whole = run()
     assert same(resumed, whole) and not same(stopped, whole)
+
+
+def test_another_crop_is_another_training(tmp_path, tokenizer):
+    def trained(crop, resume=None):
+        t = DistillationTrainer(
+            (given := pair())[0],
+            arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, crop=crop),
+            teacher=given[1],
+            train_dataset=TokenisedTexts(texts(96), tokenizer, 16),
+            processing_class=tokenizer,
+        )
+        t.train(resume_from_checkpoint=resume)
+        return weights(given[0])
+
+    cropped, whole = trained(1.0), trained(0.0)
+    assert not same(cropped, whole)
+    with pytest.raises(ValueError, match=r"crop is 0\.0 there, 0\.5 now"):
+        trained(0.5, resume=str(tmp_path / "checkpoint-2"))
+
+
+def test_cropped_batches(tokenizer):
+    """Runs of a row's tokens between its first and its last one, as long in all rows of a batch, other ones each time."""
+    data = [{"input_ids": [101, *range(n), 102], "attention_mask": [1] * (n + 2)} for n in (30, 25, 38, 2)]
+    collate, seen = Cropping(lambda rows: rows, 1.0), set()
+    torch.manual_seed(0)
+    for _ in range(300):
+        batch = collate(data)
+        lengths = [len(row["input_ids"]) for row in batch]
+        assert 10 <= max(lengths) <= 40 and lengths == [min(n, max(lengths)) for n in (32, 27, 40, 4)]
+        for row, whole in zip(batch, data, strict=True):
+            ids = row["input_ids"]
+            assert ids[0] == 101 and ids[-1] == 102 and row["attention_mask"] == [1] * len(ids)
+            assert ids[1:-1] == list(range(ids[1], ids[1] + len(ids) - 2)) and ids[-2] in whole["input_ids"]
+        seen.add((max(lengths), batch[2]["input_ids"][1]))
+    assert {length for length, _ in seen} == set(range(10, 41))  # of all lengths
+    assert len({start for _, start in seen}) > 25  # of 31 places to begin
+    assert data[0]["input_ids"] == [101, *range(30), 102]  # rows stay as they are
+    changed = [Cropping(lambda rows: rows, 0.25)(data) != data for _ in range(1000)]
+    assert 180 < sum(changed) < 300
 
 
 def test_texts_are_cut_and_not_padded(tokenizer):
@@ -393,6 +446,30 @@ def test_on_a_gpu_in_bfloat16(tmp_path):
     before = t.evaluate()
     t.train()
     assert t.evaluate()["eval_cosine"] > before["eval_cosine"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["2x3", "mlp:8", "none"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recorded_steps_are_the_same(tmp_path, tokenizer, config, bf16):
+    """On rows of many lengths, with the last batch of an epoch smaller than the others."""
+    logs = []
+    for graphs in (False, True):
+        student, teacher = pair(config)
+        t = DistillationTrainer(
+            student,
+            arguments(tmp_path, use_cpu=False, bf16=bf16, max_steps=40, logging_steps=1, cuda_graphs=graphs),
+            teacher=teacher,
+            train_dataset=TokenisedTexts(texts(90), tokenizer, 16),
+            processing_class=tokenizer,
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "training steps are not recorded")
+            t.train()
+        logs.append([row for row in t.state.log_history if "cosine" in row])
+    for plain, recorded in zip(*logs, strict=True):
+        for name in ("loss", "hidden", "cosine", "grad_norm", *(n for n in plain if n.startswith("visit_entropy"))):
+            assert plain[name] == pytest.approx(recorded[name], rel=0.05 if bf16 else 1e-3), (plain["step"], name)
 
 
 def test_in_bfloat16(tmp_path):

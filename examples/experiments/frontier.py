@@ -1,0 +1,198 @@
+"""Writes docs/results/quality-frontier.md and its picture: what converted MiniLMs keep beside the time that they take, engine by engine.
+
+    python examples/experiments/frontier.py
+
+Qualities are those of quality_minilm.jsonl and tasks_minilm.jsonl; times those of docs/results/serve-minilm.json (`make bench-serve`) and of
+model_time.jsonl (`hf-fff bench model --size minilm`). What is not there is left out.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+
+from quality_report import HERE, masked_words_kept, rows_of, spread
+
+from hf_fff import FFFConfig
+
+RESULTS = HERE.parents[1] / "docs" / "results"
+PAGE = RESULTS / "quality-frontier.md"
+WORKLOADS = ("1x16", "1x128", "8x128", "mixed")
+LEVEL = 0.005  # of times: nearer than that is a draw
+
+HEAD = """# Quality at equal time, engine by engine
+
+Made by `python examples/experiments/frontier.py` from measured times and qualities. all-MiniLM-L6-v2, all six FFNs replaced; *cosine* is the mean
+cosine of unseen sentences' embeddings to the original's after general distillation ([quality](quality.md): {recipe}), times are the whole model's,
+microseconds a token, and in brackets how many times as fast as the original in the same engine. Times are of models of the same shapes with random
+weights, which take as long.
+
+![cosine against microseconds a token](quality-frontier.png)
+"""
+
+VERDICT = """
+## Where a tree is ahead
+
+How many times as long an MLP takes that keeps exactly as much as the tree (mean cosine), by interpolation between *none* and the measured MLPs: **above
+1.00x the tree is ahead.** In brackets the fastest measured one that keeps as much or more, and how many times as long as the tree that takes. Where no MLP
+measured here keeps as much as the tree, the original stands there instead, which is no rival of equal quality.
+
+"""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Microseconds a token of models in an engine on a machine, by kind."""
+
+    engine: str
+    machine: str
+    workload: str
+    took: Mapping[str, float]
+
+
+def qualities(rows: Iterable[Mapping]) -> tuple[str, dict[str, list[float]]]:
+    """Cosines by kind, of one recipe for all: the longest one that none, a tree and two MLPs were trained by, each in its best way."""
+    recipes: dict[tuple, dict[str, dict[tuple, list[Mapping]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for row in rows:
+        if row["run"] in ("general", "long") and "distilled" in row:
+            recipe = (row["steps"] * row["batch_size"], row["steps"], row["batch_size"], row.get("crop", 0.0))
+            way = (row.get("plain_steps"), row["learning_rate"], row["fff_learning_rate"], row["calibration_steps"])
+            recipes[recipe][row["fff"]][way].append(row)
+    complete = {
+        recipe: kinds
+        for recipe, kinds in recipes.items()
+        if "none" in kinds and any("x" in k for k in kinds) and sum(k.startswith("mlp") for k in kinds) > 1
+    }
+    (_, steps, batch, crop), kinds = max(complete.items(), key=lambda item: item[0])
+    found = {}
+    for kind, ways in kinds.items():
+        best = min(
+            ways.values(), key=lambda group: mean(row["eval_loss"] for row in group)
+        )  # on held-out training text
+        found[kind] = [row["distilled"]["unseen_short"]["cosine"] for row in best]
+    return f"{steps} steps of {batch} texts" + (f", {100 * crop:.0f} % of the batches cropped" if crop else ""), found
+
+
+def times() -> list[Timed]:
+    found = []
+    serve = RESULTS / "serve-minilm.json"
+    if serve.exists():
+        told = json.loads(serve.read_text())
+        machine = f"{told['cpu']}, {told['isa']}, {told['threads']} threads"
+        took: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+        for row in told["rows"]:
+            took[row["engine"], row["workload"]][row["model"]] = 1e3 * row["milliseconds"] / row["tokens"]
+        found += [Timed(engine, machine, workload, of) for (engine, workload), of in took.items()]
+    for told in rows_of("model_time.jsonl"):
+        machine = f"{told['cpu']}, {told['isa']}, {told['threads']} threads"
+        found += [Timed("torch-f32", machine, row["workload"], row["microseconds"]) for row in told["rows"]]
+    return [t for t in found if t.workload in WORKLOADS and any("x" in kind for kind in t.took)]
+
+
+def rivals(kinds: Iterable[str]) -> list[str]:
+    return [kind for kind in kinds if kind == "none" or kind.startswith("mlp")]
+
+
+def between(tree: float, took: Mapping[str, float], cosines: Mapping[str, float]) -> float | None:
+    """The time of an MLP, or of none, that keeps as much as a tree; None outside of what was measured."""
+    points = sorted((cosines[kind], took[kind]) for kind in rivals(took) if kind in cosines)
+    for (low, fast), (high, slow) in pairwise(points):
+        if low <= tree <= high:
+            return fast + (slow - fast) * (tree - low) / (high - low)
+    return None
+
+
+def verdict(tree: str, timed: Timed, cosines: Mapping[str, float]) -> tuple[str, float]:
+    """A cell, and how many times as long what keeps as much as the tree takes."""
+    known = {kind: t for kind, t in timed.took.items() if kind in cosines}
+    good = {kind: known[kind] for kind in rivals(known) if cosines[kind] >= cosines[tree]}
+    if not good:
+        dense = timed.took.get("dense")
+        return (f"dense {dense / known[tree]:.2f}x" if dense else "-"), 1.0
+    name = min(good, key=lambda kind: good[kind])
+    ratio, same = good[name] / known[tree], between(cosines[tree], known, cosines)
+    equal = ratio if same is None else min(ratio, same / known[tree])
+    cell = f"{equal:.2f}x ({name} {ratio:.2f}x)"
+    return (f"**{cell}**" if equal > 1 + LEVEL else cell), equal
+
+
+def order(kind: str) -> tuple[int, str]:
+    return (10**9 if kind == "dense" else FFFConfig.from_shorthand(kind).active_nodes, kind)
+
+
+def table(timed: list[Timed], cosines: Mapping[str, list[float]], masked: Mapping[str, float]) -> str:
+    """All kinds in an engine: times and quality."""
+    names = [t.workload for t in timed]
+    text = f"\n| | {' | '.join(names)} | cosine | masked words: of what the FFNs give |\n|---|{'---|' * len(names)}---|---|\n"
+    for kind in sorted({kind for t in timed for kind in t.took}, key=order):
+        cells = [f"{t.took[kind]:.1f} ({t.took['dense'] / t.took[kind]:.2f}x)" if kind in t.took else "" for t in timed]
+        kept = "1" if kind == "dense" else spread(cosines[kind]) if kind in cosines else "not measured"
+        share = "100 %" if kind == "dense" else f"{100 * masked[kind]:.0f} %" if kind in masked else ""
+        text += f"| {kind} | {' | '.join(cells)} | {kept} | {share} |\n"
+    return text
+
+
+def draw(groups: Mapping[tuple[str, str], list[Timed]], cosines: Mapping[str, float], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = max(map(len, groups.values()))
+    figure, every = pyplot.subplots(len(groups), columns, figsize=(3.6 * columns, 3.2 * len(groups)), squeeze=False)
+    for axes_of, ((engine, _), timed) in zip(every, groups.items(), strict=True):
+        for axes, t in zip(axes_of, timed, strict=False):
+            known = {kind: (t.took[kind], cosines[kind]) for kind in t.took if kind in cosines}
+            for kinds, style in ((rivals(known), "o-"), ([k for k in known if "x" in k], "^--")):
+                points = sorted((known[kind], kind) for kind in kinds)
+                if points:
+                    label = "MLPs and none" if style == "o-" else "trees"
+                    axes.plot(*zip(*(p for p, _ in points), strict=True), style, label=label)
+                for (x, y), kind in points:
+                    axes.annotate(kind, (x, y), fontsize=7, xytext=(3, -8), textcoords="offset points")
+            axes.set_title(f"{engine}, {t.workload}", fontsize=9)
+            axes.set_xlabel("microseconds a token", fontsize=8)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+        axes_of[0].set_ylabel("cosine to the original", fontsize=8)
+        for axes in axes_of[len(timed) :]:
+            axes.set_axis_off()
+    every[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    recipe, kept = qualities(rows_of("quality_minilm.jsonl"))
+    cosines = {kind: mean(values) for kind, values in kept.items()}
+    masked = masked_words_kept(rows_of("tasks_minilm.jsonl"))
+    groups: dict[tuple[str, str], list[Timed]] = defaultdict(list)
+    for timed in times():
+        groups[timed.engine, timed.machine].append(timed)
+    for some in groups.values():
+        some.sort(key=lambda t: WORKLOADS.index(t.workload))
+    page, ahead, cells = HEAD.format(recipe=recipe) + VERDICT, [], 0
+    page += f"| engine | tree | {' | '.join(WORKLOADS)} |\n|---|---|{'---|' * len(WORKLOADS)}\n"
+    for (engine, _), some in groups.items():
+        trees = sorted({kind for t in some for kind in t.took if "x" in kind and kind in cosines}, key=order)
+        for tree in trees:
+            by_name = {t.workload: verdict(tree, t, cosines) for t in some if tree in t.took}
+            cells += len(by_name)
+            ahead += [f"{tree} in {engine} at {name}" for name, (_, ratio) in by_name.items() if ratio > 1 + LEVEL]
+            page += f"| {engine} | {tree} | {' | '.join(by_name.get(name, ('',))[0] for name in WORKLOADS)} |\n"
+    page += f"\nA tree is ahead of every MLP of equal or better quality in {len(ahead)} of {cells} cells"
+    page += f": {'; '.join(ahead)}.\n" if ahead else ".\n"
+    for (engine, machine), some in groups.items():
+        page += f"\n## {engine}\n\n{machine}.\n" + table(some, kept, masked)
+    PAGE.write_text(page, encoding="utf-8")
+    draw(groups, cosines, PAGE.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+// Matrix products of 16-bit numbers on tensor cores, with rows fetched into shared memory by asynchronous copies (8.0 and later).
+#pragma once
+#include "cuda/common.cuh"
+
+namespace hf_fff_cuda {
+namespace {
+
+constexpr int kColumns = 64;  // of a stage: rows of 128 bytes, eight pieces of 16
+constexpr int kStages = 4;
+
+__device__ inline void copy_16(uint32_t to, const void* from, bool real) {  // zeros where it is not
+#if __CUDA_ARCH__ >= 800
+  const int bytes = real ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+#endif
+}
+__device__ inline void copies_end_group() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int N> __device__ inline void copies_wait() {  // until at most N groups are under way
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// A kernel that says so early lets the next one's blocks come as soon as there is room; those wait for all that it writes.
+__device__ inline void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void matrices_4(uint32_t (&r)[4], uint32_t at) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+#endif
+}
+__device__ inline void matrices_2(uint32_t& a, uint32_t& b, uint32_t at) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(at) : "memory");
+#endif
+}
+__device__ inline void matrices_4_transposed(uint32_t (&r)[4], uint32_t at) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+#endif
+}
+
+// c[16 x 8] += a[16 x 16] b[16 x 8]
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float16) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// Where piece `piece` of a row of 128 bytes lies: shuffled, so that eight rows' equal pieces are in different banks.
+__device__ inline uint32_t piece_at(uint32_t base, int row, int piece) { return base + row * 128 + ((piece ^ (row & 7)) << 4); }
+
+// Columns [chunk * 64, + 64) of `count` rows into a stage. rows[i] < 0: zeros.
+template <int COUNT, int THREADS>
+__device__ inline void fetch(uint32_t stage, const char* base, int64_t row_bytes, const int* rows, int chunk) {
+  const int piece = threadIdx.x % 8;
+  const char* column = base + int64_t(chunk) * 128 + piece * 16;
+#pragma unroll
+  for (int i = 0; i < COUNT; i += THREADS / 8) {
+    const int row = i + threadIdx.x / 8;
+    if (COUNT % (THREADS / 8) == 0 || row < COUNT) {
+      const int from = rows[row];
+      copy_16(piece_at(stage, row, piece), column + int64_t(max(from, 0)) * row_bytes, from >= 0);
+    }
+  }
+}
+
+// sums[m][n][..]: logits of the warp's M times 16 tokens for its NODES rows of weights, without bias: WARPS times as many tokens, and
+// SIDE times as many nodes, are the block's. Stages: x then weights. A warp reads all its weights of a stage: the more tokens it
+// has, the fewer bytes of shared memory a token costs, which is what binds.
+template <class T, int WARPS, int M, int NODES, int SIDE = 1>
+__device__ inline void products(float (&sums)[M][NODES / 8][4], uint32_t shared, const T* x, const T* weight, int hidden,
+                                const int* tokens, const int* rows) {
+  constexpr int TOKENS = WARPS * M * 16, ROWS = NODES * SIDE, THREADS = WARPS * SIDE * 32, STAGE = (TOKENS + ROWS) * 128;
+  const int warp = threadIdx.x / 32 / SIDE, side = threadIdx.x / 32 % SIDE, lane = threadIdx.x % 32, chunks = hidden / kColumns;
+  const char *xs = reinterpret_cast<const char*>(x), *ws = reinterpret_cast<const char*>(weight);
+  const int64_t bytes = int64_t(hidden) * sizeof(T);
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < NODES / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
+  const auto begin = [&](int chunk) {
+    if (chunk < chunks) {
+      const uint32_t stage = shared + chunk % kStages * STAGE;
+      fetch<TOKENS, THREADS>(stage, xs, bytes, tokens, chunk);
+      fetch<ROWS, THREADS>(stage + TOKENS * 128, ws, bytes, rows, chunk);
+    }
+    copies_end_group();
+  };
+  for (int c = 0; c < kStages - 1; ++c) begin(c);
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    copies_wait<kStages - 2>();
+    __syncthreads();  // this chunk is there, and nobody reads the stage that is filled next
+    begin(chunk + kStages - 1);
+    const uint32_t stage = shared + chunk % kStages * STAGE, weights = stage + (TOKENS + side * NODES) * 128;
+#pragma unroll
+    for (int k = 0; k < kColumns / 16; ++k) {
+      uint32_t a[M][4];
+#pragma unroll
+      for (int m = 0; m < M; ++m) matrices_4(a[m], piece_at(stage, (warp * M + m) * 16 + lane % 16, k * 2 + lane / 16));
+#pragma unroll
+      for (int n = 0; n + 1 < NODES / 8; n += 2) {
+        uint32_t b[4];
+        matrices_4(b, piece_at(weights, n * 8 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          multiply(sums[m][n], a[m], b[0], b[1], T());
+          multiply(sums[m][n + 1], a[m], b[2], b[3], T());
+        }
+      }
+      if constexpr (NODES / 8 % 2) {
+        constexpr int n = NODES / 8 - 1;
+        uint32_t b0, b1;
+        matrices_2(b0, b1, piece_at(weights, n * 8 + lane % 8, k * 2 + lane / 8 % 2));
+#pragma unroll
+        for (int m = 0; m < M; ++m) multiply(sums[m][n], a[m], b0, b1, T());
+      }
+    }
+  }
+  copies_wait<0>();
+  __syncthreads();
+}
+
+// The warp's sums to logits[token][node], rows of STRIDE floats.
+template <int M, int NODES, int STRIDE> __device__ inline void spill(const float (&sums)[M][NODES / 8][4], float* logits) {
+  const int row = threadIdx.x / 32 * M * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < NODES / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) logits[(row + m * 16 + i / 2 * 8) * STRIDE + n * 8 + column + i % 2] = sums[m][n][i];
+}
+
+// Blocks that may, if `early` (9.0 and later), begin before the kernel before them has ended: see `wait_for_previous`.
+template <class... P>
+void launch_early(void (*kernel)(P...), unsigned blocks, int threads, int shared, bool early, cudaStream_t stream, P... of) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = size_t(shared), config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = early ? 1 : 0;
+  allow_shared(kernel, shared);
+  cudaLaunchKernelEx(&config, kernel, of...);
+}
+
+}  // namespace
+}  // namespace hf_fff_cuda

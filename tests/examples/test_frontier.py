@@ -1,0 +1,53 @@
+"""The frontier of quality and time: is a tree ahead only where it is faster than an MLP that keeps as much?"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "experiments"))
+
+import frontier
+
+COSINES = {"none": 0.90, "mlp:72": 0.92, "mlp:224": 0.94, "1x11": 0.91, "8x8": 0.93, "32x6": 0.95}
+
+
+def timed(**trees):
+    took = {"dense": 100.0, "none": 40.0, "mlp:72": 50.0, "mlp:224": 60.0}
+    return frontier.Timed("an engine", "a machine", "1x16", took | trees)
+
+
+@pytest.mark.parametrize(
+    ("tree", "microseconds", "cell", "ratio"),
+    [
+        ("1x11", 44.0, "**1.02x (mlp:72 1.14x)**", 45 / 44),  # an MLP between none and mlp:72 would take 45
+        ("1x11", 47.0, "0.96x (mlp:72 1.06x)", 45 / 47),  # faster than mlp:72, which is better, too
+        ("8x8", 61.0, "0.90x (mlp:224 0.98x)", 55 / 61),
+        ("32x6", 80.0, "dense 1.25x", 1.0),
+    ],
+)
+def test_verdict(tree, microseconds, cell, ratio):
+    found = frontier.verdict(tree, timed(**{tree: microseconds}), COSINES)
+    assert found[0] == cell and found[1] == pytest.approx(ratio)
+
+
+def run(kind, steps, cosine, loss, **fields):
+    usual = {"run": "general", "fff": kind, "steps": steps, "batch_size": 192, "calibration_steps": 1000}
+    usual |= {"learning_rate": 4e-4, "fff_learning_rate": 3e-4, "eval_loss": loss}
+    return {**usual, **fields, "distilled": {"unseen_short": {"cosine": cosine}}}
+
+
+def test_qualities_are_of_one_recipe():
+    """The longest by which enough was trained; of several ways that of the least loss on held-out training text."""
+    rows = [run(kind, 3000, 0.9, 1.0) for kind in ("none", "mlp:72", "mlp:224", "8x8", "1x11")]
+    rows += [run("8x8", 3000, 0.95, 1.1, plain_steps=True), run("8x8", 3000, 0.92, 1.0)]
+    told, found = frontier.qualities([*rows, run("8x8", 9000, 0.99, 0.5, run="long")])
+    assert told == "3000 steps of 192 texts" and found["8x8"] == [0.9, 0.92] and found["none"] == [0.9]
+    rows += [run(k, 9000, 0.97, 0.5, run="long", crop=0.5) for k in ("none", "mlp:72", "mlp:224", "8x8")]
+    told, found = frontier.qualities(rows)
+    assert told == "9000 steps of 192 texts, 50 % of the batches cropped" and sorted(found) == [
+        "8x8",
+        "mlp:224",
+        "mlp:72",
+        "none",
+    ]

@@ -1,0 +1,124 @@
+"""Recorded training steps: what can be looked at without a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from hf_fff.training import graphs
+from hf_fff.training.graphs import StepGraphs, pad_to_multiple
+
+
+def batch(tokens, rows=2):
+    ids = torch.arange(5, 5 + rows * tokens).view(rows, tokens)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(rows, dtype=torch.long)}
+
+
+@pytest.mark.parametrize(("tokens", "wanted"), [(1, 16), (15, 16), (16, 16), (17, 32), (39, 40), (40, 40)])
+def test_padding(tokens, wanted):
+    """To a multiple of 16, or to the 40 tokens that the model takes."""
+    given = batch(tokens)
+    padded = pad_to_multiple(given, 16, {"input_ids": 7}, most=40)
+    assert padded["input_ids"].shape == padded["attention_mask"].shape == (2, wanted)
+    assert torch.equal(padded["input_ids"][:, :tokens], given["input_ids"])
+    assert (padded["input_ids"][:, tokens:] == 7).all() and (padded["attention_mask"][:, tokens:] == 0).all()
+    assert padded["labels"] is given["labels"]
+    alone = {"input_ids": given["input_ids"]}
+    assert pad_to_multiple(alone, 16, {})["input_ids"] is alone["input_ids"]  # nothing would tell the padding
+
+
+class Recorder:
+    """In the place of CUDA's: calls again what was called while it recorded."""
+
+    again = None
+
+    def replay(self):
+        self.again()
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A torch.cuda whose graphs are ``Recorder``; ``broken`` ones raise."""
+    state = SimpleNamespace(graph=None, broken=False)
+
+    class Recording:
+        def __init__(self, graph, **_):
+            state.graph = graph
+
+        def __enter__(self):
+            if state.broken:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        def __exit__(self, *_):
+            state.graph = None
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    fake = SimpleNamespace(
+        Stream=Stream, current_stream=Stream, stream=lambda s: s, graph=Recording, CUDAGraph=Recorder,
+        graph_pool_handle=lambda: None,
+    )  # fmt: skip
+    monkeypatch.setattr(graphs.torch, "cuda", fake)
+    return state
+
+
+def test_what_is_recorded_gives_what_was_run(cuda):
+    """Each shape is run twice, then recorded; inputs, outputs and gradients are those of the step."""
+    p, calls = nn.Parameter(torch.tensor(2.0)), []
+    steps = StepGraphs([p], {"input_ids": 0}, longest=100)
+
+    def run(inputs):
+        calls.append(tuple(inputs["input_ids"].shape))
+        loss = (p * inputs["input_ids"].float()).sum()
+        loss.backward()
+        out = (loss.detach(), inputs["attention_mask"].sum())
+        if cuda.graph is not None:  # what a GPU would do again
+
+            def again():
+                out[0].copy_((p.detach() * inputs["input_ids"].float()).sum())
+                out[1].copy_(inputs["attention_mask"].sum())
+                recorded.copy_(inputs["input_ids"].float().sum())
+
+            recorded = p.grad
+            cuda.graph.again = again
+        return out
+
+    kept = []
+    for number, tokens in enumerate((10, 12, 20, 16, 9, 30, 11)):
+        given = {k: v + number * (k == "input_ids") for k, v in batch(tokens).items()}
+        p.grad = None
+        loss, seen = steps.step(given, run)
+        total = given["input_ids"].sum().float()
+        assert loss == p.detach() * total and p.grad == total and seen == 2 * tokens
+        kept.append((loss, float(loss)))
+    assert calls == [(2, 16), (2, 16), (2, 32), (2, 16), (2, 32)]  # 9 and 11 tokens were replayed
+    assert all(float(loss) == then for loss, then in kept)  # the next replay leaves them alone
+
+
+def test_a_step_that_cannot_be_recorded_is_run(cuda):
+    p, cuda.broken = nn.Parameter(torch.tensor(2.0)), True
+    steps = StepGraphs([p], {}, longest=16)
+
+    def run(inputs):
+        (p * 3).backward()
+        return (p.detach() * 3,)
+
+    for _ in range(2):
+        p.grad = None
+        steps.step(batch(8), run)
+    with pytest.warns(
+        UserWarning, match="not recorded as CUDA graphs: operation not permitted when stream is capturing$"
+    ):
+        p.grad = None
+        assert steps.step(batch(8), run)[0] == 6 and p.grad == 3
+    p.grad = None
+    assert steps.step(batch(8), run)[0] == 6 and p.grad == 3
