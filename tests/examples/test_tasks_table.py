@@ -54,7 +54,12 @@ def row(name, fff, seed, **scores):
         "batch_size": 32,
         "device": "a GPU",
     }
-    return told | {"calibration_steps": 400, "torch": "2", "scores" if fff == "dense" else "distilled": scores}
+    return told | {
+        "calibration_steps": 400,
+        "max_tokens": 400_000,
+        "torch": "2",
+        "scores" if fff == "dense" else "distilled": scores,
+    }
 
 
 def test_the_table():
@@ -64,13 +69,21 @@ def test_the_table():
         for fff, value in (("dense", 0.7), ("none", 0.5), ("8x8", 0.65)):
             more = {} if fff == "dense" else {"agreement": 0.9}
             rows.append(row("mnli", fff, seed, accuracy=value + 0.01 * seed, **more))
-            rows.append(row("sst2", fff, seed, accuracy=0.9 + 0.01 * (seed + len(fff)) % 0.03, **more))
-            rows.append(row("mlm", fff, seed, loss=6 - 4 * value, **more))
-    lines = [line for line in quality_report.tasks(rows).splitlines() if line.startswith("| ")]
-    assert lines[0] == "| | dense | none | 8x8 | 8x8 recovered | none agreement | 8x8 agreement |"
-    assert lines[1] == "| masked words, loss | 3.200 ± 0.000 | 4.000 ± 0.000 | 3.400 ± 0.000 | 75 % | 90.0 % | 90.0 % |"
-    assert lines[2] == "| MNLI matched, accuracy | 71.0 ± 1.0 | 51.0 ± 1.0 | 66.0 ± 1.0 | 75 % | 90.0 % | 90.0 % |"
-    assert lines[3].startswith("| SST-2, accuracy | ") and " | - | 90.0 % | 90.0 % |" in lines[3]
-    assert "over 3 seeds" in quality_report.tasks(rows) and "71.8 % of the" in quality_report.tasks(rows)
+            rows.append(row("sst2", fff, seed, accuracy=0.9 + 0.01 * seed, **more))
+            rows.append(row("mlm", fff, seed, loss=6 - 4 * (value + 0.01 * seed), **more))
+    rows.append(row("mnli", "8x8", 0, accuracy=0.1) | {"freeze": True})  # which is of another table
+    text = quality_report.tasks(rows)
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    same = " | 90.0 ± 0.0 % | 90.0 ± 0.0 % |"
+    assert lines == [
+        "| | dense | seeds | none | 8x8 | 8x8 recovered | none agreement | 8x8 agreement |",
+        f"| masked words, loss | 3.160 ± 0.040 | 3 | 3.960 ± 0.040 | 3.360 ± 0.040 | 75 %{same}",
+        f"| MNLI matched, accuracy | 71.0 ± 1.0 | 3 | 51.0 ± 1.0 | 66.0 ± 1.0 | 75 %{same}",
+        f"| SST-2, accuracy | 91.0 ± 1.0 | 3 | 91.0 ± 1.0 | 91.0 ± 1.0 | -{same}",
+    ]
+    assert "each with a teacher of its own" in text and "71.8 % of the" in text
     alone = quality_report.tasks([r for r in rows if not r["seed"]])  # of which nobody can tell
-    assert "**one seed**" in alone and "| MNLI matched, accuracy | 70.0 | 50.0 | 65.0 | - | 90.0 % | 90.0 % |" in alone
+    assert "| MNLI matched, accuracy | 70.0 | 1 | 50.0 | 65.0 | - | 90.0 % | 90.0 % |" in alone
+    one = [r for r in rows if r["fff"] != "dense" or not r["seed"]]  # students of one teacher
+    assert "| MNLI matched, accuracy | 70.0 | 3 | 51.0 ± 1.0 | 66.0 ± 1.0 | 79 %" in quality_report.tasks(one)
+    assert "all with the same teacher" in quality_report.tasks(one)
