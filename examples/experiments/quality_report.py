@@ -183,9 +183,9 @@ MISSING = """
 ## What is not measured yet
 
 More than one seed of what has one here; SST-2, QNLI, MRPC and STS-B after task distillation; the inputs' format; frozen attention;
-    page = HEAD + general(rows) + longer(rows) + cropped(rows) + ablation(rows) + masked_words(done)
-    page += tasks(rows_of("tasks_table.jsonl") or [row for row in done if row["name"] != "mlm"])
-    page += task_ablations(done) + calibrated(rows)
+trainings of more than 3000 steps, on more text, with cropped texts or larger batches on a GPU; steps as CUDA graphs; models of MiniLM's size in other
+engines than PyTorch (`make bench-serve`, then `frontier.py`). The scripts are there (`quality_minilm.py`, `tasks_minilm.py`), and so is the
+[queue](../../examples/experiments/README.md). Quality beside time, engine by engine: [quality-frontier](quality-frontier.md).
 """
 
 
