@@ -105,9 +105,8 @@ def distill(
     for option, rate in (("--learning-rate", learning_rate), ("--fff-learning-rate", fff_learning_rate)):
         if rate is not None and not rate > 0:
             raise bad_option(option, ValueError(f"{rate} must be above 0"))
-    _check_data(
-        task, text, data, {"--transfer": transfer, "--text-columns": text_columns, "--label-column": label_column}
-    )
+    of_task = {"--transfer": transfer, "--text-columns": text_columns, "--label-column": label_column}
+    _check_data(task, text, data, crop, of_task)
 
     from dataclasses import asdict
 
@@ -207,7 +206,7 @@ def _told(report: Any) -> str:
     )
 
 
-def _check_data(task: str | None, text: Any, data: Any, of_task: dict[str, Any]) -> None:
+def _check_data(task: str | None, text: Any, data: Any, crop: float, of_task: dict[str, Any]) -> None:
     """Which options go together."""
     if task is None:
         for option, value in {"--data": data, **of_task}.items():
@@ -215,6 +214,10 @@ def _check_data(task: str | None, text: Any, data: Any, of_task: dict[str, Any])
                 raise bad_option(option, ValueError("is for a task: name it with --task"))
         if not text:
             raise bad_option("--text", ValueError("is needed, or --task and --data"))
+    elif crop:
+        raise bad_option(
+            "--crop", ValueError(f"is for distillation without a task; what {task} gives is of whole inputs")
+        )
     elif text and task != "mlm":
         raise bad_option("--text", ValueError(f"is for distillation without a task, or mlm; {task} learns from --data"))
     elif not data and not text:

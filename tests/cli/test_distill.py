@@ -127,6 +127,7 @@ WRONG_DISTILLATION = {
     "data without a task": (["--data", "x.tsv"], "is for a task"),
     "columns without a task": (["--text-columns", "a"], "is for a task"),
     "rate": (["--learning-rate", "0"], "--learning-rate"),
+    "crop": (["--crop", "1.5"], "--crop"),
     "batch": (["--batch-size", "200"], "fewer than one batch, which has 200"),
     "work in the output": (["--work", "{0}/fast/work"], "lies in the output"),
     "output is the work": (["--work", "{0}/fast"], "is or lies in the output"),
@@ -253,6 +254,7 @@ WRONG_TASK = {
     "head": (["--task", "regression"], "num_labels=3 are classes, not a number"),
     "gpu": (["--device", "cuda"], "no GPU"),
     "length": (["--max-length", "2"], "--max-length=2"),
+    "cropped": (["--crop", "0.5"], "is for distillation without a task"),
 }
 
 
