@@ -184,8 +184,10 @@ MISSING = """
 ## What is not measured yet
 
 More than one seed of what has one here; SST-2, QNLI, MRPC and STS-B after task distillation; the inputs' format; frozen attention;
-pretraining from nothing and 1x2 on GLUE; the frontier in other engines than PyTorch. The scripts are there
-(`tasks_table.py`, `pretrain_small.py`, `fastbert_1x2.py`), and so is the [queue](../../examples/experiments/README.md).
+pretraining from nothing and 1x2 on GLUE; trainings of more than 3000 steps, on more text, with cropped texts or larger batches on a GPU; steps as
+CUDA graphs; models of MiniLM's size in other engines than PyTorch (`make bench-serve`, then `frontier.py`). The scripts are there (`quality_minilm.py`,
+`tasks_table.py`, `pretrain_small.py`, `fastbert_1x2.py`), and so is the [queue](../../examples/experiments/README.md). Quality beside time, engine by
+engine: [quality-frontier](quality-frontier.md).
 """
 
 
