@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .models import FFNInterface as FFNInterface
     from .models import register_family as register_family
     from .models.usage import fff_usage as fff_usage
+    from .modes import rounded_rows as rounded_rows
     from .packing import optimize as optimize
     from .surgery import Calibration as Calibration
     from .surgery import convert_ffn_to_fff as convert_ffn_to_fff
@@ -39,6 +40,7 @@ _HOME = {
     "load_fff": "surgery",
     "optimize": "packing",
     "register_family": "models",
+    "rounded_rows": "modes",
     "save_fff": "surgery",
     "DistillationArguments": "training",
     "FinetuningArguments": "training",

@@ -18,7 +18,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from hf_fff import FFF, Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff
+from hf_fff import FFF, Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff, optimize, rounded_rows
+from hf_fff.ops import ROWS
 from hf_fff.surgery.text import read_texts
 from hf_fff.tasks import evaluate, get_task
 from hf_fff.training import DistillationArguments, DistillationTrainer, distil_texts
@@ -33,6 +34,17 @@ def fidelity(dense, fast, tokenizer, unseen):
         scores = evaluate(fast, task, data, tokenizer, teacher=dense, batch_size=64)
         result[name] = {metric: round(value, 4) for metric, value in scores.items()}
     return result
+
+
+def packed(args, name, dense, fast, tokenizer, unseen):
+    """The fidelity with packed rows, of trees: by the packed layers, which are for a CPU, or as those compute."""
+    found = {}
+    for rows in ROWS if "x" in args.fff else ():
+        on_cpu = dense.device.type == "cpu"
+        with nullcontext() if on_cpu else rounded_rows(fast, rows):
+            model = optimize(fast, rows) if on_cpu else fast
+            found[f"{name}_{rows}_rows"] = fidelity(dense, model, tokenizer, unseen)
+    return found
 
 
 def at_random(self, x):
@@ -110,6 +122,7 @@ def main() -> None:
     parser.add_argument("--embedding-weight", type=float, default=10.0)
     parser.add_argument("--routing-gradient", type=float, default=3.0)
     parser.add_argument("--crop", type=float, default=0.0, help="share of the batches that are cropped at random")
+    parser.add_argument("--rows", choices=("int8", "bf16"), help="that the distillation trains the trees for")
     parser.add_argument("--freeze-embeddings", action="store_true")
     parser.add_argument(
         "--plain-steps", action="store_true", help="what replaced the FFNs trains in no units of its own"
@@ -133,6 +146,7 @@ def main() -> None:
     else:
         fast, report = calibrated(args, dense, tokenizer, texts)
         result |= report | {"calibrated": fidelity(dense, fast, tokenizer, unseen)}
+        result |= packed(args, "calibrated", dense, fast, tokenizer, unseen)
     if args.steps:
         with tempfile.TemporaryDirectory() as folder:
             training = DistillationArguments(
@@ -145,6 +159,7 @@ def main() -> None:
                 hidden_weight=args.hidden_weight,
                 embedding_weight=args.embedding_weight,
                 crop=args.crop,
+                packed_rows=args.rows,
                 save_strategy="no",
                 logging_steps=max(250, args.steps // 12),
                 eval_strategy="steps" if args.eval_steps else "no",
@@ -175,6 +190,7 @@ def main() -> None:
             "eval_cosine": round(report.cosine, 4),
         }
         result["distilled"] = fidelity(dense, fast, tokenizer, unseen)
+        result |= packed(args, "distilled", dense, fast, tokenizer, unseen)
         if "x" in args.fff:
             with mock.patch.object(FFF, "forward", at_random):
                 result["paths_at_random"] = fidelity(dense, fast, tokenizer, unseen)

@@ -113,6 +113,17 @@ different lengths do not compare.
 |---|---|---|---|---|---|---|---|
 """
 
+PACKED = """
+## Packed rows
+
+Cosine on unseen sentences with the rows that `hf_fff.optimize` or the engine of OpenVINO takes, after a distillation as usual and after one that
+rounds them, and the tokens, all the while (`hf-fff distill --rows int8`); {steps} steps of {batch_size} texts from the same calibrated model. *Lost* is what int8 rows
+take off. On a GPU the packed layers are computed by their definition.
+
+| | trained for | seeds | float32 rows | int8 | bf16 | lost | neighbours: float32 | int8 | held-out loss |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
 MLM = """
 ## Masked words
 
@@ -408,6 +419,30 @@ def task_ablations(rows: list[dict], name: str = "mrpc", title: str = "MRPC") ->
     return text
 
 
+def packed(rows: list[dict]) -> str:
+    runs = [row for row in rows if row["run"] == "rows" and "distilled" in row]
+    if not runs:
+        return ""
+    text = PACKED.format(**{k: runs[0][k] for k in ("steps", "batch_size")})
+    for fff, every in grouped(runs).items():
+        for trained_for in (None, "int8"):
+            group = [row for row in every if row["rows"] == trained_for]
+            if not group:
+                continue
+            kinds = {
+                kind: [row[f"distilled{kind}"]["unseen_short"] for row in group]
+                for kind in ("", "_int8_rows", "_bf16_rows")
+            }
+            plain, int8, _ = kinds.values()
+            cells = [fff, trained_for or "float32", str(len(group))]
+            cells += [spread([score["cosine"] for score in scores], 4) for scores in kinds.values()]
+            cells += [spread([a["cosine"] - b["cosine"] for a, b in zip(plain, int8, strict=True)], 4)]
+            cells += [spread([score["neighbours"] for score in scores]) for scores in (plain, int8)]
+            cells += [spread([row["eval_loss"] for row in group])]
+            text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
 def masked_words(rows: list[dict]) -> str:
     rows = [row for row in rows if row["name"] == "mlm"]
     first = next(row for row in rows if row["fff"] == "8x8")
@@ -553,7 +588,7 @@ def main() -> None:
     done = rows_of("tasks_minilm.jsonl")
     page = HEAD + general(rows) + longer(rows) + cropped(rows) + ablation(rows) + masked_words(done)
     page += tasks(rows_of("tasks_table.jsonl") or [row for row in done if row["name"] != "mlm"])
-    page += task_ablations(done) + calibrated(rows)
+    page += task_ablations(done) + calibrated(rows) + packed(rows)
     page += models(speeds) + equal_time(rows, speeds) + rates(rows) + step(rows_of("step_time.jsonl")[-1]) + MISSING
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(page, encoding="utf-8")

@@ -1,6 +1,7 @@
 """``hf-fff distill``."""
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,11 @@ from .common import (
     resumable,
     working,
 )
+
+
+class PackedRows(str, Enum):
+    int8 = "int8"
+    bf16 = "bf16"
 
 
 @app.command()
@@ -75,6 +81,10 @@ def distill(
         float | None,
         typer.Option(help="For what replaces the FFNs; by default 0.75 times the other for trees, 2.5 times for MLPs."),
     ] = None,
+    rows: Annotated[
+        PackedRows | None,
+        typer.Option(help="Train trees for rows that they are packed with later, so that they lose less."),
+    ] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens at which an input is cut.")] = 128,
     crop: Annotated[
         float,
@@ -106,6 +116,8 @@ def distill(
         if rate is not None and not rate > 0:
             raise bad_option(option, ValueError(f"{rate} must be above 0"))
     of_task = {"--transfer": transfer, "--text-columns": text_columns, "--label-column": label_column}
+    if rows and "x" not in fff:
+        raise bad_option("--rows", ValueError(f"{rows.value} is of trees, and --fff {fff} has none"))
     _check_data(task, text, data, crop, of_task)
 
     from dataclasses import asdict
@@ -128,6 +140,7 @@ def distill(
         "per_device_eval_batch_size": batch_size,
         "learning_rate": learning_rate,
         "fff_learning_rate": fff_learning_rate,
+        "packed_rows": rows and rows.value,
     }
     options: dict[str, Any] = {
         **{name: value for name, value in given.items() if value is not None},
@@ -146,12 +159,13 @@ def distill(
     }
     arguments = arguments_for(task, **options)
     _share(arguments)
-    rows: Any
+    trained_on: Any
     if task:
         labelled = read_data("--data", data or []) + read_data("--text", [str(path) for path in text or []])
-        rows = TaskRows(task, labelled, read_data("--transfer", transfer or []), columns_of(text_columns, label_column))
+        others = read_data("--transfer", transfer or [])
+        trained_on = TaskRows(task, labelled, others, columns_of(text_columns, label_column))
     else:
-        rows = read_text(text)
+        trained_on = read_text(text)
     plan = Calibration(
         None, budget=budget, steps=calibration_steps, max_tokens=max_tokens, seed=seed, progress=not as_json
     )
@@ -162,7 +176,7 @@ def distill(
             folder,
             output,
             fff,
-            rows,
+            trained_on,
             arguments,
             calibration=plan,
             max_length=max_length,
@@ -193,6 +207,8 @@ def _share(arguments: Any) -> None:
 
 def _told(report: Any) -> str:
     how = f"({report.steps} steps on {report.rows} rows, {report.held_out} held out, {report.seconds:.0f} s)"
+    if report.packed_rows:
+        how += f", all with trees of {report.packed_rows} rows"
     if report.undone:
         how += "; the steps had made it worse, so that this is the calibrated model: take more of them, or lower rates"
     if report.task is None:

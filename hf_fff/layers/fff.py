@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import ConfigLike, FFFConfig, as_config
+from .rounding import rounded_fff
 
 
 class Neurons(nn.Module):
@@ -75,6 +76,7 @@ class FFF(Neurons):
 
     kind = "tree"
     watch: Callable[[Tensor], None] | None = None  # is given the paths of each forward pass, [..., n_trees, depth + 1]
+    rows: str | None = None  # "int8" or "bf16": it computes as if it were packed so, see hf_fff.rounded_rows
 
     @property
     def n_trees(self) -> int:
@@ -85,10 +87,14 @@ class FFF(Neurons):
         """``[..., hidden_size] -> [..., hidden_size]``."""
         c, w_in, b_in, w_out = self.config, self.weight_in, self.bias_in, self.weight_out
         routing = (c.routing_gradient, c.routing_temperature)
-        if self.watch is None:
+        if self.rows is not None:
+            y, path = rounded_fff(x, w_in, b_in, w_out, self.n_trees, c.activation, self.rows, *routing)
+        elif self.watch is not None:
+            y, path, _ = ops.fff_train(x, w_in, b_in, w_out, self.n_trees, c.activation, *routing)
+        else:
             return ops.fff(x, w_in, b_in, w_out, self.n_trees, c.activation, *routing)
-        y, path, _ = ops.fff_train(x, w_in, b_in, w_out, self.n_trees, c.activation, *routing)
-        self.watch(path)
+        if self.watch is not None:
+            self.watch(path)
         return y
 
 

@@ -141,7 +141,7 @@ def _checksum(data: Tensor) -> int:
     return int((words * (2 * torch.arange(len(words)) + 1)).sum()) % _WORD
 
 
-def _scales(row: Tensor) -> tuple[Tensor, Tensor]:
+def scales(row: Tensor) -> tuple[Tensor, Tensor]:
     """What makes integers of a row, and what one of them is worth: ``[..., n] -> [..., 1]``. Where the row is not finite, 0 and NaN."""
     most = row.abs().amax(-1, keepdim=True)
     used, finite = most >= _SMALLEST, most < torch.inf
@@ -163,7 +163,7 @@ def pack(weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, n_trees: int, r
     node = torch.zeros(layout.nodes, 4)
     node[:, 0], node[:, 1], node[:, 2] = 1.0, bias, 1.0
     if rows == "int8":
-        (up_in, node[:, :1]), (up_out, node[:, 2:3]) = _scales(into), _scales(out)
+        (up_in, node[:, :1]), (up_out, node[:, 2:3]) = scales(into), scales(out)
         q_in, q_out = (torch.round(w * up).to(torch.int32) for w, up in ((into, up_in), (out, up_out)))
         node.view(torch.int32)[:, 3] = q_in.sum(1)
         in_rows, out_rows = q_in.to(torch.int8), (q_out + 128).to(torch.uint8)
@@ -263,7 +263,7 @@ def packed_path(x: Tensor, packed: Tensor, activation: str) -> tuple[Tensor, Ten
     exact = torch.float64 if int8 else torch.float32  # integers beyond float32's
     for piece in pieces(len(tokens), 2 * layout.n_trees * layout.levels * layout.hidden):
         xs = tokens[piece].float()
-        up, down = _scales(xs) if int8 else (None, None)
+        up, down = scales(xs) if int8 else (None, None)
         row = (torch.round(xs * up).nan_to_num(0.0) if up is not None else xs.bfloat16()).to(exact)
         at, values, rows = torch.zeros(len(xs), layout.n_trees, dtype=torch.long), [], []
         for level in range(layout.levels):
@@ -276,7 +276,7 @@ def packed_path(x: Tensor, packed: Tensor, activation: str) -> tuple[Tensor, Ten
             at = 2 * at + 1 + (z > 0)
         every = torch.stack(values, -1).flatten(1)  # tree after tree
         of = torch.stack(rows, -1).flatten(1)
-        up, down = _scales(every) if int8 else (None, None)
+        up, down = scales(every) if int8 else (None, None)
         factor = torch.round(every * up).nan_to_num(0.0) if up is not None else every.bfloat16()
         result = (factor.to(exact).unsqueeze(1) @ weight_out[of].to(exact)).squeeze(1).float()
         y[piece] = (result * down if down is not None else result).to(y.dtype)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..ops import ROWS
 from .objectives import get_objective
 
 _WEIGHTS = ("hidden_weight", "embedding_weight", "logits_weight", "label_weight")
@@ -14,10 +15,10 @@ _FOR_LOGITS = ("logits_weight", "label_weight")
 
 @dataclass
 class FastArguments(TrainingArguments):
-    """transformers' ``TrainingArguments`` with a rate for what replaced the FFNs, and other defaults.
+    """transformers' ``TrainingArguments`` with a rate for what replaced the FFNs, rounded rows, and other defaults.
 
     Raises:
-        ValueError: a rate that is not above 0.
+        ValueError: a rate that is not above 0, rows that are not known.
     """
 
     fff_learning_rate: float | None = field(
@@ -25,6 +26,13 @@ class FastArguments(TrainingArguments):
         metadata={
             "help": "For what replaced the FFNs, in units of its inputs and outputs; "
             "by default 0.75 times learning_rate for trees and output biases, 2.5 times for MLPs."
+        },
+    )
+    packed_rows: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train and evaluate trees with such rows as they are packed with later, int8 or bf16.",
+            "choices": ROWS,
         },
     )
     report_to: Any = field(default="none", metadata={"help": "Where to report to."})
@@ -38,6 +46,8 @@ class FastArguments(TrainingArguments):
         for name in ("learning_rate", "fff_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0")
+        if self.packed_rows is not None and self.packed_rows not in ROWS:
+            raise ValueError(f"packed_rows={self.packed_rows!r} is not known (allowed: {', '.join(ROWS)}, None)")
 
     def rate_of(self, kind: str) -> float:
         """The learning rate of what stands in the place of an FFN, ``"tree"`` or ``"mlp"``, or of its output bias."""

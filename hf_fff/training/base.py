@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import FFF, MLP, NoFFN, OutputBias
+from ..modes import rounded_rows
 from ..tasks.evaluate import on_device
 from .arguments import FastArguments
 from .checkpoints import SafeCheckpoints, _SeededCollator
@@ -28,7 +29,7 @@ class FastTrainer(SafeCheckpoints):
     ``lengths`` are batched by length, unless ``train_sampling_strategy`` asks for another order.
 
     Raises:
-        ValueError: a data set is empty; as ``SafeCheckpoints``.
+        ValueError: a data set is empty, ``args.packed_rows`` and a model without trees; as ``SafeCheckpoints``.
         FloatingPointError: from ``train``: the loss is not finite. This is looked at when something is logged or saved, and at
             the end; the last checkpoint is from before.
     """
@@ -39,7 +40,8 @@ class FastTrainer(SafeCheckpoints):
         args._n_gpu = min(args.n_gpu, 1)  # else DataParallel, slower than one GPU; several are for accelerate launch
         check_rows("train_dataset", kwargs.get("train_dataset"), 1)
         check_rows("eval_dataset", kwargs.get("eval_dataset"), 1)
-        super().__init__(model, args, **kwargs)
+        with rounded_rows(model, args.packed_rows):  # raises where there are no trees
+            super().__init__(model, args, **kwargs)
         if not any(isinstance(callback, RoutingMetrics) for callback in self.callback_handler.callbacks):
             self.add_callback(RoutingMetrics())
         self.model_accepts_loss_kwargs = False  # some heads take them, and do not heed them
@@ -54,8 +56,15 @@ class FastTrainer(SafeCheckpoints):
         self._seen = []
         if self.model_wrapped is self.model:  # after an evaluation, which would keep DDP from being wrapped around it
             unprepare(self.model)
-        with self._undisturbed():
+        trained: Any = self.model
+        with self._undisturbed(), rounded_rows(trained, self.args.packed_rows):
             return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.evaluation_loop``, with rounded rows where there are any in training."""
+        trained: Any = self.model
+        with rounded_rows(trained, self.args.packed_rows):
+            return super().evaluation_loop(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups of parameters, those of what replaced the FFNs last, for each rate and where there is a weight decay. Steps of
@@ -99,7 +108,8 @@ class FastTrainer(SafeCheckpoints):
         super().log(logs, start_time)
 
     def _described(self) -> dict[str, Any]:
-        return {**super()._described(), "fff_learning_rate": self.args.fff_learning_rate}
+        own = {name: getattr(self.args, name) for name in ("fff_learning_rate", "packed_rows")}
+        return {**super()._described(), **own}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._seen:

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from ..memory import memory_explained
+from ..modes import rounded_rows
 from ..surgery.text import shuffled
 from ..tasks import Encoded, evaluate, get_task
 from .arguments import DistillationArguments
@@ -24,7 +25,7 @@ _HELD_OUT_ROWS = 2048  # more would only cost time
 class DistillationReport:
     """What was done, and what it gave on held-out rows, before and after: the mean cosine of the embeddings to the teacher's;
     of a task also its main metric, and the teacher's own. ``undone``: the training had made that worse, so the student is as it
-    was before."""
+    was before. ``packed_rows``: of the trees, in the training and in all these numbers."""
 
     rows: int
     held_out: int
@@ -34,6 +35,7 @@ class DistillationReport:
     cosine: float
     loss: float
     undone: bool = False
+    packed_rows: str | None = None
     task: str | None = None
     metric: str | None = None
     score_before: float | None = None
@@ -156,14 +158,15 @@ def _distil(
     with memory_explained("training", advice):
         trainer = DistillationTrainer(student, args, teacher=teacher, **options)
         tell_progress(trainer)
-        try:
-            scores = [score(teacher), score(student)] if score else []
-            before = trainer.evaluate()
-            done = trainer.train(resume_from_checkpoint=checkpoint)
-            after = trainer.evaluate()
-        finally:
-            unprepare(trainer.model)
-        scores += [score(student)] if score else []
+        with rounded_rows(student, args.packed_rows):
+            try:
+                scores = [score(teacher), score(student)] if score else []
+                before = trainer.evaluate()
+                done = trainer.train(resume_from_checkpoint=checkpoint)
+                after = trainer.evaluate()
+            finally:
+                unprepare(trainer.model)
+            scores += [score(student)] if score else []
     was, now = scores[1:] if scores else (before["eval_cosine"], after["eval_cosine"])
     worse = now < was and after["eval_loss"] > before["eval_loss"]  # a score of few rows alone is noise
     undone = bool(broadcast_object_list([worse])[0])  # scores may differ in the last digit from one GPU to the other
@@ -184,6 +187,7 @@ def _distil(
         "cosine": after["eval_cosine"],
         "loss": after["eval_loss"],
         "undone": undone,
+        "packed_rows": args.packed_rows,
         **dict(zip(("score_teacher", "score_before", "score"), scores, strict=False)),
     }
 

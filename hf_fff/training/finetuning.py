@@ -13,7 +13,7 @@ from transformers.trainer_utils import speed_metrics
 
 from ..config import layers_to_json
 from ..layers import FFF
-from ..modes import evaluating
+from ..modes import evaluating, rounded_rows
 from ..tasks import Encoded, get_task
 from ..tasks.data import IGNORED
 from ..tasks.evaluate import batches, on_device
@@ -122,7 +122,7 @@ class FinetuningTrainer(FastTrainer):
         self.callback_handler.eval_dataloader = turns
         kept: list[tuple[int, Tensor]] = []
         losses: list[Tensor] = []
-        with evaluating(model), self.accelerator.autocast():
+        with evaluating(model), rounded_rows(model, args.packed_rows), self.accelerator.autocast():
             for turn in turns:
                 place = turn + args.process_index
                 indices, batch = steps[place if place < len(steps) else 0]

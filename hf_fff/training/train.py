@@ -31,7 +31,7 @@ from .finetuning import FinetuningTrainer
 from .objectives import get_objective
 from .processes import check_processes
 from .progress import tell_progress
-from .work import OPTIONS, START, check_folders, check_work, digest
+from .work import OPTIONS, START, check_folders, check_trees, check_work, digest
 
 _FREE = {  # what may be another when a training goes on: it changes nothing, or a checkpoint tells whether it does
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -112,7 +112,7 @@ def train_folder(
         The model, with its ``training_report``.
 
     Raises:
-        ValueError: as ``Task.encode`` and ``convert_ffn_to_fff``; labels that are missing, all the same, or in the rows to evaluate on
+        ValueError: as ``Task.encode`` and ``convert_ffn_to_fff``; ``args.packed_rows`` and no trees; labels that are missing, all the same, or in the rows to evaluate on
             alone; a metric that the task does not have; the work folder was made with another model, other data or arguments, or is none;
             as ``SafeCheckpoints``, which refuses steps of another number of rows.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
@@ -130,6 +130,7 @@ def train_folder(
     train, evaluation, cut = _encoded(kind, data, tokenizer, config, longest, args.seed, truncate)
     if args.process_index == 0 and cut:
         warnings.warn(f"{cut} rows are longer than {longest} tokens, and are cut there", stacklevel=2)
+    check_trees(args, getattr(config, "fff_layers", {}) if fff is None else fff)
     options = _options(source, data, args, fff, calibration, longest, from_scratch)
     first = args.process_index == 0
     with args.main_process_first(local=False):

@@ -19,7 +19,7 @@ from ..surgery.folder import ModelFolder, check_places, write_folder
 from ..surgery.record import read_record, record_of, write_record
 from ..surgery.text import shuffled
 from ..tasks import Columns, evaluate, get_task
-from .arguments import DistillationArguments
+from .arguments import DistillationArguments, FastArguments
 from .checkpoints import last_checkpoint
 from .data import calibration_batches
 from .distil import distil_task, distil_texts, length_for, mixed_rows, split_rows, split_texts
@@ -86,13 +86,14 @@ def distil_folder(
         The model, with its ``distillation_report``.
 
     Raises:
-        ValueError: as ``convert_ffn_to_fff``, ``distil_texts`` and ``distil_task``; the work folder was made with other
-            options, or is none; as ``check_processes``, or it would run under FSDP or DeepSpeed.
+        ValueError: as ``convert_ffn_to_fff``, ``distil_texts`` and ``distil_task``; ``args.packed_rows`` and no trees in ``config``; the
+            work folder was made with other options, or is none; as ``check_processes``, or it would run under FSDP or DeepSpeed.
         FileExistsError: the output exists and is not empty, and ``overwrite`` is not set.
         RuntimeError: out of memory.
     """
     check_processes(args)
     check_not_sharded(args)
+    check_trees(args, config)
     first = args.process_index == 0
     work = Path(str(args.output_dir))
     check_folders(source, output, work, overwrite=overwrite)
@@ -115,6 +116,7 @@ def distil_folder(
         "fff_learning_rate": args.fff_learning_rate,
         "loss": {name: getattr(args, name) for name in _WEIGHTS},
         "crop": args.crop,
+        "packed_rows": args.packed_rows,
         "seed": args.seed,
         "bf16": args.bf16,
         "start": str(start.resolve()) if start else None,
@@ -239,6 +241,14 @@ def _transfer_rows(data: TaskRows) -> list[dict[str, Any]]:
         {name: row[other] for name, other in zip(wanted, names, strict=True)}
         for row, names in zip(data.transfer, found, strict=True)
     ]
+
+
+def check_trees(args: FastArguments, config: LayersLike) -> None:
+    """Raises ``ValueError`` where rows are to be rounded, and no layer has any."""
+    by_layer = isinstance(config, Mapping) and all(isinstance(key, int) for key in config)
+    layers: Any = config.values() if by_layer else [config]  # type: ignore[union-attr]
+    if args.packed_rows is not None and not any(as_config(one).kind == "tree" for one in layers):
+        raise ValueError(f"packed_rows={args.packed_rows!r} is of trees, and there are none in the model")
 
 
 def _named(config: LayersLike) -> Any:

@@ -78,42 +78,64 @@ FFF_INLINE Vec<float> activated(Activation activation, Vec<float> z) {
 
 // ---- products of bytes --------------------------------------------------------------------------------------------------------
 struct Bytes { UintVec v; };
-FFF_INLINE Bytes load_bytes(const uint8_t* p) { Bytes b; std::memcpy(&b, p, sizeof b); return b; }
+FFF_INLINE Bytes load_bytes(const uint8_t* p) {  // by way of a vector: GCC copies a struct of 32 bytes in halves, through memory
+  UintVec v;
+  std::memcpy(&v, p, sizeof v);
+  return {v};
+}
 FFF_INLINE Bytes repeat(uint32_t word) { return {word - UintVec{}}; }
 
-// Sums of products of 4 bytes, unsigned ones that are `excess` too large by signed ones. Where excess is 0 the 128 that unsigned
-// bytes are stored with is taken off before the multiplication.
+// Sums of products of 4 bytes, -127 to 127. Rows of weight_out are stored with 128 added, and so are tokens where `shift` is 128: for
+// an instruction that multiplies unsigned bytes by signed ones, whose sums are `excess` times the signed ones' sum too large.
 struct Int8 {
   using Lane = int32_t;
   static constexpr Rows rows = Rows::int8;
 #if defined(FFF_VNNI)
-  static constexpr int32_t excess = 128;
-  static FFF_INLINE IntVec add(IntVec sum, Bytes u, Bytes s) {
-    return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u.v, (__m512i)s.v);
+  using Factors = Bytes;
+  static constexpr int32_t shift = 128, excess = 128;
+  static FFF_INLINE IntVec add(IntVec sum, Bytes token, Bytes row) {
+    return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)token.v, (__m512i)row.v);
   }
+  static FFF_INLINE Factors factors(uint32_t word) { return repeat(word); }
+  static FFF_INLINE IntVec add_group(IntVec sum, Bytes group, Factors f) { return add(sum, group, f); }
 #elif defined(__x86_64__) && FFF_BYTES == 32
-  static constexpr int32_t excess = 0;
-  static FFF_INLINE IntVec add(IntVec sum, Bytes u, Bytes s) {
-    const __m256i a = (__m256i)(u.v ^ 0x80808080u), b = (__m256i)s.v;  // -127 to 127, so that pairs of products fit 16 bits
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
-    return sum + (IntVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  // One's magnitude by the other with the sign of both, so that pairs of products fit 16 bits.
+  struct Factors { __m256i value, magnitude; };
+  static constexpr int32_t shift = 0, excess = 0;
+  static FFF_INLINE IntVec add(IntVec sum, __m256i magnitude, __m256i other) {
+    return sum + (IntVec)_mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, other), _mm256_set1_epi16(1));
+  }
+  static FFF_INLINE IntVec add(IntVec sum, Bytes token, Bytes row) {
+    return add(sum, _mm256_abs_epi8((__m256i)token.v), _mm256_sign_epi8((__m256i)row.v, (__m256i)token.v));
+  }
+  static FFF_INLINE Factors factors(uint32_t word) {
+    const __m256i value = (__m256i)repeat(word).v;
+    return {value, _mm256_abs_epi8(value)};
+  }
+  static FFF_INLINE IntVec add_group(IntVec sum, Bytes group, Factors f) {
+    return add(sum, f.magnitude, _mm256_sign_epi8((__m256i)(group.v ^ 0x80808080u), f.value));
   }
 #else
-  static constexpr int32_t excess = 0;
-  static FFF_INLINE IntVec add(IntVec sum, Bytes u, Bytes s) {
-    const UintVec a = u.v ^ 0x80808080u;
+  using Factors = Bytes;
+  static constexpr int32_t shift = 0, excess = 0;
+  static FFF_INLINE IntVec add(IntVec sum, Bytes token, Bytes row) {
     for (int shift = 24; shift >= 0; shift -= 8)  // a byte to the top of its lane and down again, with its sign
-      sum += (bits_of<IntVec>(a << shift) >> 24) * (bits_of<IntVec>(s.v << shift) >> 24);
+      sum += (bits_of<IntVec>(token.v << shift) >> 24) * (bits_of<IntVec>(row.v << shift) >> 24);
     return sum;
   }
+  static FFF_INLINE Factors factors(uint32_t word) { return repeat(word); }
+  static FFF_INLINE IntVec add_group(IntVec sum, Bytes group, Factors f) { return add(sum, Bytes{group.v ^ 0x80808080u}, f); }
 #endif
 };
 
 // Sums of products of 2 bf16 numbers.
 struct Bf16 {
   using Lane = float;
+  using Factors = Bytes;
   static constexpr Rows rows = Rows::bf16;
   static constexpr int32_t excess = 0;
+  static FFF_INLINE Factors factors(uint32_t word) { return repeat(word); }
+  static FFF_INLINE Vec<float> add_group(Vec<float> sum, Bytes group, Factors f) { return add(sum, group, f); }
 #ifdef FFF_BF16
   static FFF_INLINE Vec<float> add(Vec<float> sum, Bytes a, Bytes b) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a.v, (__m512bh)b.v);
@@ -129,6 +151,9 @@ struct Bf16 {
 #if defined(__x86_64__) && FFF_BYTES == 64
 template <class V> FFF_INLINE V low_words(V a, V b) { return (V)_mm512_unpacklo_epi32((__m512i)a, (__m512i)b); }
 template <class V> FFF_INLINE V high_words(V a, V b) { return (V)_mm512_unpackhi_epi32((__m512i)a, (__m512i)b); }
+#elif defined(__x86_64__) && FFF_BYTES == 32
+template <class V> FFF_INLINE V low_words(V a, V b) { return (V)_mm256_unpacklo_epi32((__m256i)a, (__m256i)b); }
+template <class V> FFF_INLINE V high_words(V a, V b) { return (V)_mm256_unpackhi_epi32((__m256i)a, (__m256i)b); }
 #endif
 
 template <class A> struct FourOf { typedef A type __attribute__((vector_size(16))); };
@@ -160,6 +185,11 @@ template <class A> FFF_INLINE Four<A> sum_four(const Vec<A>* v) {
   typedef A Half __attribute__((vector_size(32)));
   const Half half = (Half)_mm512_castsi512_si256((__m512i)abcd) + (Half)_mm512_extracti64x4_epi64((__m512i)abcd, 1);
   return (Four<A>)_mm256_castsi256_si128((__m256i)half) + (Four<A>)_mm256_extracti128_si256((__m256i)half, 1);
+#elif defined(__x86_64__) && FFF_BYTES == 32
+  const Vec<A> ab = low_words(v[0], v[1]) + high_words(v[0], v[1]), cd = low_words(v[2], v[3]) + high_words(v[2], v[3]);
+  const Vec<A> abcd = (Vec<A>)_mm256_unpacklo_epi64((__m256i)ab, (__m256i)cd) +
+                      (Vec<A>)_mm256_unpackhi_epi64((__m256i)ab, (__m256i)cd);
+  return (Four<A>)_mm256_castsi256_si128((__m256i)abcd) + (Four<A>)_mm256_extracti128_si256((__m256i)abcd, 1);
 #else
   Four<A> out;
   for (int i = 0; i < 4; ++i) {
@@ -177,9 +207,15 @@ template <class A> FFF_INLINE Four<A> sum_four(const Vec<A>* v) {
 constexpr float smallest = 0x1p-100f;  // a row whose numbers are all below it is a row of zeros
 
 FFF_INLINE uint32_t largest(UintVec v) {
+#if defined(__x86_64__) && FFF_BYTES == 32
+  __m128i most = _mm_max_epu32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4e));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(most, _mm_shuffle_epi32(most, 0xb1))));
+#else
   uint32_t most = 0;
   for (int i = 0; i < lanes; ++i) most = std::max(most, v[i]);
   return most;
+#endif
 }
 
 // What the largest magnitude of a row, as bits, makes of it: integers are values times `up`, values integers times `down`.
@@ -199,6 +235,9 @@ FFF_INLINE IntVec to_integers(Vec<float> v, float up) {  // to nearest, ties to 
 FFF_INLINE void store_bytes(uint8_t* to, IntVec v) {
 #if defined(__x86_64__) && FFF_BYTES == 64
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(__x86_64__) && FFF_BYTES == 32  // what is stored fits the saturating instructions
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
 #else
   typedef uint8_t Narrow __attribute__((vector_size(lanes)));
   const Narrow narrow = __builtin_convertvector(bits_of<UintVec>(v), Narrow);
@@ -215,7 +254,7 @@ FFF_INLINE void store_bf16(uint8_t* to, Vec<float> v) {  // to nearest, ties to 
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
-// The tokens' rows in the type of the weights, padded: bytes with 128 added, or bf16.
+// The tokens' rows in the type of the weights, padded: bytes with K::shift added, or bf16.
 template <class K, class T> FFF_TARGET void pack_tokens(const Packed& p, const T* x, int64_t begin, int64_t end) {
   const int64_t hidden = p.layout.hidden, padded = p.layout.padded, whole = hidden / lanes * lanes;
   for (int64_t t = begin; t < end; ++t) {
@@ -234,9 +273,9 @@ template <class K, class T> FFF_TARGET void pack_tokens(const Packed& p, const T
       }
       const Scale scale = scale_of(largest(most));
       p.x_scale[t] = scale.down;
-      for (int64_t i = 0; i < whole; i += lanes) store_bytes(to + i, to_integers(load(row + i), scale.up) + 128);
-      if (whole < padded) store_bytes(to + whole, to_integers(rest, scale.up) + 128);
-      for (int64_t i = whole + lanes; i < padded; i += lanes) store_bytes(to + i, 128 - IntVec{});
+      for (int64_t i = 0; i < whole; i += lanes) store_bytes(to + i, to_integers(load(row + i), scale.up) + K::shift);
+      if (whole < padded) store_bytes(to + whole, to_integers(rest, scale.up) + K::shift);
+      for (int64_t i = whole + lanes; i < padded; i += lanes) store_bytes(to + i, K::shift - IntVec{});
     } else {
       for (int64_t i = 0; i < whole; i += lanes) store_bf16(to + 2 * i, load(row + i));
       for (int64_t i = whole; i < padded; i += lanes) store_bf16(to + 2 * i, i == whole ? rest : zero<float>());
@@ -280,21 +319,37 @@ FFF_TARGET void walk_packed(const Packed& p, const int32_t* order, int64_t first
     }
     for (int64_t d = level; d < end; ++d)
       for (int64_t s = 0; s < count; s += 4) {
+        const int64_t some = std::min<int64_t>(4, count - s);
         const uint8_t* row[4];
         for (int j = 0; j < 4; ++j) row[j] = rows + at[s + j] * row_bytes;
-        Vec<Lane> sum[4] = {}, other[4] = {};
-        int64_t b = 0;
-        for (; b + 2 * FFF_BYTES <= row_bytes; b += 2 * FFF_BYTES)
+        Vec<Lane> sum[4] = {};
+        if (some == 4) {
+          Vec<Lane> other[4] = {};
+          int64_t b = 0;
+          for (; b + 2 * FFF_BYTES <= row_bytes; b += 2 * FFF_BYTES)
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) {
-            sum[j] = K::add(sum[j], load_bytes(x[s + j] + b), load_bytes(row[j] + b));
-            other[j] = K::add(other[j], load_bytes(x[s + j] + b + FFF_BYTES), load_bytes(row[j] + b + FFF_BYTES));
+            for (int j = 0; j < 4; ++j) {
+              sum[j] = K::add(sum[j], load_bytes(x[s + j] + b), load_bytes(row[j] + b));
+              other[j] = K::add(other[j], load_bytes(x[s + j] + b + FFF_BYTES), load_bytes(row[j] + b + FFF_BYTES));
+            }
+          for (; b < row_bytes; b += FFF_BYTES)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) sum[j] = K::add(sum[j], load_bytes(x[s + j] + b), load_bytes(row[j] + b));
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) sum[j] += other[j];
+        } else {  // in the same order
+          for (int j = 0; j < some; ++j) {
+            Vec<Lane> even{}, odd{};
+            int64_t b = 0;
+            for (; b + 2 * FFF_BYTES <= row_bytes; b += 2 * FFF_BYTES) {
+              even = K::add(even, load_bytes(x[s + j] + b), load_bytes(row[j] + b));
+              odd = K::add(odd, load_bytes(x[s + j] + b + FFF_BYTES), load_bytes(row[j] + b + FFF_BYTES));
+            }
+            for (; b < row_bytes; b += FFF_BYTES) even = K::add(even, load_bytes(x[s + j] + b), load_bytes(row[j] + b));
+            sum[j] = even + odd;
           }
-        for (; b < row_bytes; b += FFF_BYTES)
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) sum[j] = K::add(sum[j], load_bytes(x[s + j] + b), load_bytes(row[j] + b));
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) sum[j] += other[j];
+          for (int64_t j = some; j < 4; ++j) sum[j] = sum[some - 1];  // of a walk that is the one before it
+        }
         const Four<Lane> total = sum_four<Lane>(sum);
         Four<float> scale_in, bias, scale_out;
         Four<int32_t> row_sum;
@@ -310,7 +365,7 @@ FFF_TARGET void walk_packed(const Packed& p, const int32_t* order, int64_t first
         const Four<int32_t> here = load_four(at + s), next = here + here + load_four(child + s) - (logit > 0.f);
         std::memcpy(at + s, &next, 16);
         if (d + 1 >= fetched)
-          for (int j = 0; j < 4; ++j) {
+          for (int j = 0; j < some; ++j) {
             prefetch_row(rows + at[s + j] * row_bytes, row_bytes);
             __builtin_prefetch(nodes + at[s + j]);
           }
@@ -406,24 +461,18 @@ FFF_TARGET void add_groups(const Packed& p, const int32_t* order, int64_t first,
     const Term* term = p.term + t * count;
     const uint8_t* base = p.data + l.out_at + c * l.part_stride;
     const Sum sum = p.sum[t];
-    Vec<Lane> even[vectors], odd[vectors] = {};
+    Vec<Lane> even[vectors], odd[vectors] = {};  // where registers hold both: a sum's next product need not wait for the last
     for (int v = 0; v < vectors; ++v) even[v] = Lane(sum.start) - Vec<Lane>{};
+    const auto add = [&](Vec<Lane>* to, int64_t g) FFF_TARGET __attribute__((always_inline)) {
+      const uint8_t* group = base + term[g].group * l.group_stride;
+      const typename K::Factors factors = K::factors(term[g].factors);
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) to[v] = K::add_group(to[v], load_bytes(group + v * FFF_BYTES), factors);
+    };
     int64_t g = 0;
-    for (; g + 2 <= count; g += 2) {
-      const uint8_t *a = base + term[g].group * l.group_stride, *b = base + term[g + 1].group * l.group_stride;
-      const Bytes fa = repeat(term[g].factors), fb = repeat(term[g + 1].factors);
-#pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) {
-        even[v] = K::add(even[v], load_bytes(a + v * FFF_BYTES), fa);
-        odd[v] = K::add(odd[v], load_bytes(b + v * FFF_BYTES), fb);
-      }
-    }
-    if (g < count) {
-      const uint8_t* a = base + term[g].group * l.group_stride;
-      const Bytes fa = repeat(term[g].factors);
-#pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) even[v] = K::add(even[v], load_bytes(a + v * FFF_BYTES), fa);
-    }
+    if constexpr (vectors <= 4)
+      for (; g + 2 <= count; g += 2) add(even, g), add(odd, g + 1);
+    for (; g < count; ++g) add(even, g);
     T* out = y + t * hidden + c * piece_columns;
     const bool whole = (c + 1) * piece_columns <= hidden;
     float result[piece_columns];

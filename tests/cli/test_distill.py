@@ -48,6 +48,18 @@ def test_distill(model, text, tmp_path):
     assert (tmp_path / "fast" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
 
 
+def test_distill_for_packed_rows(model, text, tmp_path):
+    result = distill(model, text, tmp_path / "fast", "--steps", 40, "--rows", "int8")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)["distillation"]
+    assert told["packed_rows"] == "int8" and told["cosine_before"] < told["cosine"] < 1
+    record = json.loads((tmp_path / "fast" / "hf_fff.json").read_text())
+    assert record["recipe"]["packed_rows"] == "int8"
+    assert distill(model, text, tmp_path / "usual", "--steps", 40).exit_code == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("usual", "fast")]
+    assert weights[0] != weights[1]
+
+
 @pytest.mark.parametrize("stop", [2, 6])  # in between, and with nothing left to train
 def test_distill_goes_on_where_it_was_interrupted(model, text, tmp_path, monkeypatch, stop):
     assert distill(model, text, tmp_path / "whole", "--save-steps", 2).exit_code == 0
@@ -128,6 +140,7 @@ WRONG_DISTILLATION = {
     "columns without a task": (["--text-columns", "a"], "is for a task"),
     "rate": (["--learning-rate", "0"], "--learning-rate"),
     "crop": (["--crop", "1.5"], "--crop"),
+    "rows": (["--rows", "int8", "--fff", "mlp:8"], "int8 is of trees, and --fff mlp:8 has none"),
     "batch": (["--batch-size", "200"], "fewer than one batch, which has 200"),
     "work in the output": (["--work", "{0}/fast/work"], "lies in the output"),
     "output is the work": (["--work", "{0}/fast"], "is or lies in the output"),

@@ -224,6 +224,7 @@ WRONG = {
     "new label": (["--eval", "{0}/wrong.tsv"], "the evaluation data: row 1: label='7' is no label (allowed: 0 to 2"),
     "no evaluation": (["--eval", "{0}/none.tsv"], "none.tsv has no rows"),
     "length": (["--max-length", "3"], "--max-length"),
+    "rows": (["--set", "packed_rows=int8"], "packed_rows='int8' is of trees, and there are none in the model"),
     "seed": (["--seed", "-1"], "--seed"),
     "work in the output": (["--work", "{0}/out/work"], "lies in the output"),
     "work in the source": (["--work", "{0}/dense/work"], "lies in the source"),

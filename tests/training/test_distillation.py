@@ -15,7 +15,8 @@ from task_rows import WORDS
 from tiny import HEADS, same, tiny_bert, tiny_inputs
 from transformers import TrainerCallback
 
-from hf_fff import DistillationArguments, DistillationTrainer, convert_ffn_to_fff
+from hf_fff import FFF, DistillationArguments, DistillationTrainer, convert_ffn_to_fff, optimize
+from hf_fff.ops import ROWS
 from hf_fff.training import TokenisedTexts, distil_texts
 from hf_fff.training.data import Cropping
 
@@ -477,3 +478,31 @@ def test_in_bfloat16(tmp_path):
     before = t.evaluate()
     t.train()
     assert t.evaluate()["eval_cosine"] > before["eval_cosine"]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_trained_for_packed_rows(tmp_path, rows):
+    """All of the training and its evaluations see rounded rows; the student is as it was afterwards, but for its weights."""
+    student, teacher = pair("4x4")
+    t = trainer(tmp_path, student, teacher, packed_rows=rows, max_steps=60)
+    layers = [m for m in student.modules() if isinstance(m, FFF)]
+    seen = []
+    handle = layers[0].register_forward_hook(lambda layer, *_: seen.append((layer.training, layer.rows)))
+    before = t.evaluate()
+    packed = trainer(tmp_path, optimize(student, rows), teacher).evaluate()
+    for name in ("eval_loss", "eval_cosine", "eval_hidden"):
+        assert before[name] == pytest.approx(packed[name], rel=1e-3)
+    t.train()
+    assert {rows} == {found for learning, found in seen if learning} and all(m.rows is None for m in layers)
+    handle.remove()
+    after = t.evaluate()
+    assert after["eval_loss"] < 0.9 * before["eval_loss"]
+    packed = trainer(tmp_path, optimize(student, rows), teacher).evaluate()
+    assert after["eval_cosine"] == pytest.approx(packed["eval_cosine"], rel=1e-3)
+
+
+def test_packed_rows_are_of_trees(tmp_path):
+    with pytest.raises(ValueError, match="rows='int8' is of trees, and there are none in this FastBertModel"):
+        trainer(tmp_path, *pair("mlp:8"), packed_rows="int8")
+    with pytest.raises(ValueError, match=r"packed_rows='int4' is not known \(allowed: int8, bf16, None\)"):
+        arguments(tmp_path, packed_rows="int4")

@@ -55,6 +55,8 @@ def test_presets(tmp_path, name):
         ('report_to=["tensorboard"]', ["tensorboard"]),
         ('lr_scheduler_kwargs={"num_cycles": 2}', {"num_cycles": 2}),
         ("run_name=a=b", "a=b"),
+        ("packed_rows=int8", "int8"),
+        ("packed_rows=none", None),
         ("train_sampling_strategy=sequential", "sequential"),
     ],
 )
