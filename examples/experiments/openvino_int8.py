@@ -34,7 +34,7 @@ from sentence_transformers import SentenceTransformer
 from hf_fff.bench.machine import summary
 from hf_fff.exporting import complete, inputs_of, only_model_in
 from hf_fff.openvino.embedding import Embedding
-from hf_fff.openvino.graph import fuse_norms, pack_rows, to_graph
+from hf_fff.openvino.graph import pack_rows, to_graph
 from hf_fff.openvino.model import OpenVINOModel
 from hf_fff.openvino.quantise import calibration_batches
 from hf_fff.surgery.text import read_texts
@@ -170,7 +170,6 @@ def main():
         made = made.clone()
         if options.rows != "f32":
             pack_rows(made, options.rows)
-        fuse_norms(made)
         facts = {"precision": "int8", "rows": options.rows, "outputs": kind, "model_class": type(inner).__name__}
         models[name] = OpenVINOModel(made, facts, inner.config, model.tokenizer, how, properties)
         vectors = models[name].encode(held_out, convert_to_tensor=True)
