@@ -34,7 +34,7 @@ from sentence_transformers import SentenceTransformer
 from hf_fff.bench.machine import summary
 from hf_fff.exporting import complete, inputs_of, only_model_in
 from hf_fff.openvino.embedding import Embedding
-from hf_fff.openvino.graph import fuse_norms, pack_rows, to_graph
+from hf_fff.openvino.graph import pack_rows, to_graph
 from hf_fff.openvino.model import OpenVINOModel
 from hf_fff.openvino.quantise import calibration_batches
 from hf_fff.surgery.text import read_texts
@@ -135,8 +135,9 @@ def main():
         "--free",
         nargs="*",
         default=[],
-        help="products of the default whose quantisers are taken out again: regular expressions",
+        help="products of the first setting whose quantisers are taken out again: regular expressions",
     )
+    parser.add_argument("--simulated", action="store_true", help="round as int8, compute in float32: no sum overflows")
     parser.add_argument("--free-each", action="store_true", help="each product by itself")
     parser.add_argument("--rows", default="f32")
     parser.add_argument(
@@ -162,18 +163,19 @@ def main():
     inputs = [{n: t.numpy() for n, t in complete(b, inputs_of(inner)).items()} for b in calibration]
     graph, kind = to_graph(inner)
     properties = {"INFERENCE_NUM_THREADS": options.threads, "INFERENCE_PRECISION_HINT": options.hint}
+    properties |= {"LP_TRANSFORMS_MODE": "NO"} if options.simulated else {}
     models, lines = {}, {}
 
     def measure(name, made):
         made = made.clone()
         if options.rows != "f32":
             pack_rows(made, options.rows)
-        fuse_norms(made)
         facts = {"precision": "int8", "rows": options.rows, "outputs": kind, "model_class": type(inner).__name__}
         models[name] = OpenVINOModel(made, facts, inner.config, model.tokenizer, how, properties)
         vectors = models[name].encode(held_out, convert_to_tensor=True)
         cosine = torch.nn.functional.cosine_similarity(vectors, want)
         line = {"model": Path(options.model).name, "setting": name, "rows": options.rows, "hint": options.hint}
+        line |= {"simulated": options.simulated}
         line |= {"compared": options.compare.stem, "texts": len(held_out), "samples": options.samples}
         line |= {"cosine": float(cosine.mean()), "lowest": float(cosine.min())}
         lines[name] = line
@@ -189,7 +191,7 @@ def main():
             **settings,
         )
         measure(name, made)
-        if name == "default":
+        if name == options.settings[0]:
             for product in options.free:
                 measure(f"free {product}", freed(made, product))
             if options.free_each:

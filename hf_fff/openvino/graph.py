@@ -3,10 +3,8 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +90,10 @@ def pack_rows(graph: Any, rows: str) -> None:
     Raises:
         ValueError: a weight is not finite.
     """
-    openvino, factory = engine(), _factory()
+    from openvino.utils.node_factory import NodeFactory
+
+    openvino, factory = engine(), NodeFactory()
+    factory.add_extension(str(extension()))
     known: dict[tuple[str, ...], Any] = {}  # layers that share their weights, as ALBERT's
     for node in operations(graph):
         x, *weights = (node.input_value(i) for i in range(4))
@@ -106,99 +107,6 @@ def pack_rows(graph: Any, rows: str) -> None:
         new = factory.create("PackedFFF", [x, known[key].output(0), *mask], {"activation": told["activation"]})
         new.set_friendly_name(node.get_friendly_name())
         node.output(0).replace(new.output(0))
-
-
-def fuse_norms(graph: Any) -> int:
-    """Lets FFFs do themselves what follows them in a block whose norm comes last: output bias, residual and layer norm, in one pass
-    over their outputs instead of several of the engine's. Returns how many do; others stay as they are.
-
-    For hidden tokens the output is then 0.
-    """
-    openvino, factory, count = engine(), _factory(), 0
-    for node in operations(graph):
-        if (norm := _norm_behind(node)) is None:
-            continue
-        vectors = [openvino.op.Constant(v, shared_memory=False).output(0) for v in (norm.bias, norm.scale, norm.shift)]
-        told = {**node.get_attributes(), "epsilon": norm.epsilon}
-        new = factory.create(node.get_type_name(), [*node.input_values(), *vectors], told)
-        new.set_friendly_name(node.get_friendly_name())
-        norm.end.replace(new.output(0))
-        count += 1
-    return count
-
-
-def _factory() -> Any:
-    """What makes our operations."""
-    from openvino.utils.node_factory import NodeFactory
-
-    factory = NodeFactory()
-    factory.add_extension(str(extension()))
-    return factory
-
-
-@dataclass
-class _Norm:
-    """The layer norm of x + y + bias: float32 vectors, and the output in the graph."""
-
-    bias: Any
-    scale: Any
-    shift: Any
-    epsilon: float
-    end: Any
-
-
-def _norm_behind(node: Any) -> _Norm | None:
-    """What follows an FFF of x, where that is the layer norm of x + FFF(x) + bias and nothing else sees what lies between."""
-    size = node.get_output_partial_shape(0)[-1]
-    if size.is_dynamic or node.get_output_element_type(0) != engine().Type.f32:
-        return None
-    hidden, x = size.get_length(), _place(node.input_value(0))
-
-    def follow(output: Any, kind: str) -> tuple[Any, Any]:
-        """The node of that kind which alone takes an output, and its other input; None where there is none."""
-        users = list(output.get_target_inputs())
-        if len(users) != 1 or (user := users[0].get_node()).get_type_name() != kind:
-            return None, None
-        return user, user.input_value(1 - users[0].get_index())
-
-    def vector(output: Any) -> Any:
-        """Its values ``[hidden]``, if it is a constant that goes along the last dimension."""
-        of = output.get_node()
-        if of.get_type_name() != "Constant" or of.get_output_shape(0)[-1:] != [hidden] or of.data.size != hidden:
-            return None
-        return np.array(of.data, np.float32).reshape(-1)
-
-    bias = np.zeros(hidden, np.float32)
-    sums, other = follow(node.output(0), "Add")
-    if sums is not None and (added := vector(other)) is not None:
-        bias = added
-        sums, other = follow(sums.output(0), "Add")
-    if sums is None or _place(other) != x:
-        return None
-    users = list(sums.output(0).get_target_inputs())
-    mvn = users[0].get_node()
-    if len(users) != 1 or mvn.get_type_name() != "MVN" or not _is_layer_norm(mvn):
-        return None
-    end, known = mvn.output(0), {"Multiply": np.ones(hidden, np.float32), "Add": np.zeros(hidden, np.float32)}
-    for kind in known:  # left out of the graph where they change nothing
-        user, other = follow(end, kind)
-        if user is not None and (values := vector(other)) is not None:
-            end, known[kind] = user.output(0), values
-    return _Norm(bias, known["Multiply"], known["Add"], float(mvn.get_attributes()["eps"]), end)
-
-
-def _place(output: Any) -> tuple[str, int]:
-    """Where an output is in its graph."""
-    return output.get_node().get_name(), output.get_index()
-
-
-def _is_layer_norm(mvn: Any) -> bool:
-    """Over the last dimension, with the variance, epsilon inside the root."""
-    told, axes = mvn.get_attributes(), mvn.input_value(1).get_node()
-    if axes.get_type_name() != "Constant" or not told["normalize_variance"]:
-        return False
-    last = [int(axis) for axis in axes.data.reshape(-1)]
-    return told["eps_mode"].lower() == "inside_sqrt" and last in ([-1], [len(mvn.get_output_partial_shape(0)) - 1])
 
 
 def align_rows(graph: Any) -> None:

@@ -18,7 +18,7 @@ from ..adapters import check_not_adapted
 from ..exporting import complete, inputs_of, only_model_in
 from ..files import atomic_folder, check_output
 from .embedding import Embedding
-from .graph import align_rows, fuse_norms, operations, pack_rows, to_graph
+from .graph import align_rows, operations, pack_rows, to_graph
 from .library import OPERATION, engine, engine_version, extension
 from .quantise import calibration_batches, has_vnni, products, quantised
 
@@ -26,8 +26,8 @@ PRECISIONS = ("int8", "bf16", "f32")
 # "auto" is as the precision. Beside int8 attention, which costs converted MiniLMs 0.013 to 0.017 of cosine to themselves in float32, int8 rows cost 0.002
 # more than bf16 ones, nothing that two tasks notice, and are faster with many trees (docs/openvino.md).
 ROWS = ("auto", *PRECISIONS)
-FORMAT_VERSION = 3
-_READ_VERSIONS = (1, 2, FORMAT_VERSION)  # 1 knew no packed rows, 2 no operations with a norm
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, FORMAT_VERSION)  # 1 knew no packed rows
 _GRAPH, _WEIGHTS, _FACTS = "openvino_model.xml", "openvino_model.bin", "fff_openvino.json"
 
 
@@ -100,7 +100,6 @@ def compile(
         graph = quantised(graph, inputs, kept, vnni)
     if rows != "f32":
         pack_rows(graph, rows)
-    fuse_norms(graph)
     facts: dict[str, Any] = {"precision": precision, "rows": rows, "outputs": kind, "model_class": type(model).__name__}
     if precision == "int8":
         facts |= {"keep": list(keep), "vnni": vnni}

@@ -4,9 +4,7 @@
 // FFF: x [..., hidden], weight_in [nodes, hidden], bias_in [nodes], weight_out [nodes, hidden]. The type of the weights is what
 // is computed in; x may have another one (float32, bfloat16 or float16), in which y is given.
 // PackedFFF: x [..., hidden] and the buffer that `pack` fills, u8 [bytes].
-// Both optionally take a mask with one number a token: 0 hides it, and its output is 0. Output: as x. Both optionally go on to
-// what follows the network in a block whose norm comes last, in float32: given bias, scale and shift, [hidden] each, the output
-// is the layer norm of x + y + bias.
+// Both optionally take a mask with one number a token: 0 hides it, and its output is 0. Output: as x.
 #include <openvino/core/op_extension.hpp>
 #include <openvino/core/version.hpp>
 #include <openvino/frontend/extension.hpp>
@@ -19,7 +17,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <string>
 #include <type_traits>
@@ -133,52 +130,10 @@ hf_fff::Activation activation_of(const std::string& name) {
   return hf_fff::Activation(std::find(activations.begin(), activations.end(), name) - activations.begin());
 }
 
-// What follows the network in a block whose norm comes last: the layer norm of x + y + bias, where scale is not null.
-struct Norm {
-  const float *bias, *scale, *shift;  // [hidden]
-  float epsilon;
-};
-
-// Of a token. `to` may be y.
-FFF_CLONES void normalise(const Norm& norm, const float* x, const float* y, float* to, int64_t n) {
-  typedef float Lanes __attribute__((vector_size(64)));
-  constexpr int64_t lanes = 16;
-  const int64_t whole = n / lanes * lanes;
-  Lanes sums{}, squares{}, a, b, c;
-  float sum = 0, square = 0;
-  for (int64_t i = 0; i < whole; i += lanes) {
-    std::memcpy(&a, x + i, sizeof a);
-    std::memcpy(&b, y + i, sizeof b);
-    std::memcpy(&c, norm.bias + i, sizeof c);
-    a += b + c;
-    sums += a;
-    std::memcpy(to + i, &a, sizeof a);
-  }
-  for (int64_t i = whole; i < n; ++i) sum += to[i] = x[i] + (y[i] + norm.bias[i]);
-  for (int64_t j = 0; j < lanes; ++j) sum += sums[j];
-  const float mean = sum / float(n);
-  for (int64_t i = 0; i < whole; i += lanes) {
-    std::memcpy(&a, to + i, sizeof a);
-    a -= mean;
-    squares += a * a;
-  }
-  for (int64_t i = whole; i < n; ++i) square += (to[i] - mean) * (to[i] - mean);
-  for (int64_t j = 0; j < lanes; ++j) square += squares[j];
-  const float inverse = 1.f / std::sqrt(square / float(n) + norm.epsilon);
-  for (int64_t i = 0; i < whole; i += lanes) {
-    std::memcpy(&a, to + i, sizeof a);
-    std::memcpy(&b, norm.scale + i, sizeof b);
-    std::memcpy(&c, norm.shift + i, sizeof c);
-    a = (a - mean) * inverse * b + c;
-    std::memcpy(to + i, &a, sizeof a);
-  }
-  for (int64_t i = whole; i < n; ++i) to[i] = (to[i] - mean) * inverse * norm.scale[i] + norm.shift[i];
-}
-
 // Calls forward(tokens, from, to) on the tokens of x that a mask (or null) shows; y is 0 for the others. T is what it computes
-// in, X what x and y are. A norm is for float32.
+// in, X what x and y are.
 template <class T, class X, class F>
-void on_visible(const ov::Tensor& input, const ov::Tensor* mask, const Norm& norm, ov::Tensor& output, const F& forward) {
+void on_visible(const ov::Tensor& input, const ov::Tensor* mask, ov::Tensor& output, const F& forward) {
   const X* x = static_cast<const X*>(input.data());
   output.set_shape(input.get_shape());
   X* y = static_cast<X*>(output.data());
@@ -187,17 +142,9 @@ void on_visible(const ov::Tensor& input, const ov::Tensor* mask, const Norm& nor
                   " numbers, and x ", tokens, " tokens");
   const std::vector<int32_t> visible = mask ? visible_tokens(*mask) : std::vector<int32_t>{};
   const bool all = !mask || int64_t(visible.size()) == tokens;
-  const int64_t count = all ? tokens : int64_t(visible.size()), grain = std::max<int64_t>(1, 16384 / hidden);
   if constexpr (std::is_same_v<T, X>)
-    if (all) {
-      forward(tokens, x, y);
-      if constexpr (std::is_same_v<X, float>)
-        if (norm.scale)
-          parallel(tokens, grain, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin * hidden; i < end * hidden; i += hidden) normalise(norm, x + i, y + i, y + i, hidden);
-          });
-      return;
-    }
+    if (all) return forward(tokens, x, y);
+  const int64_t count = all ? tokens : int64_t(visible.size()), grain = std::max<int64_t>(1, 16384 / hidden);
   T *from = scratch<T>(0, count * hidden), *to = scratch<T>(1, count * hidden);
   const auto token = [&](int64_t i) { return all ? i : int64_t(visible[i]); };
   parallel(count, grain, [&](int64_t begin, int64_t end) {
@@ -210,49 +157,12 @@ void on_visible(const ov::Tensor& input, const ov::Tensor* mask, const Norm& nor
     int64_t done = begin ? token(begin) : 0;
     for (int64_t i = begin; i < end; ++i) {
       std::fill(y + done * hidden, y + token(i) * hidden, X{});
-      const int64_t at = token(i) * hidden;
-      if constexpr (std::is_same_v<X, float> && std::is_same_v<T, float>) {
-        if (norm.scale) normalise(norm, x + at, to + i * hidden, y + at, hidden);
-        else convert(to + i * hidden, y + at, hidden);
-      } else {
-        convert(to + i * hidden, y + at, hidden);
-      }
+      convert(to + i * hidden, y + token(i) * hidden, hidden);
       done = token(i) + 1;
     }
     std::fill(y + done * hidden, y + (end == count ? tokens : token(end)) * hidden, X{});
   });
 }
-
-// The inputs after the first `known` ones: a mask, or a norm's bias, scale and shift, or all four.
-struct Extras {
-  size_t known, given;
-
-  bool valid() const { return given == known || given == known + 1 || given == known + 3 || given == known + 4; }
-  bool mask() const { return (given - known) % 3 == 1; }
-  bool norm() const { return given >= known + 3; }
-
-  // What is wrong with the norm of a layer of `hidden` columns, or "".
-  std::string wrong(const ov::Node& node, int64_t hidden, double epsilon) const {
-    if (!norm()) return "";
-    if (!(epsilon > 0)) return "a norm's epsilon must be positive, and is " + std::to_string(epsilon);
-    if (const auto type = node.get_input_element_type(0); type != ov::element::f32)
-      return "a norm is for x of float32, and x is " + type.to_string();
-    for (size_t i = given - 3; i < given; ++i)
-      if (node.get_input_element_type(i) != ov::element::f32 ||
-          !node.get_input_partial_shape(i).compatible(ov::PartialShape{hidden}))
-        return "a norm has bias, scale and shift, float32 [" + std::to_string(hidden) + "], and input " + std::to_string(i) +
-               " is " + node.get_input_element_type(i).to_string() + " " + node.get_input_partial_shape(i).to_string();
-    return "";
-  }
-
-  const ov::Tensor* mask_of(const ov::TensorVector& inputs) const { return mask() ? &inputs[known] : nullptr; }
-
-  Norm norm_of(const ov::TensorVector& inputs, double epsilon) const {
-    if (!norm()) return {};
-    const auto values = [&](size_t i) { return static_cast<const float*>(inputs[given - i].data()); };
-    return {values(3), values(2), values(1), float(epsilon)};
-  }
-};
 
 }  // namespace
 
@@ -264,26 +174,25 @@ class FFF : public ov::op::Op {
   OPENVINO_OP("FFF", "hf_fff.1");
 
   FFF() = default;
-  FFF(const ov::OutputVector& inputs, int64_t trees, std::string activation, double epsilon = 0)
-      : Op(inputs), trees_(trees), activation_(std::move(activation)), epsilon_(epsilon) {
+  FFF(const ov::OutputVector& inputs, int64_t trees, std::string activation)
+      : Op(inputs), trees_(trees), activation_(std::move(activation)) {
     constructor_validate_and_infer_types();
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-    return std::make_shared<FFF>(inputs, trees_, activation_, epsilon_);
+    return std::make_shared<FFF>(inputs, trees_, activation_);
   }
 
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
     visitor.on_attribute("n_trees", trees_);
     visitor.on_attribute("activation", activation_);
-    visitor.on_attribute("epsilon", epsilon_);
     return true;
   }
 
   void validate_and_infer_types() override {
-    NODE_VALIDATION_CHECK(this, get_input_size() >= 4 && extras().valid(),
-                          "FFF takes x, weight_in, bias_in, weight_out, a mask or none and a norm's three or none, not ",
-                          get_input_size(), " inputs");
+    NODE_VALIDATION_CHECK(this, get_input_size() == 4 || get_input_size() == 5,
+                          "FFF takes x, weight_in, bias_in, weight_out and a mask or none, not ", get_input_size(),
+                          " inputs");
     NODE_VALIDATION_CHECK(this, std::count(activations.begin(), activations.end(), activation_) == 1,
                           "FFF: activation '", activation_, "' is not known");
     const auto type = get_input_element_type(1);
@@ -306,8 +215,6 @@ class FFF : public ov::op::Op {
       const auto& x = get_input_partial_shape(0);
       NODE_VALIDATION_CHECK(this, x.rank().is_dynamic() || (x.size() >= 1 && x[x.size() - 1].compatible(weights[1])),
                             "FFF: x is ", x, " and weight_in ", weights, "; the last dimensions must agree");
-      const std::string wrong = extras().wrong(*this, weights[1].get_length(), epsilon_);
-      NODE_VALIDATION_CHECK(this, wrong.empty(), "FFF: ", wrong);
     }
     set_output_type(0, get_input_element_type(0), get_input_partial_shape(0));
   }
@@ -329,15 +236,13 @@ class FFF : public ov::op::Op {
                            engine_threads);
       };
       with_type(x.get_element_type(), [&](auto value) {
-        on_visible<T, decltype(value)>(x, extras().mask_of(inputs), extras().norm_of(inputs, epsilon_), outputs[0], forward);
+        on_visible<T, decltype(value)>(x, inputs.size() == 5 ? &inputs[4] : nullptr, outputs[0], forward);
       });
     });
     return true;
   }
 
  private:
-  Extras extras() const { return {4, get_input_size()}; }
-
   // -1: no balanced trees.
   static int64_t depth_of(int64_t nodes, int64_t trees) {
     for (int64_t depth = 0; depth < 30; ++depth)
@@ -347,7 +252,6 @@ class FFF : public ov::op::Op {
 
   int64_t trees_ = 0;
   std::string activation_;
-  double epsilon_ = 0;
 };
 
 class PackedFFF : public ov::op::Op {
@@ -355,25 +259,22 @@ class PackedFFF : public ov::op::Op {
   OPENVINO_OP("PackedFFF", "hf_fff.1");
 
   PackedFFF() = default;
-  PackedFFF(const ov::OutputVector& inputs, std::string activation, double epsilon = 0)
-      : Op(inputs), activation_(std::move(activation)), epsilon_(epsilon) {
+  PackedFFF(const ov::OutputVector& inputs, std::string activation) : Op(inputs), activation_(std::move(activation)) {
     constructor_validate_and_infer_types();
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-    return std::make_shared<PackedFFF>(inputs, activation_, epsilon_);
+    return std::make_shared<PackedFFF>(inputs, activation_);
   }
 
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
     visitor.on_attribute("activation", activation_);
-    visitor.on_attribute("epsilon", epsilon_);
     return true;
   }
 
   void validate_and_infer_types() override {
-    NODE_VALIDATION_CHECK(this, get_input_size() >= 2 && extras().valid(),
-                          "PackedFFF takes x, a packed layer, a mask or none and a norm's three or none, not ",
-                          get_input_size(), " inputs");
+    NODE_VALIDATION_CHECK(this, get_input_size() == 2 || get_input_size() == 3,
+                          "PackedFFF takes x, a packed layer and a mask or none, not ", get_input_size(), " inputs");
     NODE_VALIDATION_CHECK(this, std::count(activations.begin(), activations.end(), activation_) == 1,
                           "PackedFFF: activation '", activation_, "' is not known");
     NODE_VALIDATION_CHECK(this, get_input_element_type(0).is_dynamic() || is_storage(get_input_element_type(0)),
@@ -386,8 +287,6 @@ class PackedFFF : public ov::op::Op {
       const auto& x = get_input_partial_shape(0);
       NODE_VALIDATION_CHECK(this, x.rank().is_dynamic() || (x.size() >= 1 && x[x.size() - 1].compatible(hidden)),
                             "PackedFFF: x is ", x, ", and the packed layer is for a last dimension of ", hidden);
-      const std::string wrong = extras().wrong(*this, hidden, epsilon_);
-      NODE_VALIDATION_CHECK(this, wrong.empty(), "PackedFFF: ", wrong);
     }
     set_output_type(0, get_input_element_type(0), get_input_partial_shape(0));
   }
@@ -403,17 +302,14 @@ class PackedFFF : public ov::op::Op {
                     ", and the packed layer is for a last dimension of ", hidden);
     with_type(x.get_element_type(), [&](auto value) {
       using X = decltype(value);
-      const auto forward = [&](int64_t tokens, const X* from, X* to) {
+      on_visible<X, X>(x, inputs.size() == 3 ? &inputs[2] : nullptr, outputs[0], [&](int64_t tokens, const X* from, X* to) {
         hf_fff::forward_packed<X>({tokens, activation_of(activation_), from, data, to}, engine_threads);
-      };
-      on_visible<X, X>(x, extras().mask_of(inputs), extras().norm_of(inputs, epsilon_), outputs[0], forward);
+      });
     });
     return true;
   }
 
  private:
-  Extras extras() const { return {2, get_input_size()}; }
-
   static int64_t hidden_of(const uint8_t* packed, int64_t bytes) {
     hf_fff::Rows rows;
     hf_fff::Shape shape;
@@ -423,7 +319,6 @@ class PackedFFF : public ov::op::Op {
   }
 
   std::string activation_;
-  double epsilon_ = 0;
 };
 
 }  // namespace hf_fff::openvino
