@@ -13,6 +13,7 @@ import random
 import re
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nncf
@@ -36,7 +37,7 @@ from hf_fff.exporting import complete, inputs_of, only_model_in
 from hf_fff.openvino.embedding import Embedding
 from hf_fff.openvino.graph import pack_rows, to_graph
 from hf_fff.openvino.model import OpenVINOModel
-from hf_fff.openvino.quantise import calibration_batches
+from hf_fff.openvino.quantise import calibration_batches, has_vnni
 from hf_fff.surgery.text import read_texts
 
 DATA = Path(__file__).parents[1] / "data"
@@ -69,7 +70,6 @@ SETTINGS = {
     "percentile 1e-3": advanced(activations_range_estimator_params=percentile(1e-3)),
     "slow bias correction": {"fast_bias_correction": False},
     "no bias correction": advanced(disable_bias_correction=True),
-    "no overflow": advanced(overflow_fix=OverflowFix.ENABLE),
     "smooth 0.5": advanced(smooth_quant_alphas=Smooth(matmul=0.5)),
     "smooth 0.75": advanced(smooth_quant_alphas=Smooth(matmul=0.75)),
     "no smoothing": advanced(smooth_quant_alphas=Smooth(matmul=-1)),
@@ -79,8 +79,21 @@ SETTINGS = {
     "keep query, key, value": keeping(r".*attention\.self\.(query|key|value).*"),
     "keep scores, context": keeping(r".*self/aten::matmul.*", r".*self/.*scaled_dot.*"),
     "keep first": keeping(LAYER.format("0")),
+    "keep two": keeping(LAYER.format("0|1")),
+    "keep three": keeping(LAYER.format("0|1|2")),
     "keep last": keeping(LAYER.format("5")),
 }
+
+
+def quantised(graph, inputs, name, vnni):
+    """A copy of the graph in int8, with settings of that name; weights have 7 bits without VNNI."""
+    settings = {**(keeping(name.removeprefix("keep:")) if name.startswith("keep:") else SETTINGS[name])}
+    if not vnni:
+        settings["advanced_parameters"] = replace(
+            settings.get("advanced_parameters", Advanced()), overflow_fix=OverflowFix.ENABLE
+        )
+    data, kind = nncf.Dataset(inputs), nncf.ModelType.TRANSFORMER
+    return nncf.quantize(graph.clone(), data, subset_size=len(inputs), model_type=kind, **settings)
 
 
 def freed(graph, pattern):
@@ -105,23 +118,23 @@ def batches_of(shapes, vocabulary):
     return made
 
 
-def milliseconds(models, batches, rounds, seconds=0.2):
+def milliseconds(models, batches, rounds, clock, seconds=0.2):
     """Medians of a call, by model and batch."""
     found = {}
     for shape, batch in batches.items():
         calls = {}
         for name, model in models.items():
             model(**batch)
-            start = time.perf_counter()
+            start = clock()
             model(**batch)
-            calls[name] = max(1, int(seconds / (time.perf_counter() - start)))
+            calls[name] = max(1, int(seconds / (clock() - start)))
         times = {name: [] for name in models}
         for _ in range(rounds):
             for name in random.sample(list(models), len(models)):
                 for _ in range(calls[name]):
-                    start = time.perf_counter()
+                    start = clock()
                     models[name](**batch)
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append(clock() - start)
         for name, of in times.items():
             found.setdefault(name, {})[shape] = 1e3 * statistics.median(of)
     return found
@@ -137,6 +150,7 @@ def main():
         default=[],
         help="products of the first setting whose quantisers are taken out again: regular expressions",
     )
+    parser.add_argument("--vnni", action=argparse.BooleanOptionalAction, help="as this CPU has it")
     parser.add_argument("--simulated", action="store_true", help="round as int8, compute in float32: no sum overflows")
     parser.add_argument("--free-each", action="store_true", help="each product by itself")
     parser.add_argument("--rows", default="f32")
@@ -150,8 +164,12 @@ def main():
     parser.add_argument("--batches", nargs="*", default=[])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--processor-time", action="store_true", help="of the process, which others do not lengthen: for one thread"
+    )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    vnni = has_vnni() if options.vnni is None else options.vnni
     texts, held_out = read_texts(options.calibrate), read_texts(options.compare)[: options.most]
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -164,6 +182,7 @@ def main():
     graph, kind = to_graph(inner)
     properties = {"INFERENCE_NUM_THREADS": options.threads, "INFERENCE_PRECISION_HINT": options.hint}
     properties |= {"LP_TRANSFORMS_MODE": "NO"} if options.simulated else {}
+    clock = time.process_time if options.processor_time else time.perf_counter
     models, lines = {}, {}
 
     def measure(name, made):
@@ -175,21 +194,14 @@ def main():
         vectors = models[name].encode(held_out, convert_to_tensor=True)
         cosine = torch.nn.functional.cosine_similarity(vectors, want)
         line = {"model": Path(options.model).name, "setting": name, "rows": options.rows, "hint": options.hint}
-        line |= {"simulated": options.simulated}
+        line |= {"simulated": options.simulated, "vnni": vnni}
         line |= {"compared": options.compare.stem, "texts": len(held_out), "samples": options.samples}
         line |= {"cosine": float(cosine.mean()), "lowest": float(cosine.min())}
         lines[name] = line
         print(line, flush=True)
 
     for name in options.settings:
-        settings = keeping(name.removeprefix("keep:")) if name.startswith("keep:") else SETTINGS[name]
-        made = nncf.quantize(
-            graph.clone(),
-            nncf.Dataset(inputs),
-            subset_size=len(inputs),
-            model_type=nncf.ModelType.TRANSFORMER,
-            **settings,
-        )
+        made = quantised(graph, inputs, name, vnni)
         measure(name, made)
         if name == options.settings[0]:
             for product in options.free:
@@ -200,7 +212,7 @@ def main():
                     measure(f"free {product}", freed(made, f"{re.escape(product)}$"))
                     del models[f"free {product}"]
     for name, times in milliseconds(
-        models, batches_of(options.batches, inner.config.vocab_size), options.rounds
+        models, batches_of(options.batches, inner.config.vocab_size), options.rounds, clock
     ).items():
         lines[name]["milliseconds"] = times
         print(name, times)
