@@ -253,7 +253,7 @@ class DistillationTrainer(FastTrainer):
             return None, self._compare(model, self._prepare_inputs(inputs))[0], None
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         rows, layers = torch.as_tensor(output.predictions).double(), len(self._scales)
         parts = _parts(rows, layers)
         values = {"loss": float(self._weighted(parts)), **self._named(parts)}
