@@ -107,13 +107,13 @@ def between(tree: float, took: Mapping[str, float], cosines: Mapping[str, float]
     return None
 
 
-def verdict(tree: str, timed: Timed, cosines: Mapping[str, float]) -> tuple[str, float]:
-    """A cell, and how many times as long what keeps as much as the tree takes."""
+def verdict(tree: str, timed: Timed, cosines: Mapping[str, float]) -> tuple[str, float | None]:
+    """A cell, and how many times as long what keeps as much as the tree takes; None where nothing measured does."""
     known = {kind: t for kind, t in timed.took.items() if kind in cosines}
     good = {kind: known[kind] for kind in rivals(known) if cosines[kind] >= cosines[tree]}
     if not good:
         dense = timed.took.get("dense")
-        return (f"dense {dense / known[tree]:.2f}x" if dense else "-"), 1.0
+        return (f"dense {dense / known[tree]:.2f}x" if dense else "-"), None
     name = min(good, key=lambda kind: good[kind])
     ratio, same = good[name] / known[tree], between(cosines[tree], known, cosines)
     equal = ratio if same is None else min(ratio, same / known[tree])
@@ -183,10 +183,14 @@ def main() -> None:
         trees = sorted({kind for t in some for kind in t.took if "x" in kind and kind in cosines}, key=order)
         for tree in trees:
             by_name = {t.workload: verdict(tree, t, cosines) for t in some if tree in t.took}
-            cells += len(by_name)
-            ahead += [f"{tree} in {engine} at {name}" for name, (_, ratio) in by_name.items() if ratio > 1 + LEVEL]
+            cells += sum(ratio is not None for _, ratio in by_name.values())
+            ahead += [
+                f"{tree} in {engine} at {name}" for name, (_, ratio) in by_name.items() if (ratio or 0) > 1 + LEVEL
+            ]
             page += f"| {engine} | {tree} | {' | '.join(by_name.get(name, ('',))[0] for name in WORKLOADS)} |\n"
-    page += f"\nA tree is ahead of every MLP of equal or better quality in {len(ahead)} of {cells} cells"
+    page += (
+        f"\nA tree is ahead of every MLP of equal or better quality in {len(ahead)} of the {cells} cells that have one"
+    )
     page += f": {'; '.join(ahead)}.\n" if ahead else ".\n"
     for (engine, machine), some in groups.items():
         page += f"\n## {engine}\n\n{machine}.\n" + table(some, kept, masked)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from hf_fff import FFF, Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff, optimize, rounded_rows
+from hf_fff.files import atomic_folder
 from hf_fff.ops import ROWS
 from hf_fff.surgery.text import read_texts
 from hf_fff.tasks import evaluate, get_task
@@ -77,8 +78,10 @@ def calibrated(args, dense, tokenizer, texts):
     """The model after its layerwise fit, and what that says of itself."""
     place = args.cache and args.cache / "-".join(
         str(getattr(args, name))
-        for name in ("fff", "seed", "routing_gradient", "calibration_steps", "calibration_batch")
+        for name in ("fff", "seed", "routing_gradient", "calibration_steps", "calibration_batch", "max_tokens")
     )
+    if place:
+        place = place.with_name("-".join((place.name, *(path.stem for path in args.text))))
     if place and (place / "report.json").exists():
         fast = FastBertModel.from_pretrained(place, dtype=torch.float32).to(dense.device)
         return fast, json.loads((place / "report.json").read_text())
@@ -99,8 +102,9 @@ def calibrated(args, dense, tokenizer, texts):
     report = {"calibration_seconds": round(done.seconds, 1), "calibration_tokens": done.tokens}
     report["unexplained"] = {str(i): round(v, 3) for i, v in done.unexplained.items()}
     if place:
-        fast.save_pretrained(place)
-        (place / "report.json").write_text(json.dumps(report))
+        with atomic_folder(place, overwrite=True) as new:  # another run may make the same, or read it
+            fast.save_pretrained(new)
+            (new / "report.json").write_text(json.dumps(report))
     return fast, report
 
 

@@ -91,7 +91,9 @@ def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, A
         *("--steps", args.steps, "--calibration-steps", args.calibration_steps),
         *(args.data / word if word.endswith(FILES) else word for word in more),
     ]
-    if fff != "dense":
+    if fff == "dense":
+        failed.unlink(missing_ok=True)
+    else:
         wait_for(made, failed, args.claims is not None)
     try:
         told = tasks_minilm.run(tasks_minilm.parser().parse_args([str(word) for word in options]))

@@ -83,7 +83,7 @@ def distill(
     ] = None,
     rows: Annotated[
         PackedRows | None,
-        typer.Option(help="Train trees for rows that they are packed with later, so that they lose less."),
+        typer.Option(help="Train trees with rows rounded as they are packed later, which is meant to lose less."),
     ] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens at which an input is cut.")] = 128,
     crop: Annotated[

@@ -59,7 +59,7 @@ def export(
         bool | None,
         typer.Option(
             "--vnni/--no-vnni",
-            help="Whether the CPU that will run int8 in openvino has VNNI or AMX; as this one. Without, weights have 7 bits.",
+            help="Whether the CPU that will run int8 in openvino has VNNI or AMX; by default what this one has. Without, weights have 7 bits.",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -78,11 +78,11 @@ def export(
         if keep:
             raise bad_option("--keep", ValueError("is not for onnx: leave it out"))
         if vnni is not None:
-            raise bad_option("--vnni", ValueError("is not for onnx: leave it out"))
+            raise bad_option("--vnni/--no-vnni", ValueError("is not for onnx: leave it out"))
     elif keep and precision is not Precision.int8:
         raise bad_option("--keep", ValueError("is for --precision int8"))
     elif vnni is not None and precision is not Precision.int8:
-        raise bad_option("--vnni", ValueError("is for --precision int8"))
+        raise bad_option("--vnni/--no-vnni", ValueError("is for --precision int8"))
     elif precision is Precision.int8 and not text:
         raise bad_option("--text", ValueError("int8 looks at some hundreds of typical texts: name a file of them"))
     check_out(source, output, overwrite)

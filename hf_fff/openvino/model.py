@@ -24,7 +24,7 @@ from .quantise import calibration_batches, has_vnni, products, quantised
 
 PRECISIONS = ("int8", "bf16", "f32")
 # "auto" is as the precision. Beside int8 attention, which costs converted MiniLMs 0.013 to 0.017 of cosine to themselves in float32, int8 rows cost 0.002
-# more than bf16 ones, nothing that two tasks notice, and are faster with many trees (docs/openvino.md).
+# more than bf16 ones (0.005 on a CPU without VNNI), nothing that two tasks notice, and are faster with many trees (docs/openvino.md).
 ROWS = ("auto", *PRECISIONS)
 FORMAT_VERSION = 2
 _READ_VERSIONS = (1, FORMAT_VERSION)  # 1 knew no packed rows
@@ -64,7 +64,8 @@ def compile(
 
     Raises:
         ImportError: openvino is not installed, or nncf, which int8 needs.
-        ValueError: an unknown precision or kind of rows, no texts for int8, names in ``keep`` that are of no product, a float64 model, adapters of PEFT that are not merged, a
+        ValueError: an unknown precision or kind of rows, no texts for int8, names in ``keep`` that are of no product, ``keep`` or ``vnni`` beside
+            another precision, a float64 model, adapters of PEFT that are not merged, a
             model that OpenVINO cannot convert.
         RuntimeError: the library with the operation FFF can neither be found nor compiled.
     """
@@ -74,6 +75,8 @@ def compile(
         raise ValueError(f"rows={rows!r} is not known (allowed: {', '.join(ROWS)})")
     if keep and precision != "int8":
         raise ValueError(f"keep={list(keep)!r} is for int8, and precision={precision!r}")
+    if vnni is not None and precision != "int8":
+        raise ValueError(f"vnni={vnni} is for int8, and precision={precision!r}")
     if isinstance(keep, str):
         raise ValueError(f"keep={keep!r} must be a list of names")
     rows = precision if rows == "auto" else rows

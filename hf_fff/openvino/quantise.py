@@ -46,14 +46,15 @@ def products(graph: Any, modules: Sequence[str]) -> list[str]:
         if node.get_type_name() == "MatMul"
     }
     for pattern in modules:
-        if not fnmatch.filter(where.values(), pattern):
+        if not any(fnmatch.fnmatchcase(module, pattern) for module in where.values()):
             known = ", ".join(dict.fromkeys(where.values()))
             raise ValueError(f"keep={pattern!r} names no module that makes a matrix product (those are: {known})")
     return [name for name, module in where.items() if any(fnmatch.fnmatchcase(module, p) for p in modules)]
 
 
 def has_vnni() -> bool:
-    """Whether this CPU sums up products of int8 in 32 bits. An x86 CPU without VNNI adds each two of them in 16 bits, where they overflow."""
+    """Whether this CPU sums up products of int8 in 32 bits. An x86 CPU without VNNI adds each two of them in 16 bits, where they
+    overflow; one that tells no features (they are read as Linux names them) counts as such."""
     exact = any("vnni" in feature or feature == "amx_int8" for feature in cpu_features())
     return exact or platform.machine().lower() not in ("x86_64", "amd64")
 

@@ -3,6 +3,7 @@
 Calibration fits one layer at a time; here all of them are trained together, attention and embeddings too.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,6 +98,8 @@ class DistillationTrainer(FastTrainer):
         """As ``Trainer.train``."""
         self._measure_scales()
         self._graphed = self.args.cuda_graphs and self.args.device.type == "cuda"
+        if self.args.cuda_graphs and not self._graphed:
+            warnings.warn(f"cuda_graphs=True is for GPUs: on {self.args.device} steps run as usual", stacklevel=2)
         try:
             return super().train(*args, **kwargs)
         finally:

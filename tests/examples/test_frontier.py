@@ -23,7 +23,7 @@ def timed(**trees):
         ("1x11", 44.0, "**1.02x (mlp:72 1.14x)**", 45 / 44),  # an MLP between none and mlp:72 would take 45
         ("1x11", 47.0, "0.96x (mlp:72 1.06x)", 45 / 47),  # faster than mlp:72, which is better, too
         ("8x8", 61.0, "0.90x (mlp:224 0.98x)", 55 / 61),
-        ("32x6", 80.0, "dense 1.25x", 1.0),
+        ("32x6", 80.0, "dense 1.25x", None),
     ],
 )
 def test_verdict(tree, microseconds, cell, ratio):

@@ -505,6 +505,8 @@ def test_wrong_models_and_options(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             fff_openvino.compile(model, precision, keep=keep)
+    with pytest.raises(ValueError, match="vnni=False is for int8, and precision='bf16'"):
+        fff_openvino.compile(model, "bf16", vnni=False)
     with pytest.raises(ValueError, match=r"keep='\*.ffn' names no module .*encoder.layer.0.attention.self.query"):
         quantise.products(graphs.to_graph(model)[0], ["*.key", "*.ffn"])
     with pytest.raises(ValueError, match="needs texts="):

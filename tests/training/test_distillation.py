@@ -189,6 +189,12 @@ def test_compiled_steps_are_the_same(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_recorded_steps_are_for_gpus(tmp_path):
+    t = trainer(tmp_path, *pair(), max_steps=1, cuda_graphs=True)
+    with pytest.warns(UserWarning, match="cuda_graphs=True is for GPUs: on cpu steps run as usual"):
+        t.train()
+
+
 def test_what_is_left_alone(tmp_path):
     student, teacher = pair("2x3", "ForSequenceClassification", num_labels=3)
     student.bert.embeddings.LayerNorm.bias.requires_grad_(False)
