@@ -10,6 +10,8 @@ BENCH_OUT ?= $(if $(BENCH_ARGS),build/bench,docs/results)
 CUDA_PYTHON ?= "$(VENV)/bin/python"
 CUDA_STAMP = $(if $(filter file,$(origin CUDA_PYTHON)),$(VENV)/.stamp)
 CXX_ARM ?= aarch64-linux-gnu-g++
+NVCC ?= nvcc
+COMPUTE_SANITIZER ?= compute-sanitizer
 QEMU_ARM ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 TEXT ?=
 CARD ?=
@@ -23,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo publish-example test test-full test-compat test-arm sanitize lint clean venv \
-	bench bench-layer bench-trained bench-frontier bench-scaling bench-model bench-serve bench-pages test-cuda bench-cuda
+	bench bench-layer bench-trained bench-frontier bench-scaling bench-model bench-serve bench-pages test-cuda check-cuda bench-cuda
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # what is measured must not run side by side
 
@@ -77,6 +79,15 @@ endef
 test-cuda: $(CUDA_STAMP) ## the whole operator suite on a GPU; fails where there is none; CUDA_PYTHON=python3 takes that one's torch
 	$(call needs_gpu,test-cuda)
 	@$(CUDA_PYTHON) $(PYTEST) tests/ops tests/layers $(PYTEST_ARGS)
+
+check-cuda: ## the CUDA kernels without torch, on a GPU: ten thousand random shapes, then compute-sanitizer's memcheck, initcheck and racecheck
+	@mkdir -p build
+	@$(NVCC) -std=c++20 -O3 -arch=native --threads 0 --extended-lambda -Ikernels kernels/tests/check_cuda.cu kernels/cuda/*.cu -o build/check-cuda
+	@build/check-cuda 120 10000
+	@command -v $(COMPUTE_SANITIZER) > /dev/null || { echo "compute-sanitizer is missing (name it by COMPUTE_SANITIZER=...): only the results were checked"; exit 1; }
+	@$(COMPUTE_SANITIZER) --error-exitcode 1 build/check-cuda
+	@NO_POISON=1 $(COMPUTE_SANITIZER) --tool initcheck --error-exitcode 1 build/check-cuda
+	@$(COMPUTE_SANITIZER) --tool racecheck --error-exitcode 1 build/check-cuda race
 
 sanitize: $(patsubst kernels/cpu/%.cpp,build/check-%.o,$(wildcard kernels/cpu/*.cpp)) ## the C++ core of the kernels under ASan and UBSan, with each instruction set of this machine; needs no Python
 	@$(CXX) $(SANITIZE) -pthread kernels/tests/check.cpp $^ -o build/check
