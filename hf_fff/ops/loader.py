@@ -69,7 +69,7 @@ _TOOLCHAINS = {
         # Where a C++ runtime is linked statically, its names must not mix with those of torch's: they crash each other.
         ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-Wl,--no-as-needed,--exclude-libs=ALL",),
         "HF_FFF_CXXFLAGS",
-        timeout=300,
+        timeout=900,
         takes="about 25 s",
     ),
     "nvcc": Toolchain(
