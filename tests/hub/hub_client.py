@@ -54,6 +54,7 @@ class Client:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DOWNLOAD_TIMEOUT": "1",
             "COLUMNS": "80",
+            "OMP_NUM_THREADS": "1",  # as in `logits_of`: on some CPUs PyTorch's products depend on it
         }
         home.mkdir(parents=True, exist_ok=True)
         self._said, self._read = home / "said.txt", 0
@@ -107,7 +108,12 @@ tell(model(torch.arange(5, 15)[None]).logits.tolist())
 
 @torch.no_grad()
 def logits_of(folder):
-    return AutoModelForSequenceClassification.from_pretrained(folder)(torch.arange(5, 15)[None]).logits.tolist()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(folder)(torch.arange(5, 15)[None]).logits.tolist()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def make_folder(path, head="ForSequenceClassification", fff="2x3", readme=True, **fields):

@@ -55,7 +55,7 @@ def test_evaluation(tmp_path, tokenizer, task, fff):
     found = t.evaluate()
     want = evaluate(model, get_task(task), t.eval_dataset, tokenizer, batch_size=32)
     for name, value in want.items():
-        assert found[f"eval_{name}"] == pytest.approx(value, abs=1e-5), name
+        assert found[f"eval_{name}"] == pytest.approx(value, rel=1e-6, abs=1e-5), name
     batch = get_task(task).collator(tokenizer)([t.eval_dataset[i] for i in range(13)])
     with torch.no_grad():
         assert found["eval_loss"] == pytest.approx(float(model.eval()(**batch).loss), rel=1e-4)
