@@ -53,6 +53,16 @@ def other_sources():
 def test_the_sources_that_are_no_part_of_it(nvcc, source, tmp_path):
     root = loader.kernels_root()
     codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in TARGETS]
-    command = [*nvcc, "-std=c++20", "--extended-lambda", f"-I{root}", *codes, "-c", str(root / source), "-o", str(tmp_path / "out.o")]
+    command = [
+        *nvcc,
+        "-std=c++20",
+        "--extended-lambda",
+        f"-I{root}",
+        *codes,
+        "-c",
+        str(root / source),
+        "-o",
+        str(tmp_path / "out.o"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
