@@ -29,9 +29,9 @@ def rounded_rows(model: nn.Module, rows: str | None = "int8") -> Iterator[None]:
     """Within it, the trees of a model compute as those of ``optimize(model, rows)`` do, but on any device and with gradients.
 
     Rows of the weights and tokens are rounded as the packed layers have them, and so is what a token multiplies output rows by; gradients
-    pass all rounding unchanged (straight-through). A model that is trained so is meant to lose less when it is packed, see ``packed_rows`` of the
-    training's arguments. In float32 the outputs are those of the packed layers, but for the last bits of their sums. Weights stay what
-    they are.
+    pass all rounding unchanged (straight-through). A model that is trained so is meant to lose less when it is packed, see
+    ``packed_rows`` of the training's arguments. In float32 the outputs are those of the packed layers, but for the last bits of
+    their sums. Weights stay what they are.
 
     Args:
         model: any module with ``FFF`` layers.

@@ -40,8 +40,9 @@ class FastTrainer(SafeCheckpoints):
         args._n_gpu = min(args.n_gpu, 1)  # else DataParallel, slower than one GPU; several are for accelerate launch
         check_rows("train_dataset", kwargs.get("train_dataset"), 1)
         check_rows("eval_dataset", kwargs.get("eval_dataset"), 1)
-        with rounded_rows(model, args.packed_rows):  # raises where there are no trees
-            super().__init__(model, args, **kwargs)
+        with rounded_rows(model, args.packed_rows):
+            pass  # raises where there are no trees
+        super().__init__(model, args, **kwargs)
         if not any(isinstance(callback, RoutingMetrics) for callback in self.callback_handler.callbacks):
             self.add_callback(RoutingMetrics())
         self.model_accepts_loss_kwargs = False  # some heads take them, and do not heed them
