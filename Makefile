@@ -16,7 +16,7 @@ QEMU_ARM ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 TEXT ?=
 CARD ?=
 
-SANITIZE = -g -O1 -std=c++20 -fsanitize=address,undefined -fno-sanitize-recover=undefined -Ikernels
+SANITIZE = -g -O1 -std=c++20 -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=undefined -Ikernels
 , := ,
 TRAINED = --inputs examples/data/everyday_eval.txt --threads $(BENCH_THREADS) --no-backward
 PYTEST = -m pytest -q
@@ -102,7 +102,7 @@ test-arm: ## the C++ core of the kernels on emulated 64-bit Arm; needs a cross c
 	@for tool in $(firstword $(CXX_ARM)) $(firstword $(QEMU_ARM)); do command -v $$tool > /dev/null || { \
 		echo "$$tool is missing, and nothing was run. On Debian: apt-get install g++-aarch64-linux-gnu qemu-user;" \
 			"elsewhere name the compiler and the emulator: make test-arm CXX_ARM=... QEMU_ARM=..."; exit 1; }; done
-	@$(CXX_ARM) -O2 -std=c++20 -pthread -Ikernels kernels/tests/check.cpp kernels/cpu/*.cpp -o build/check-arm
+	@$(CXX_ARM) -O2 -std=c++20 -ffp-contract=off -pthread -Ikernels kernels/tests/check.cpp kernels/cpu/*.cpp -o build/check-arm
 	@$(QEMU_ARM) build/check-arm
 
 lint: $(VENV)/.stamp ## ruff and mypy

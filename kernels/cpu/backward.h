@@ -161,8 +161,8 @@ FFF_INLINE void add_chunk(const Chunk<T>& c, int64_t levels, int64_t level, int6
       const V grad_logit = c.grad_logit[i * levels + level + l] - V{}, value = c.value[i * levels + level + l] - V{};
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        in[l][v] += grad_logit * x[v];
-        out[l][v] += value * g[v];
+        in[l][v] = fused(grad_logit, x[v], in[l][v]);
+        out[l][v] = fused(value, g[v], out[l][v]);
       }
     }
   }

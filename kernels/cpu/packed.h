@@ -142,8 +142,8 @@ struct Bf16 {
   }
 #else
   static FFF_INLINE Vec<float> add(Vec<float> sum, Bytes a, Bytes b) {
-    sum += bits_of<Vec<float>>(a.v & 0xffff0000u) * bits_of<Vec<float>>(b.v & 0xffff0000u);
-    return sum + bits_of<Vec<float>>(a.v << 16) * bits_of<Vec<float>>(b.v << 16);
+    sum = fused(bits_of<Vec<float>>(a.v & 0xffff0000u), bits_of<Vec<float>>(b.v & 0xffff0000u), sum);
+    return fused(bits_of<Vec<float>>(a.v << 16), bits_of<Vec<float>>(b.v << 16), sum);
   }
 #endif
 };

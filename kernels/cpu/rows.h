@@ -8,14 +8,14 @@ template <class T> FFF_INLINE accumulator_t<T> dot(const T* a, const T* b, int64
   Vec<A> s0 = zero<A>(), s1 = s0, s2 = s0, s3 = s0;
   int64_t i = 0;
   for (; i + 4 * w <= n; i += 4 * w) {
-    s0 += load(a + i) * load(b + i);
-    s1 += load(a + i + w) * load(b + i + w);
-    s2 += load(a + i + 2 * w) * load(b + i + 2 * w);
-    s3 += load(a + i + 3 * w) * load(b + i + 3 * w);
+    s0 = fused(load(a + i), load(b + i), s0);
+    s1 = fused(load(a + i + w), load(b + i + w), s1);
+    s2 = fused(load(a + i + 2 * w), load(b + i + 2 * w), s2);
+    s3 = fused(load(a + i + 3 * w), load(b + i + 3 * w), s3);
   }
-  for (; i + w <= n; i += w) s0 += load(a + i) * load(b + i);
+  for (; i + w <= n; i += w) s0 = fused(load(a + i), load(b + i), s0);
   A total = sum<A>((s0 + s1) + (s2 + s3));
-  for (; i < n; ++i) total += to_accumulator(a[i]) * to_accumulator(b[i]);
+  for (; i < n; ++i) total = fused(to_accumulator(a[i]), to_accumulator(b[i]), total);
   return total;
 }
 
@@ -34,7 +34,7 @@ FFF_INLINE float dot(const bfloat16* a, const bfloat16* b, int64_t n) {
   }
   for (; i + 32 <= n; i += 32) s0 = _mm512_dpbf16_ps(s0, load_pairs(a + i), load_pairs(b + i));
   float total = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s0, s1), _mm512_add_ps(s2, s3)));
-  for (; i < n; ++i) total += to_float(a[i]) * to_float(b[i]);
+  for (; i < n; ++i) total = fused(to_float(a[i]), to_float(b[i]), total);
   return total;
 }
 #endif
@@ -52,13 +52,13 @@ template <int rows, class T> FFF_INLINE void dots(const T* a, const T* const* ro
     for (int j = 0; j < 4; ++j) {
       const Vec<A> v = in_register(load(a + i + j * w));
 #pragma GCC unroll 4
-      for (int k = 0; k < rows; ++k) s[k][j] += v * load(row[k] + i + j * w);
+      for (int k = 0; k < rows; ++k) s[k][j] = fused(v, load(row[k] + i + j * w), s[k][j]);
     }
   for (; i + w <= n; i += w)
-    for (int k = 0; k < rows; ++k) s[k][0] += load(a + i) * load(row[k] + i);
+    for (int k = 0; k < rows; ++k) s[k][0] = fused(load(a + i), load(row[k] + i), s[k][0]);
   for (int k = 0; k < rows; ++k) {
     A total = sum<A>((s[k][0] + s[k][1]) + (s[k][2] + s[k][3]));
-    for (int64_t j = i; j < n; ++j) total += to_accumulator(a[j]) * to_accumulator(row[k][j]);
+    for (int64_t j = i; j < n; ++j) total = fused(to_accumulator(a[j]), to_accumulator(row[k][j]), total);
     out[k] = total;
   }
 }
@@ -77,7 +77,7 @@ FFF_INLINE void combine_block(const accumulator_t<T>* coefficient, const T* cons
     const Vec<A> c = broadcast<A>(coefficient[k]);
     const T* row = rows[k] + offset;
 #pragma GCC unroll 32
-    for (int v = 0; v < vectors; ++v) s[v] += c * load(row + v * w);
+    for (int v = 0; v < vectors; ++v) s[v] = fused(c, load(row + v * w), s[v]);
   }
   for (int v = 0; v < vectors; ++v) store<A>(sums + offset + v * w, s[v]);
 }
@@ -98,8 +98,8 @@ FFF_INLINE void combine_pair(const accumulator_t<T>* coefficient, const T* const
 #pragma GCC unroll 32
     for (int v = 0; v < vectors; ++v) {
       const Vec<A> r = in_register(load(row + v * w));
-      a[v] += ca * r;
-      b[v] += cb * r;
+      a[v] = fused(ca, r, a[v]);
+      b[v] = fused(cb, r, b[v]);
     }
   }
   for (int64_t k = shared; k < count; ++k) {
@@ -107,8 +107,8 @@ FFF_INLINE void combine_pair(const accumulator_t<T>* coefficient, const T* const
     const T *row_a = rows[k] + offset, *row_b = rows[count + k] + offset;
 #pragma GCC unroll 32
     for (int v = 0; v < vectors; ++v) {
-      a[v] += ca * load(row_a + v * w);
-      b[v] += cb * load(row_b + v * w);
+      a[v] = fused(ca, load(row_a + v * w), a[v]);
+      b[v] = fused(cb, load(row_b + v * w), b[v]);
     }
   }
   for (int v = 0; v < vectors; ++v) store<A>(sums_a + offset + v * w, a[v]);
@@ -129,7 +129,7 @@ FFF_TARGET void combine(const accumulator_t<T>* coefficient, const T* const* row
   for (; i + w <= hidden; i += w) combine_block<1>(coefficient, rows, count, i, add, sums);
   for (; i < hidden; ++i) {
     A s = add ? sums[i] : A(0);
-    for (int64_t k = 0; k < count; ++k) s += coefficient[k] * to_accumulator(rows[k][i]);
+    for (int64_t k = 0; k < count; ++k) s = fused(coefficient[k], to_accumulator(rows[k][i]), s);
     sums[i] = s;
   }
 }

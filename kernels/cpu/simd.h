@@ -63,6 +63,32 @@ FFF_INLINE Vec<float> load(const float16* p) {
 
 template <class A> FFF_INLINE void store(A* p, Vec<A> v) { std::memcpy(p, &v, sizeof v); }
 
+// a * b + c, rounded once where the instruction set can, for vectors and numbers. Sources are compiled without contraction (-ffp-contract=off),
+// which would fuse here and not there, by a compiler's version and by what stands around: a token's result must not depend on whether it
+// comes alone.
+#if defined(__x86_64__) && FFF_BYTES == 64
+FFF_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+FFF_INLINE Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__x86_64__) && FFF_BYTES == 32
+FFF_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+FFF_INLINE Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__aarch64__)
+FFF_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+FFF_INLINE Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
+template <class V> FFF_INLINE V fused(V a, V b, V c) { return a * b + c; }
+#endif
+#if FFF_BYTES > 16 || defined(__aarch64__)
+FFF_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+FFF_INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#endif
+
 // ---- sum over the lanes, always in the same order -------------------------------------------------------------------
 template <class A> FFF_INLINE A sum(Vec<A> v) {
 #if defined(__x86_64__) && FFF_BYTES == 64
