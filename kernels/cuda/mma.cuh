@@ -158,6 +158,82 @@ template <int M, int NODES, int STRIDE> __device__ inline void spill(const float
       for (int i = 0; i < 4; ++i) logits[(row + m * 16 + i / 2 * 8) * STRIDE + n * 8 + column + i % 2] = sums[m][n][i];
 }
 
+template <class G> __device__ inline void store_pair(G* to, float a, float b) {
+  if constexpr (sizeof(G) == 4) {
+    *reinterpret_cast<float2*>(to) = make_float2(a, b);
+  } else {
+    const float pair[2] = {a, b};
+    *reinterpret_cast<uint32_t*>(to) = Pack<G, 2>::of(pair).word;
+  }
+}
+
+// Rows of `outputs`: of coefficients in shared memory, and of a warp's results on their way out.
+template <int INNER> constexpr int kCoefficientsRow = INNER + 8;
+constexpr int kOutputRow = kColumns + 8;
+
+// out[token] = coefficients times weights, for the warp's M times 16 tokens (< 0: none). `begin(chunk)` starts copying columns
+// [chunk * 64, + 64) of INNER rows of weights into stage chunk % STAGES; it was called for the first STAGES - 1. Results of 16 bits go
+// through `memory`, [M * 16] rows of the warp's own, so that eight lanes write 128 bytes.
+template <class T, int M, int INNER, int STAGES, class G, class Begin>
+__device__ inline void outputs(uint32_t coefficients, uint32_t stages, char* memory, const int* tokens, G* out, int hidden, const Begin& begin) {
+  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * M * 16, chunks = hidden / kColumns;
+  uint32_t c[M][INNER / 16][4];
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int k = 0; k < INNER / 16; ++k)
+      matrices_4(c[m][k], coefficients + (first + m * 16 + lane % 16) * kCoefficientsRow<INNER> * 2 + (k * 2 + lane / 16) * 16);
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    copies_wait<STAGES - 2>();
+    __syncthreads();
+    begin(chunk + STAGES - 1);
+    const uint32_t stage = stages + chunk % STAGES * INNER * 128;
+    constexpr int PART = kColumns / 8 / 2;  // half of the columns at a time, for the registers
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sums[M][PART][4] = {};
+#pragma unroll
+      for (int k = 0; k < INNER / 16; ++k)
+#pragma unroll
+        for (int n = 0; n < PART; n += 2) {
+          uint32_t b[4];
+          matrices_4_transposed(b, piece_at(stage, k * 16 + lane % 16, half * PART + n + lane / 16));
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+            multiply(sums[m][n], c[m][k], b[0], b[1], T());
+            multiply(sums[m][n + 1], c[m][k], b[2], b[3], T());
+          }
+        }
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int n = 0; n < PART; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; i += 2) {
+            const int row = m * 16 + lane / 4 + i * 4, column = (half * PART + n) * 8 + lane % 4 * 2;
+            if constexpr (sizeof(G) == 4) {  // four lanes write a whole sector
+              const int token = tokens[first + row];
+              if (token >= 0)
+                __stcs(reinterpret_cast<float2*>(out + int64_t(token) * hidden + chunk * kColumns + column),
+                       make_float2(sums[m][n][i], sums[m][n][i + 1]));
+            } else {
+              store_pair(reinterpret_cast<G*>(memory + row * kOutputRow * 2) + column, sums[m][n][i], sums[m][n][i + 1]);
+            }
+          }
+    }
+    if constexpr (sizeof(G) == 2) {
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4 * M; ++i) {
+        const int row = i * 4 + lane / 8, token = tokens[first + row];
+        const uint4 word = *reinterpret_cast<const uint4*>(memory + row * kOutputRow * 2 + lane % 8 * 16);
+        if (token >= 0) __stcs(reinterpret_cast<uint4*>(out + int64_t(token) * hidden + chunk * kColumns) + lane % 8, word);
+      }
+      __syncwarp();
+    }
+  }
+}
+
 // Blocks that may, if `early` (9.0 and later), begin before the kernel before them has ended: see `wait_for_previous`.
 template <class... P>
 void launch_early(void (*kernel)(P...), unsigned blocks, int threads, int shared, bool early, cudaStream_t stream, P... of) {
