@@ -44,13 +44,14 @@ template <class T> struct Forest {
 // ---- upper ---------------------------------------------------------------------------------------------------------------
 
 template <int TOKENS> struct Upper {
-  static constexpr int WARPS = TOKENS == 128 ? 2 : 1, SIDE = 8 / WARPS;  // warps along the tokens, and along nodes and columns
+  static constexpr bool GROUPS = kWarpgroups && TOKENS == 128;
+  static constexpr int WARPS = GROUPS ? 8 : TOKENS == 128 ? 2 : 1, SIDE = 8 / WARPS;  // warps along the tokens, and along nodes and columns
   static constexpr int M = TOKENS / WARPS / 16, EACH = kUpper / SIDE;    // a warp's
   static constexpr int STRIDE = kUpper + 8;                              // of logits
   // In the memory of the products' stages: coefficients, in chunks of 64 nodes; behind them first logits, then stages of weight_out.
   static constexpr int PRODUCTS = kStages * (TOKENS + kUpper) * 128, AT = TOKENS * kUpper * 2;
   static constexpr int STAGE = 64 * kUpper * 2, STAGES = 4;
-  static constexpr int BYTES = std::max({PRODUCTS, AT + TOKENS * STRIDE * 4, AT + STAGES * STAGE});
+  static constexpr int BYTES = std::max({PRODUCTS, AT + TOKENS * STRIDE * 4, AT + STAGES * STAGE}) + 1024;  // from a multiple of 1024 on
   static_assert(BYTES <= kShared);
 };
 
@@ -72,7 +73,9 @@ __device__ inline void gather_piece(uint32_t (&w)[4]) {
 template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kernel(Forest<T> a) {
   using U = Upper<TOKENS>;
   constexpr int THREADS = 256, N = U::EACH / 8;
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char dynamic[];
+  const uint32_t shared = (uint32_t(__cvta_generic_to_shared(dynamic)) + 1023) / 1024 * 1024;
+  char* memory = dynamic + (shared - uint32_t(__cvta_generic_to_shared(dynamic)));
   __shared__ int tokens[TOKENS], rows[kUpper], drawn[kUpper];
   __shared__ float bias[kUpper];
   let_next_begin();
@@ -89,9 +92,9 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
     drawn[threadIdx.x] = 0;
   }
   __syncthreads();
-  const uint32_t shared = uint32_t(__cvta_generic_to_shared(memory));
   float sums[U::M][N][4];
-  products<T, U::WARPS, U::M, U::EACH, U::SIDE>(sums, shared, a.x, a.weight_in, hidden, tokens, rows);
+  if constexpr (U::GROUPS) group_products(sums[0], shared, a.x, a.weight_in, hidden, tokens, rows);
+  else products<T, U::WARPS, U::M, U::EACH, U::SIDE>(sums, shared, a.x, a.weight_in, hidden, tokens, rows);
   float* logits = reinterpret_cast<float*>(memory + U::AT);
 #pragma unroll
   for (int m = 0; m < U::M; ++m)
@@ -125,6 +128,7 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
   }
   __syncthreads();
   const int chunk = first / a.chunk, subtrees = a.subtrees();
+  wait_for_previous();  // which sets the counts to zero
   if (const int some = drawn[threadIdx.x]) drawn[threadIdx.x] = atomicAdd(a.counts + int64_t(chunk) * subtrees + threadIdx.x, some);
   __syncthreads();
   for (int i = threadIdx.x; i < count * trees; i += THREADS) {
@@ -136,9 +140,9 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
   __syncthreads();
 
   // Outputs, 256 columns at a time; each time the nodes in chunks of 64.
-  const int chunks = (subtrees + 63) / 64, steps = (hidden + kUpper - 1) / kUpper * chunks;
+  const int chunks = (subtrees + 63) / 64, blocks = (hidden + kUpper - 1) / kUpper;
   const auto begin = [&](int step) {
-    if (step < steps) {
+    if (step < blocks * chunks) {
       const uint32_t stage = shared + U::AT + step % U::STAGES * U::STAGE;
       const int inner = step % chunks * 64, piece = threadIdx.x % 32, column = step / chunks * kUpper + piece * 8;
 #pragma unroll
@@ -150,16 +154,11 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
     }
     copies_end_group();
   };
-  for (int c = 0; c < U::STAGES - 1; ++c) begin(c);
-  for (int step = 0; step < steps; ++step) {
-    copies_wait<U::STAGES - 2>();
-    __syncthreads();
-    begin(step + U::STAGES - 1);
-    const int inner = step % chunks, column = step / chunks * kUpper + side * U::EACH;
-    if (column >= hidden) continue;
-    const uint32_t coefficients = shared + inner * TOKENS * 128;
-    const uint32_t weights = shared + U::AT + step % U::STAGES * U::STAGE + side * U::EACH / 64 * 64 * 128;
-    if (inner == 0) {
+  constexpr int AHEAD = U::STAGES - (U::GROUPS ? 2 : 1);  // warpgroups may still multiply what the step before this one needs
+  for (int c = 0; c < AHEAD; ++c) begin(c);
+  for (int block = 0; block < blocks; ++block) {
+    const int column = block * kUpper + side * U::EACH;
+    if constexpr (!U::GROUPS) {
 #pragma unroll
       for (int m = 0; m < U::M; ++m)
 #pragma unroll
@@ -167,23 +166,40 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
 #pragma unroll
           for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
     }
+    for (int inner = 0; inner < chunks; ++inner) {
+      const int step = block * chunks + inner;
+      copies_wait<AHEAD - 1>();
+      if constexpr (U::GROUPS) groups_will_read();
+      __syncthreads();
+      begin(step + AHEAD);
+      const uint32_t coefficients = shared + inner * TOKENS * 128, weights = shared + U::AT + step % U::STAGES * U::STAGE;
+      if constexpr (U::GROUPS) {
+        group_begin();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      uint32_t c[U::M][4];
+        for (int k = 0; k < 4; ++k)
+          group_multiply<true>(sums[0], operand(coefficients + warp / 4 * 64 * 128 + k * 32), operand(weights + k * 16 * 128, 64 * 128), inner || k, T());
+        group_end();
+        groups_wait_but_last();
+      } else if (column < hidden) {
 #pragma unroll
-      for (int m = 0; m < U::M; ++m) matrices_4(c[m], piece_at(coefficients, (warp * U::M + m) * 16 + lane % 16, k * 2 + lane / 16));
+        for (int k = 0; k < 4; ++k) {
+          uint32_t c[U::M][4];
 #pragma unroll
-      for (int n = 0; n < N; n += 2) {
-        uint32_t b[4];
-        matrices_4_transposed(b, piece_at(weights, k * 16 + lane % 16, side * N % 8 + n + lane / 16));
+          for (int m = 0; m < U::M; ++m) matrices_4(c[m], piece_at(coefficients, (warp * U::M + m) * 16 + lane % 16, k * 2 + lane / 16));
 #pragma unroll
-        for (int m = 0; m < U::M; ++m) {
-          multiply(sums[m][n], c[m], b[0], b[1], T());
-          multiply(sums[m][n + 1], c[m], b[2], b[3], T());
+          for (int n = 0; n < N; n += 2) {
+            uint32_t b[4];
+            matrices_4_transposed(b, piece_at(weights + side * U::EACH / 64 * 64 * 128, k * 16 + lane % 16, side * N % 8 + n + lane / 16));
+#pragma unroll
+            for (int m = 0; m < U::M; ++m) {
+              multiply(sums[m][n], c[m], b[0], b[1], T());
+              multiply(sums[m][n + 1], c[m], b[2], b[3], T());
+            }
+          }
         }
       }
     }
-    if (inner + 1 < chunks) continue;
+    if constexpr (U::GROUPS) groups_wait(sums[0]);
 #pragma unroll
     for (int m = 0; m < U::M; ++m)
 #pragma unroll
@@ -198,7 +214,7 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
             w[j] = Pack<T, 2>::of(pair).word;
           }
           gather_piece(w);
-          if (token >= 0)
+          if (token >= 0 && column + n * 8 < hidden)
             *reinterpret_cast<uint4*>(a.y + int64_t(token) * hidden + column + (n + lane % 4) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
         }
       }
@@ -396,8 +412,7 @@ Parts parts_of(const Shape& s, void* workspace) {
 }
 
 template <class T, int TOKENS> void upper(const Forest<T>& a, cudaStream_t stream) {
-  allow_shared(upper_kernel<T, TOKENS>, Upper<TOKENS>::BYTES);
-  upper_kernel<T, TOKENS><<<unsigned(divide_up(a.shape.tokens, TOKENS)), 256, Upper<TOKENS>::BYTES, stream>>>(a);
+  launch_early(upper_kernel<T, TOKENS>, unsigned(divide_up(a.shape.tokens, TOKENS)), 256, Upper<TOKENS>::BYTES, true, stream, a);
 }
 
 template <class T, int M> void lower(const Forest<T>& a, int64_t chunks, cudaStream_t stream) {
@@ -412,7 +427,7 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   const Forest<T> a{s, f.activation, upper_of(s), parts.chunk, static_cast<const T*>(f.x), static_cast<const T*>(f.weight_in),
                     static_cast<const T*>(f.bias_in), static_cast<const T*>(f.weight_out), static_cast<T*>(f.y), f.path,
                     static_cast<float*>(f.logits), parts.counts, parts.order, parts.list};
-  cudaMemsetAsync(parts.counts, 0, sizeof(int32_t) * parts.chunks * a.subtrees(), stream);
+  zero_counts(parts.counts, parts.chunks * a.subtrees(), stream);
   // Smaller tiles where there are too few for all multiprocessors, or too few tokens in a subtree.
   if (s.tokens > 64 * processors) upper<T, 128>(a, stream);
   else if (s.tokens > 32 * processors) upper<T, 64>(a, stream);

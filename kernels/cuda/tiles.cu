@@ -73,6 +73,7 @@ template <class T, int M> __global__ void __launch_bounds__(128) top_kernel(Top<
     number = atomicAdd(drawn + bin, 1);
   }
   __syncthreads();
+  wait_for_previous();  // which sets the counts to zero
   for (int i = threadIdx.x; i < kBins; i += WARPS * 32)
     if (const int count = drawn[i]) drawn[i] = atomicAdd(a.counts + i, count);  // its first ticket
   __syncthreads();
@@ -191,13 +192,12 @@ bool small_tiles(int64_t tokens, const Problem& p) {
 }
 
 template <class T> void top_part(const Top<T>& a, const Problem& p, cudaStream_t stream) {
-  if (small_tiles(a.tokens * a.shape.trees, p)) {
-    allow_shared(top_kernel<T, 1>, kTopShared<1>);
-    top_kernel<T, 1><<<unsigned(divide_up(a.tokens, 64) * a.shape.trees), 128, kTopShared<1>, stream>>>(a);
-  } else {
-    allow_shared(top_kernel<T, 2>, kTopShared<2>);
-    top_kernel<T, 2><<<unsigned(divide_up(a.tokens, 128) * a.shape.trees), 128, kTopShared<2>, stream>>>(a);
-  }
+  const int64_t tokens = a.tokens, trees = a.shape.trees;
+  const bool early = a.counts && p.capability >= 90;  // behind `zero_counts`
+  if (small_tiles(tokens * trees, p))
+    launch_early(top_kernel<T, 1>, unsigned(divide_up(tokens, 64) * trees), 128, kTopShared<1>, early, stream, a);
+  else
+    launch_early(top_kernel<T, 2>, unsigned(divide_up(tokens, 128) * trees), 128, kTopShared<2>, early, stream, a);
 }
 
 struct Parts {
@@ -221,7 +221,7 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   const T *x = static_cast<const T*>(f.x), *in = static_cast<const T*>(f.weight_in), *bias = static_cast<const T*>(f.bias_in);
   const Parts p = parts_of(s, f.workspace);
   if (top) {
-    cudaMemsetAsync(p.counts, 0, kBins * sizeof(int32_t), stream);
+    zero_counts(p.counts, kBins, stream);
     top_part<T>({tokens, hidden, top, x, in, bias, p.counts, p.order, s, nullptr, nullptr}, f.problem, stream);
   }
   const Sub<T> a{tokens, hidden, levels, top, f.activation, x, in, bias, static_cast<const T*>(f.weight_out), static_cast<T*>(f.y),
