@@ -274,7 +274,7 @@ def test_gradients_are_deterministic(way, dtype, monkeypatch):
 def test_uneven_subtrees():
     """Most tokens in one subtree, so that it is cut into chunks, some subtrees with a few, many with none."""
     x, *weights = there(random_layer(1, 11, 128, 20000, dtype=torch.bfloat16))
-    weights[1][:63] += torch.linspace(-8, 8, 63, device=DEVICE).abs().bfloat16() * 2  # to the right
+    weights[1][:63] += 1.5  # logits are about 1: fourteen of fifteen tokens go to the right
     g = torch.randn_like(x)
     _, path, logits = OPS.fff_train(x, *weights, 1, "gelu")
     below = path[..., 6].flatten().unique(return_counts=True)[1]
