@@ -10,6 +10,7 @@
 //
 // Every x is read twice, every y written once, and nothing else is as large. Coefficients are rounded to the 16-bit type.
 #include <algorithm>
+#include <cstdlib>
 
 #include "cuda/mma.cuh"
 
@@ -20,7 +21,17 @@ constexpr int kSubLevels = 6, kSubNodes = 63, kTopLevels = 6;
 constexpr int kRows = 72;             // of a subtree with its ancestors: 63 + 6, in eights
 constexpr int kInner = 80;            // the same in sixteens
 constexpr int kBins = 1 << kTopLevels;
-template <int M> constexpr int kSubShared = M == 1 ? 69888 : 109056;  // bytes, of which the kernel makes sure
+constexpr int kSubStage = kInner * 128, kSubStages = 3;  // of the second phase
+
+// Shared memory of the second kernel. Second phase, in the memory of the first one's stages: logits, coefficients, outputs on their way, stages
+// of weight_out.
+template <int TOKENS> struct SubMemory {
+  static constexpr int STRIDE = kRows + 1;  // of logits
+  static constexpr int COEFFICIENTS = (TOKENS * STRIDE * 4 + 127) / 128 * 128, OUTPUT = COEFFICIENTS + TOKENS * kCoefficientsRow<kInner> * 2;
+  static constexpr int STAGES = OUTPUT + TOKENS * kOutputRow * 2;
+  static constexpr int BYTES = std::max(STAGES + kSubStages * kSubStage, kStages * (TOKENS + kRows) * 128);
+  static_assert(OUTPUT % 16 == 0 && STAGES % 128 == 0);
+};
 
 template <class T> struct Top {
   int tokens, hidden, levels;  // of the top part
@@ -31,8 +42,9 @@ template <class T> struct Top {
   float* logits;
 };
 
-template <class T, int M> __global__ void __launch_bounds__(128) top_kernel(Top<T> a) {
-  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, STRIDE = kBins + 1;
+// Tiles of WARPS times M times 16 tokens, in both kernels.
+template <class T, int WARPS, int M> __global__ void __launch_bounds__(WARPS * 32) top_kernel(Top<T> a) {
+  constexpr int TOKENS = WARPS * M * 16, STRIDE = kBins + 1;
   extern __shared__ __align__(128) char memory[];
   __shared__ int tokens[TOKENS], rows[kBins], drawn[kBins];
   __shared__ float bias[kBins];
@@ -90,13 +102,9 @@ template <class T> struct Sub {
   const int32_t *counts, *order;  // of the subtrees; null where the tree has no top part
 };
 
-template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(Sub<T> a) {
-  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, STRIDE = kRows + 1, COEFFICIENTS = kCoefficientsRow<kInner>;
-  // Second phase, in the memory of the first one's stages: logits, coefficients, a warp's outputs, stages of weight_out.
-  constexpr int AT_COEFFICIENTS = (TOKENS * STRIDE * 4 + 127) / 128 * 128;
-  constexpr int AT_OUTPUT = AT_COEFFICIENTS + TOKENS * COEFFICIENTS * 2, AT_STAGES = AT_OUTPUT + TOKENS * kOutputRow * 2;
-  constexpr int STAGE = kInner * 128, STAGES = 3;
-  static_assert(AT_OUTPUT % 16 == 0 && AT_STAGES % 128 == 0 && AT_STAGES + STAGES * STAGE <= kSubShared<M>);
+template <class T, int WARPS, int M> __global__ void __launch_bounds__(WARPS * 32) subtree_kernel(Sub<T> a) {
+  constexpr int TOKENS = WARPS * M * 16, THREADS = WARPS * 32;
+  using Memory = SubMemory<TOKENS>;
   extern __shared__ __align__(128) char memory[];
   __shared__ int tokens[TOKENS], rows[kInner], place[3];  // place: subtree, first of its tokens, how many
   __shared__ float bias[kRows];
@@ -133,8 +141,8 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
   if (count <= 0) return;
   const int root = (1 << a.top) - 1 + place[0], sub = a.levels - a.top;
   const int32_t* order = a.order ? a.order + int64_t(place[0]) * a.tokens : nullptr;
-  for (int i = threadIdx.x; i < TOKENS; i += 128) tokens[i] = i < count ? (order ? order[start + i] : start + i) : -1;
-  for (int i = threadIdx.x; i < kInner; i += 128) {
+  for (int i = threadIdx.x; i < TOKENS; i += THREADS) tokens[i] = i < count ? (order ? order[start + i] : start + i) : -1;
+  for (int i = threadIdx.x; i < kInner; i += THREADS) {
     int node = -1;
     if (i < kSubNodes) {
       const int level = 31 - __clz(i + 1);
@@ -150,22 +158,22 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
   {
     float sums[M][kRows / 8][4];
     products<T, WARPS, M, kRows>(sums, shared, a.x, a.weight_in, a.hidden, tokens, rows);
-    spill<M, kRows, STRIDE>(sums, reinterpret_cast<float*>(memory));
+    spill<M, kRows, Memory::STRIDE>(sums, reinterpret_cast<float*>(memory));
   }
   const int chunks = a.hidden / kColumns;
   const auto begin = [&](int chunk) {
     if (chunk < chunks)
-      fetch<kInner, 128>(shared + AT_STAGES + chunk % STAGES * STAGE, reinterpret_cast<const char*>(a.weight_out),
+      fetch<kInner, THREADS>(shared + Memory::STAGES + chunk % kSubStages * kSubStage, reinterpret_cast<const char*>(a.weight_out),
                          int64_t(a.hidden) * sizeof(T), rows, chunk);
     copies_end_group();
   };
-  for (int c = 0; c < STAGES - 1; ++c) begin(c);
-  uint4* zeros = reinterpret_cast<uint4*>(memory + AT_COEFFICIENTS);
-  for (int i = threadIdx.x; i < TOKENS * COEFFICIENTS * 2 / 16; i += 128) zeros[i] = make_uint4(0, 0, 0, 0);
+  for (int c = 0; c < kSubStages - 1; ++c) begin(c);
+  uint4* zeros = reinterpret_cast<uint4*>(memory + Memory::COEFFICIENTS);
+  for (int i = threadIdx.x; i < TOKENS * kCoefficientsRow<kInner> * 2 / 16; i += THREADS) zeros[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
-  if (threadIdx.x < count) {
-    const float* logits = reinterpret_cast<const float*>(memory) + threadIdx.x * STRIDE;
-    T* coefficients = reinterpret_cast<T*>(memory + AT_COEFFICIENTS) + threadIdx.x * COEFFICIENTS;
+  if (int(threadIdx.x) < count) {
+    const float* logits = reinterpret_cast<const float*>(memory) + threadIdx.x * Memory::STRIDE;
+    T* coefficients = reinterpret_cast<T*>(memory + Memory::COEFFICIENTS) + threadIdx.x * kCoefficientsRow<kInner>;
     const int64_t visits = int64_t(tokens[threadIdx.x]) * a.levels;
     int at = 0;
     for (int level = 0; level < a.levels; ++level) {
@@ -180,24 +188,60 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
     }
   }
   __syncthreads();
-  outputs<T, M, kInner, STAGES>(shared + AT_COEFFICIENTS, shared + AT_STAGES, memory + AT_OUTPUT + warp * M * 16 * kOutputRow * 2, tokens, a.y,
-                                a.hidden, begin);
+  outputs<T, M, kInner, kSubStages>(shared + Memory::COEFFICIENTS, shared + Memory::STAGES,
+                                    memory + Memory::OUTPUT + warp * M * 16 * kOutputRow * 2, tokens, a.y, a.hidden, begin);
 }
 
-template <int M> constexpr int kTopShared = kStages * (M * 64 + kBins) * 128;
+template <class T, int WARPS, int M> void launch_top(const Top<T>& a, bool early, cudaStream_t stream) {
+  constexpr int TOKENS = WARPS * M * 16;
+  launch_early(top_kernel<T, WARPS, M>, unsigned(divide_up(a.tokens, TOKENS) * a.shape.trees), WARPS * 32, kStages * (TOKENS + kBins) * 128, early,
+               stream, a);
+}
 
-// Tiles of 64 tokens where there are few of them, or little shared memory. Otherwise 128, which share what is read of the weights.
+template <class T, int WARPS, int M> void launch_subtrees(const Sub<T>& a, bool early, cudaStream_t stream) {
+  constexpr int TOKENS = WARPS * M * 16;
+  const int64_t more = a.top ? 1 << a.top : 0;  // the last tile of each subtree is not full
+  launch_early(subtree_kernel<T, WARPS, M>, unsigned(divide_up(a.tokens, TOKENS) + more), WARPS * 32, SubMemory<TOKENS>::BYTES, early, stream, a);
+}
+
+#ifdef HF_FFF_EXPERIMENT
+int forced(const char* name) {
+  const char* v = std::getenv(name);
+  return v ? std::atoi(v) : 0;
+}
+#endif
+
+// Small tiles where there are few of them, or little shared memory. Larger ones share what is read of the weights.
 bool small_tiles(int64_t tokens, const Problem& p) {
-  return tokens < int64_t{64} * 4 * p.processors || shared_kb(p.capability) * 1024 < kSubShared<2> + 2048;
+  return tokens < int64_t{64} * 4 * p.processors || shared_kb(p.capability) * 1024 < SubMemory<128>::BYTES + 2048;
 }
 
 template <class T> void top_part(const Top<T>& a, const Problem& p, cudaStream_t stream) {
-  const int64_t tokens = a.tokens, trees = a.shape.trees;
   const bool early = a.counts && p.capability >= 90;  // behind `zero_counts`
-  if (small_tiles(tokens * trees, p))
-    launch_early(top_kernel<T, 1>, unsigned(divide_up(tokens, 64) * trees), 128, kTopShared<1>, early, stream, a);
-  else
-    launch_early(top_kernel<T, 2>, unsigned(divide_up(tokens, 128) * trees), 128, kTopShared<2>, early, stream, a);
+#ifdef HF_FFF_EXPERIMENT
+  switch (forced("HF_FFF_TOP")) {
+    case 41: return launch_top<T, 4, 1>(a, early, stream);
+    case 42: return launch_top<T, 4, 2>(a, early, stream);
+    case 81: return launch_top<T, 8, 1>(a, early, stream);
+    case 82: return launch_top<T, 8, 2>(a, early, stream);
+  }
+#endif
+  if (small_tiles(a.tokens * a.shape.trees, p)) launch_top<T, 4, 1>(a, early, stream);
+  else launch_top<T, 4, 2>(a, early, stream);
+}
+
+template <class T> void subtrees(const Sub<T>& a, const Problem& p, cudaStream_t stream) {
+  const bool early = p.capability >= 90;
+#ifdef HF_FFF_EXPERIMENT
+  switch (forced("HF_FFF_SUB")) {
+    case 41: return launch_subtrees<T, 4, 1>(a, early, stream);
+    case 42: return launch_subtrees<T, 4, 2>(a, early, stream);
+    case 81: return launch_subtrees<T, 8, 1>(a, early, stream);
+    case 82: return launch_subtrees<T, 8, 2>(a, early, stream);
+  }
+#endif
+  if (small_tiles(a.tokens, p)) launch_subtrees<T, 4, 1>(a, early, stream);
+  else launch_subtrees<T, 4, 2>(a, early, stream);
 }
 
 struct Parts {
@@ -226,13 +270,7 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   }
   const Sub<T> a{tokens, hidden, levels, top, f.activation, x, in, bias, static_cast<const T*>(f.weight_out), static_cast<T*>(f.y),
                  f.path, static_cast<float*>(f.logits), p.counts, p.order};
-  const unsigned more = top ? 1u << top : 0;  // the last tile of each subtree is not full
-  const bool early = f.problem.capability >= 90;
-  if (small_tiles(tokens, f.problem)) {
-    launch_early(subtree_kernel<T, 1>, unsigned(divide_up(tokens, 64)) + more, 128, kSubShared<1>, early, stream, a);
-  } else {
-    launch_early(subtree_kernel<T, 2>, unsigned(divide_up(tokens, 128)) + more, 128, kSubShared<2>, early, stream, a);
-  }
+  subtrees(a, f.problem, stream);
   return launched();
 }
 
