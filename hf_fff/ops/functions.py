@@ -50,18 +50,24 @@ class _OnGpu(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad
-        needed = (need[0], need[1] or need[2] or need[3])
-        saved = ctx.saved_tensors  # once: checkpointing recomputes at every look
-        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
-            if ctx.mixed:
-                kept, x = saved
-                grads = _backward_mixed(grad_y, x, kept, *ctx.trees, *ctx.settings, *needed)
-            else:
-                grads = _backward(grad_y, *saved, *ctx.trees, *ctx.settings, *needed)
-        return (*(g if n else None for g, n in zip(grads, need[:4], strict=True)), None, None, None, None, None)
+        return (_once if torch.is_grad_enabled() else _gradients)(ctx, grad_y)
+
+
+def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    need = ctx.needs_input_grad
+    needed = (need[0], need[1] or need[2] or need[3])
+    saved = ctx.saved_tensors  # once: checkpointing recomputes at every look
+    with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
+        if ctx.mixed:
+            kept, x = saved
+            grads = _backward_mixed(grad_y, x, kept, *ctx.trees, *ctx.settings, *needed)
+        else:
+            grads = _backward(grad_y, *saved, *ctx.trees, *ctx.settings, *needed)
+    return (*(g if n else None for g, n in zip(grads, need[:4], strict=True)), None, None, None, None, None)
+
+
+_once = torch.autograd.function.once_differentiable(_gradients)  # for create_graph, which asks for more than there is
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -13,6 +13,7 @@
 // The second kernel reads x once for every tree. So tokens are sorted within chunks, and a chunk's tiles follow each other: its x stays in
 // the second-level cache.
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
 
 #include "cuda/mma.cuh"
@@ -24,6 +25,7 @@ constexpr int kLower = 4, kLowerNodes = 15;  // levels and nodes of a subtree
 constexpr int kUpper = 256;                  // upper nodes, with one more for each tree; and subtrees
 constexpr int kShared = 222 * 1024;          // bytes, of the 227 KB that a block may have
 constexpr int kChunk = 16384;                // tokens that are sorted together, at most
+constexpr int kSlice = 16;                   // columns that a multiprocessor sums up: two words of 16 bytes
 
 template <class T> struct Forest {
   Shape shape;
@@ -36,6 +38,9 @@ template <class T> struct Forest {
   int32_t* counts;  // of the tokens in each subtree, [chunks, subtrees]
   uint16_t* order;  // and which, from the chunk's first: [chunks, subtrees, chunk]
   uint4* list;      // of the lower visits; see list_place
+  // The first part of the outputs: slices of kSlice columns, one after the other, so that what a multiprocessor reads lies together.
+  T* first;
+  int64_t first_token, first_slice;  // numbers from one token to the next, and from one slice
 
   __host__ __device__ int subtrees() const { return int(shape.trees) << upper; }
   __host__ __device__ int quads() const { return int(shape.trees + 3) / 4; }
@@ -68,6 +73,10 @@ __device__ inline void gather_piece(uint32_t (&w)[4]) {
     const uint32_t got = __shfl_xor_sync(kAll, upper ? w[i] : w[i + 2], 2);
     w[i] = upper ? got : w[i], w[i + 2] = upper ? w[i + 2] : got;
   }
+}
+
+template <class T> __device__ inline void store_first(const Forest<T>& a, int64_t token, int column, uint4 word) {
+  *reinterpret_cast<uint4*>(a.first + column / kSlice * a.first_slice + token * a.first_token + column % kSlice) = word;
 }
 
 template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kernel(Forest<T> a) {
@@ -215,7 +224,7 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
           }
           gather_piece(w);
           if (token >= 0 && column + n * 8 < hidden)
-            *reinterpret_cast<uint4*>(a.y + int64_t(token) * hidden + column + (n + lane % 4) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+            store_first(a, token, column + (n + lane % 4) * 8, make_uint4(w[0], w[1], w[2], w[3]));
         }
       }
   }
@@ -321,7 +330,6 @@ template <class T, int M> __global__ void __launch_bounds__(128) lower_kernel(Fo
 // ---- sums ----------------------------------------------------------------------------------------------------------------
 
 constexpr int kSumThreads = 1024;
-constexpr int kSlice = 16;  // columns: two words of 16 bytes
 constexpr int kLine = 128;  // bytes of shared memory: the two words of a row of each of four trees
 constexpr int kMostLines = kShared / kLine;
 static_assert(kMostLines <= 1 << kRowBits);
@@ -342,7 +350,7 @@ template <class T> __global__ void __launch_bounds__(kSumThreads, 1) sums_kernel
   while (begin < end) {  // a slice, or a part of one
     const int64_t number = begin / items, last = min((number + 1) * items, end);
     // Blocks that are at the same tokens have neighbouring columns.
-    const int64_t column = (number % period * (slices / period) + number / period) * kSlice + word * VEC;
+    const int64_t slice = number % period * (slices / period) + number / period, column = slice * kSlice + word * VEC;
     __syncthreads();
 #pragma unroll 4
     for (int i = threadIdx.x; i < lines * 8; i += kSumThreads) {
@@ -356,10 +364,9 @@ template <class T> __global__ void __launch_bounds__(kSumThreads, 1) sums_kernel
     for (int64_t item = begin - number * items + warp; item < last - number * items; item += kSumThreads / kWarp) {
       const int64_t token = item * 16 + within;
       if (token >= tokens) continue;
-      uint4* y = reinterpret_cast<uint4*>(a.y + token * hidden + column);
       const uint4* visits = a.list + item * quads * 64 + within;
       float sum[VEC];
-      Pack<T, VEC>{*y}.get(sum);
+      Pack<T, VEC>{*reinterpret_cast<const uint4*>(a.first + slice * a.first_slice + token * a.first_token + word * VEC)}.get(sum);
       for (int quad = 0; quad < quads; ++quad, visits += 64) {
         uint32_t list[4][4];
 #pragma unroll
@@ -379,7 +386,7 @@ template <class T> __global__ void __launch_bounds__(kSumThreads, 1) sums_kernel
             for (int j = 0; j < VEC; ++j) sum[j] = fmaf(c, w[j], sum[j]);
           }
       }
-      *y = Pack<T, VEC>::of(sum).word;
+      *reinterpret_cast<uint4*>(a.y + token * hidden + column) = Pack<T, VEC>::of(sum).word;
     }
     begin = last;
   }
@@ -396,6 +403,7 @@ struct Parts {
   int32_t* counts;
   uint16_t* order;
   uint4* list;
+  void* first;
   int64_t used;
 };
 Parts parts_of(const Shape& s, void* workspace) {
@@ -407,6 +415,7 @@ Parts parts_of(const Shape& s, void* workspace) {
   p.counts = carve.take<int32_t>(p.chunks * subtrees);
   p.order = carve.take<uint16_t>(p.chunks * subtrees * p.chunk);
   p.list = carve.take<uint4>(divide_up(s.tokens, 16) * divide_up(s.trees, 4) * 64);
+  p.first = carve.take<char>(2 * s.tokens * s.hidden);
   p.used = carve.used;
   return p;
 }
@@ -424,9 +433,12 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   const Shape& s = f.problem.shape;
   const int processors = f.problem.processors;
   const Parts parts = parts_of(s, f.workspace);
-  const Forest<T> a{s, f.activation, upper_of(s), parts.chunk, static_cast<const T*>(f.x), static_cast<const T*>(f.weight_in),
+  Forest<T> a{s, f.activation, upper_of(s), parts.chunk, static_cast<const T*>(f.x), static_cast<const T*>(f.weight_in),
                     static_cast<const T*>(f.bias_in), static_cast<const T*>(f.weight_out), static_cast<T*>(f.y), f.path,
-                    static_cast<float*>(f.logits), parts.counts, parts.order, parts.list};
+                    static_cast<float*>(f.logits), parts.counts, parts.order, parts.list, static_cast<T*>(parts.first), kSlice, s.tokens * kSlice};
+#ifdef HF_FFF_EXPERIMENT
+  if (std::getenv("HF_FFF_FIRST_IN_Y")) a.first = a.y, a.first_token = s.hidden, a.first_slice = kSlice;
+#endif
   zero_counts(parts.counts, parts.chunks * a.subtrees(), stream);
   // Smaller tiles where there are too few for all multiprocessors, or too few tokens in a subtree.
   if (s.tokens > 64 * processors) upper<T, 128>(a, stream);

@@ -205,9 +205,18 @@ template <class T, int WARPS, int M> void launch_subtrees(const Sub<T>& a, bool 
 }
 
 #ifdef HF_FFF_EXPERIMENT
-int forced(const char* name) {
+// HF_FFF_TOP="81", or "32767:81,1000000:42": warps and M, up to so many tokens.
+int forced(const char* name, int64_t tokens) {
   const char* v = std::getenv(name);
-  return v ? std::atoi(v) : 0;
+  while (v && *v) {
+    char* end;
+    const long a = std::strtol(v, &end, 10);
+    if (*end != ':') return int(a);
+    const long b = std::strtol(end + 1, &end, 10);
+    if (tokens <= a) return int(b);
+    v = *end ? end + 1 : end;
+  }
+  return 0;
 }
 #endif
 
@@ -219,7 +228,7 @@ bool small_tiles(int64_t tokens, const Problem& p) {
 template <class T> void top_part(const Top<T>& a, const Problem& p, cudaStream_t stream) {
   const bool early = a.counts && p.capability >= 90;  // behind `zero_counts`
 #ifdef HF_FFF_EXPERIMENT
-  switch (forced("HF_FFF_TOP")) {
+  switch (forced("HF_FFF_TOP", a.tokens * a.shape.trees)) {
     case 41: return launch_top<T, 4, 1>(a, early, stream);
     case 42: return launch_top<T, 4, 2>(a, early, stream);
     case 81: return launch_top<T, 8, 1>(a, early, stream);
@@ -233,7 +242,7 @@ template <class T> void top_part(const Top<T>& a, const Problem& p, cudaStream_t
 template <class T> void subtrees(const Sub<T>& a, const Problem& p, cudaStream_t stream) {
   const bool early = p.capability >= 90;
 #ifdef HF_FFF_EXPERIMENT
-  switch (forced("HF_FFF_SUB")) {
+  switch (forced("HF_FFF_SUB", a.tokens)) {
     case 41: return launch_subtrees<T, 4, 1>(a, early, stream);
     case 42: return launch_subtrees<T, 4, 2>(a, early, stream);
     case 81: return launch_subtrees<T, 8, 1>(a, early, stream);
