@@ -27,7 +27,7 @@ FORWARD = [
     *((k, d, F32, t) for k, d in ((1, 11), (8, 8)) for t in TOKENS[:2]),
 ]
 BACKWARD = [
-    *((k, d, BF16, t) for k, d in LADDER for t in TOKENS),
+    *((k, d, BF16, t) for t in TOKENS for k, d in LADDER),
     *((k, d, F32, 131072) for k, d in ((1, 11), (8, 8))),
 ]
 
