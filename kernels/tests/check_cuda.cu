@@ -320,7 +320,7 @@ int main(int count, char** arguments) {
     const struct { Shape shape; int type, processors; } few[] = {
         {{5, 33, 2, 3}, 0, 132}, {{130, 64, 1, 4}, 0, 1},   {{9, 768, 2, 3}, 0, 132},  {{150, 64, 1, 3}, 1, 1},
         {{70, 64, 1, 7}, 2, 132}, {{260, 64, 1, 6}, 2, 1},  {{40, 192, 2, 6}, 2, 132}, {{40, 128, 1, 11}, 3, 132}, {{129, 8, 9, 0}, 2, 132},
-        {{33, 64, 3, 5}, 2, 132}};
+        {{33, 64, 3, 5}, 2, 132}, {{130, 64, 3, 5}, 2, 1}};
     for (const auto& f : few) {
       const double start = now();
       check_type(f.type, f.shape, capability, f.processors);
