@@ -436,12 +436,25 @@ Gradients fff_backward_mixed(Tensor grad_y, std::optional<Tensor> x, Tensor kept
   return {grad_x, grad_in, grad_bias, grad_out};
 }
 
+Tensor add_bias(Tensor x, Tensor bias) {
+  const int64_t hidden = x.dim() ? x.size(x.dim() - 1) : 0;
+  STD_TORCH_CHECK(x.dim() >= 1 && bias.dim() == 1 && bias.size(0) == hidden && bias.scalar_type() == x.scalar_type() && bias.is_cuda() &&
+                      bias.get_device_index() == x.get_device_index(),
+                  "add_bias: bias is ", text(bias), "; it must have one number for each column of x ", text(x), ", its dtype and its device");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor xd = dense(x), bd = dense(bias), y = empty_like_dense(x);
+  check(hf_fff_cuda::add_bias(xd.const_data_ptr(), bd.const_data_ptr(), y.mutable_data_ptr(), hidden ? x.numel() / hidden : 0, hidden,
+                              type_of(x.scalar_type()), stream_of(x)));
+  return y;
+}
+
 HF_FFF_IMPLEMENTS(CUDA, m) {
   m.impl("fff", TORCH_BOX(&fff));
   m.impl("fff_train", TORCH_BOX(&fff_train));
   m.impl("fff_backward", TORCH_BOX(&fff_backward));
   m.impl("fff_train_mixed", TORCH_BOX(&fff_train_mixed));
   m.impl("fff_backward_mixed", TORCH_BOX(&fff_backward_mixed));
+  m.impl("add_bias", TORCH_BOX(&add_bias));
 }
 
 }  // namespace

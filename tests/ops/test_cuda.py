@@ -604,6 +604,24 @@ def test_backward_of_more_than_2_to_the_31_elements():
         del got
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 768), (1000, 24), (7, 33), (0, 8), (64,)], ids=str)
+@torch.no_grad()
+def test_add_bias(shape, dtype):
+    x, bias = torch.randn(shape, device=DEVICE).to(dtype), torch.randn(shape[-1], device=DEVICE).to(dtype)
+    for of in (x, x[..., 1:] if shape[-1] % 2 else x, x.T.contiguous().T if x.ndim == 2 else x):
+        row = bias[: of.shape[-1]]
+        assert torch.equal(ops.add_bias(of, row), of + row) and torch.equal(OPS.add_bias(of, row), of + row)
+    with pytest.raises(RuntimeError, match="one number for each column"):
+        OPS.add_bias(x, bias[:1].repeat(3))
+
+
+def test_add_bias_has_gradients():
+    x, bias = torch.randn(6, 8, device=DEVICE, requires_grad=True), torch.randn(8, device=DEVICE, requires_grad=True)
+    ops.add_bias(x, bias).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x)) and torch.equal(bias.grad, torch.full_like(bias, 6))
+
+
 def test_what_is_said_about_the_way():
     assert ops.way(1, 11, 768, 131072, torch.bfloat16) == "tiles"
     assert ops.way(1, 11, 768, 64, torch.bfloat16) == "gather"
