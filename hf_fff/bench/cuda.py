@@ -251,12 +251,13 @@ def bench_cuda(
 @contextmanager
 def _no_mask() -> Iterator[None]:
     """While something is recorded, some versions of transformers make a mask even where there is no padding; attention with one is several times as slow."""
-    before = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda *_: False
+    masks: Any = masking_utils
+    before = masks.is_tracing
+    masks.is_tracing = lambda *_: False
     try:
         yield
     finally:
-        masking_utils.is_tracing = before
+        masks.is_tracing = before
 
 
 def _first_line(error: Exception) -> str:
