@@ -8,12 +8,11 @@
 //    draws a ticket at its subtree: its place in the list of the tokens there.
 // 2. lower: tiles of tokens of one subtree. Logits of its nodes, the rest of the walk, and a list of the visits, 4 bytes each.
 // 3. sums: a multiprocessor keeps 16 columns of *all* lower rows of weight_out in shared memory, and adds those that a token visited
-//    to its outputs.
+//    to the first part.
 //
 // The second kernel reads x once for every tree. So tokens are sorted within chunks, and a chunk's tiles follow each other: its x stays in
 // the second-level cache.
 #include <algorithm>
-#include <cstdlib>
 #include <numeric>
 
 #include "cuda/mma.cuh"
@@ -38,10 +37,11 @@ template <class T> struct Forest {
   int32_t* counts;  // of the tokens in each subtree, [chunks, subtrees]
   uint16_t* order;  // and which, from the chunk's first: [chunks, subtrees, chunk]
   uint4* list;      // of the lower visits; see list_place
-  // The first part of the outputs: slices of kSlice columns, one after the other, so that what a multiprocessor reads lies together.
-  T* first;
-  int64_t first_token, first_slice;  // numbers from one token to the next, and from one slice
+  T* first;         // part of the outputs, [hidden / kSlice, tokens, kSlice]: so what a multiprocessor reads of it lies together
 
+  __device__ T* first_at(int64_t column, int64_t token) const {
+    return first + (column / kSlice * shape.tokens + token) * kSlice + column % kSlice;
+  }
   __host__ __device__ int subtrees() const { return int(shape.trees) << upper; }
   __host__ __device__ int quads() const { return int(shape.trees + 3) / 4; }
 };
@@ -73,10 +73,6 @@ __device__ inline void gather_piece(uint32_t (&w)[4]) {
     const uint32_t got = __shfl_xor_sync(kAll, upper ? w[i] : w[i + 2], 2);
     w[i] = upper ? got : w[i], w[i + 2] = upper ? w[i + 2] : got;
   }
-}
-
-template <class T> __device__ inline void store_first(const Forest<T>& a, int64_t token, int column, uint4 word) {
-  *reinterpret_cast<uint4*>(a.first + column / kSlice * a.first_slice + token * a.first_token + column % kSlice) = word;
 }
 
 template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kernel(Forest<T> a) {
@@ -224,7 +220,7 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
           }
           gather_piece(w);
           if (token >= 0 && column + n * 8 < hidden)
-            store_first(a, token, column + (n + lane % 4) * 8, make_uint4(w[0], w[1], w[2], w[3]));
+            *reinterpret_cast<uint4*>(a.first_at(column + (n + lane % 4) * 8, token)) = make_uint4(w[0], w[1], w[2], w[3]);
         }
       }
   }
@@ -350,7 +346,7 @@ template <class T> __global__ void __launch_bounds__(kSumThreads, 1) sums_kernel
   while (begin < end) {  // a slice, or a part of one
     const int64_t number = begin / items, last = min((number + 1) * items, end);
     // Blocks that are at the same tokens have neighbouring columns.
-    const int64_t slice = number % period * (slices / period) + number / period, column = slice * kSlice + word * VEC;
+    const int64_t column = (number % period * (slices / period) + number / period) * kSlice + word * VEC;
     __syncthreads();
 #pragma unroll 4
     for (int i = threadIdx.x; i < lines * 8; i += kSumThreads) {
@@ -366,7 +362,7 @@ template <class T> __global__ void __launch_bounds__(kSumThreads, 1) sums_kernel
       if (token >= tokens) continue;
       const uint4* visits = a.list + item * quads * 64 + within;
       float sum[VEC];
-      Pack<T, VEC>{*reinterpret_cast<const uint4*>(a.first + slice * a.first_slice + token * a.first_token + word * VEC)}.get(sum);
+      Pack<T, VEC>{*reinterpret_cast<const uint4*>(a.first_at(column, token))}.get(sum);
       for (int quad = 0; quad < quads; ++quad, visits += 64) {
         uint32_t list[4][4];
 #pragma unroll
@@ -433,12 +429,9 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   const Shape& s = f.problem.shape;
   const int processors = f.problem.processors;
   const Parts parts = parts_of(s, f.workspace);
-  Forest<T> a{s, f.activation, upper_of(s), parts.chunk, static_cast<const T*>(f.x), static_cast<const T*>(f.weight_in),
+  const Forest<T> a{s, f.activation, upper_of(s), parts.chunk, static_cast<const T*>(f.x), static_cast<const T*>(f.weight_in),
                     static_cast<const T*>(f.bias_in), static_cast<const T*>(f.weight_out), static_cast<T*>(f.y), f.path,
-                    static_cast<float*>(f.logits), parts.counts, parts.order, parts.list, static_cast<T*>(parts.first), kSlice, s.tokens * kSlice};
-#ifdef HF_FFF_EXPERIMENT
-  if (std::getenv("HF_FFF_FIRST_IN_Y")) a.first = a.y, a.first_token = s.hidden, a.first_slice = kSlice;
-#endif
+                    static_cast<float*>(f.logits), parts.counts, parts.order, parts.list, static_cast<T*>(parts.first)};
   zero_counts(parts.counts, parts.chunks * a.subtrees(), stream);
   // Smaller tiles where there are too few for all multiprocessors, or too few tokens in a subtree.
   if (s.tokens > 64 * processors) upper<T, 128>(a, stream);

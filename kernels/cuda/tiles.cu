@@ -10,7 +10,6 @@
 //
 // Every x is read twice, every y written once, and nothing else is as large. Coefficients are rounded to the 16-bit type.
 #include <algorithm>
-#include <cstdlib>
 
 #include "cuda/mma.cuh"
 
@@ -42,7 +41,7 @@ template <class T> struct Top {
   float* logits;
 };
 
-// Tiles of WARPS times M times 16 tokens, in both kernels.
+// A tile: WARPS times M times 16 tokens.
 template <class T, int WARPS, int M> __global__ void __launch_bounds__(WARPS * 32) top_kernel(Top<T> a) {
   constexpr int TOKENS = WARPS * M * 16, STRIDE = kBins + 1;
   extern __shared__ __align__(128) char memory[];
@@ -102,8 +101,8 @@ template <class T> struct Sub {
   const int32_t *counts, *order;  // of the subtrees; null where the tree has no top part
 };
 
-template <class T, int WARPS, int M> __global__ void __launch_bounds__(WARPS * 32) subtree_kernel(Sub<T> a) {
-  constexpr int TOKENS = WARPS * M * 16, THREADS = WARPS * 32;
+template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(Sub<T> a) {
+  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, THREADS = WARPS * 32;
   using Memory = SubMemory<TOKENS>;
   extern __shared__ __align__(128) char memory[];
   __shared__ int tokens[TOKENS], rows[kInner], place[3];  // place: subtree, first of its tokens, how many
@@ -192,65 +191,31 @@ template <class T, int WARPS, int M> __global__ void __launch_bounds__(WARPS * 3
                                     memory + Memory::OUTPUT + warp * M * 16 * kOutputRow * 2, tokens, a.y, a.hidden, begin);
 }
 
+// Up to so many tokens a multiprocessor tiles are small; larger ones share what is read of the weights. Measured on an H200.
+constexpr int64_t kTopSmall = 88, kTopMiddle = 350, kSubSmall = 700;
+bool large_serve(const Problem& p) { return shared_kb(p.capability) * 1024 >= SubMemory<128>::BYTES + 2048; }
+
 template <class T, int WARPS, int M> void launch_top(const Top<T>& a, bool early, cudaStream_t stream) {
   constexpr int TOKENS = WARPS * M * 16;
   launch_early(top_kernel<T, WARPS, M>, unsigned(divide_up(a.tokens, TOKENS) * a.shape.trees), WARPS * 32, kStages * (TOKENS + kBins) * 128, early,
                stream, a);
 }
-
-template <class T, int WARPS, int M> void launch_subtrees(const Sub<T>& a, bool early, cudaStream_t stream) {
-  constexpr int TOKENS = WARPS * M * 16;
-  const int64_t more = a.top ? 1 << a.top : 0;  // the last tile of each subtree is not full
-  launch_early(subtree_kernel<T, WARPS, M>, unsigned(divide_up(a.tokens, TOKENS) + more), WARPS * 32, SubMemory<TOKENS>::BYTES, early, stream, a);
-}
-
-#ifdef HF_FFF_EXPERIMENT
-// HF_FFF_TOP="81", or "32767:81,1000000:42": warps and M, up to so many tokens.
-int forced(const char* name, int64_t tokens) {
-  const char* v = std::getenv(name);
-  while (v && *v) {
-    char* end;
-    const long a = std::strtol(v, &end, 10);
-    if (*end != ':') return int(a);
-    const long b = std::strtol(end + 1, &end, 10);
-    if (tokens <= a) return int(b);
-    v = *end ? end + 1 : end;
-  }
-  return 0;
-}
-#endif
-
-// Small tiles where there are few of them, or little shared memory. Larger ones share what is read of the weights.
-bool small_tiles(int64_t tokens, const Problem& p) {
-  return tokens < int64_t{64} * 4 * p.processors || shared_kb(p.capability) * 1024 < SubMemory<128>::BYTES + 2048;
-}
-
 template <class T> void top_part(const Top<T>& a, const Problem& p, cudaStream_t stream) {
   const bool early = a.counts && p.capability >= 90;  // behind `zero_counts`
-#ifdef HF_FFF_EXPERIMENT
-  switch (forced("HF_FFF_TOP", a.tokens * a.shape.trees)) {
-    case 41: return launch_top<T, 4, 1>(a, early, stream);
-    case 42: return launch_top<T, 4, 2>(a, early, stream);
-    case 81: return launch_top<T, 8, 1>(a, early, stream);
-    case 82: return launch_top<T, 8, 2>(a, early, stream);
-  }
-#endif
-  if (small_tiles(a.tokens * a.shape.trees, p)) launch_top<T, 4, 1>(a, early, stream);
+  const int64_t tokens = a.tokens * a.shape.trees;
+  if (tokens <= kTopSmall * p.processors || !large_serve(p)) launch_top<T, 4, 1>(a, early, stream);
+  else if (tokens <= kTopMiddle * p.processors) launch_top<T, 8, 1>(a, early, stream);
   else launch_top<T, 4, 2>(a, early, stream);
 }
 
+template <class T, int M> void launch_subtrees(const Sub<T>& a, bool early, cudaStream_t stream) {
+  constexpr int TOKENS = 4 * M * 16;
+  const int64_t more = a.top ? 1 << a.top : 0;  // the last tile of each subtree is not full
+  launch_early(subtree_kernel<T, M>, unsigned(divide_up(a.tokens, TOKENS) + more), 128, SubMemory<TOKENS>::BYTES, early, stream, a);
+}
 template <class T> void subtrees(const Sub<T>& a, const Problem& p, cudaStream_t stream) {
-  const bool early = p.capability >= 90;
-#ifdef HF_FFF_EXPERIMENT
-  switch (forced("HF_FFF_SUB", a.tokens)) {
-    case 41: return launch_subtrees<T, 4, 1>(a, early, stream);
-    case 42: return launch_subtrees<T, 4, 2>(a, early, stream);
-    case 81: return launch_subtrees<T, 8, 1>(a, early, stream);
-    case 82: return launch_subtrees<T, 8, 2>(a, early, stream);
-  }
-#endif
-  if (small_tiles(a.tokens, p)) launch_subtrees<T, 4, 1>(a, early, stream);
-  else launch_subtrees<T, 4, 2>(a, early, stream);
+  if (a.tokens <= kSubSmall * p.processors || !large_serve(p)) launch_subtrees<T, 1>(a, p.capability >= 90, stream);
+  else launch_subtrees<T, 2>(a, p.capability >= 90, stream);
 }
 
 struct Parts {
