@@ -11,6 +11,8 @@ CUDA_PYTHON ?= "$(VENV)/bin/python"
 CUDA_STAMP = $(if $(filter file,$(origin CUDA_PYTHON)),$(VENV)/.stamp)
 CXX_ARM ?= aarch64-linux-gnu-g++
 NVCC ?= nvcc
+# What nvcc calls the GPU that is there; of 9.0 also what it alone has.
+CUDA_ARCH ?= $(if $(filter 9.0,$(shell nvidia-smi --query-gpu=compute_cap --format=csv$(,)noheader 2> /dev/null)),sm_90a,native)
 COMPUTE_SANITIZER ?= compute-sanitizer
 QEMU_ARM ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 TEXT ?=
@@ -82,7 +84,7 @@ test-cuda: $(CUDA_STAMP) ## the whole operator suite on a GPU; fails where there
 
 check-cuda: ## the CUDA kernels without torch, on a GPU: ten thousand random shapes, then compute-sanitizer's memcheck, initcheck and racecheck
 	@mkdir -p build
-	@$(NVCC) -std=c++20 -O3 -arch=native --threads 0 --extended-lambda -Ikernels kernels/tests/check_cuda.cu kernels/cuda/*.cu -o build/check-cuda
+	@$(NVCC) -std=c++20 -O3 -arch=$(CUDA_ARCH) --threads 0 --extended-lambda -Ikernels kernels/tests/check_cuda.cu kernels/cuda/*.cu -o build/check-cuda
 	@build/check-cuda 120 10000
 	@command -v $(COMPUTE_SANITIZER) > /dev/null || { echo "compute-sanitizer is missing (name it by COMPUTE_SANITIZER=...): only the results were checked"; exit 1; }
 	@$(COMPUTE_SANITIZER) --error-exitcode 1 build/check-cuda

@@ -93,25 +93,6 @@ def microseconds(call, rounds=300):
     return 1e6 * statistics.median(found)
 
 
-class Direct(torch.autograd.Function):
-    """What the operators would cost below one autograd function, without the dispatcher's Python kernels."""
-
-    @staticmethod
-    def forward(ctx, x, weight_in, bias_in, weight_out, n_trees, alpha):
-        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
-            cast = [t.to(torch.bfloat16) for t in (x, weight_in, bias_in, weight_out)]
-            y, path, logits = torch.ops.hf_fff.fff_train.default(*cast, n_trees, "gelu")
-        ctx.save_for_backward(*cast, path, logits)
-        ctx.settings = (n_trees, "gelu", alpha, 1.0)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
-            grads = torch.ops.hf_fff.fff_backward.default(grad_y, *ctx.saved_tensors, *ctx.settings)
-            return (*(g.float() for g in grads), None, None)
-
-
 def layer_alone(tokens=64):
     """Microseconds of queueing a layer's forward and backward pass, and the operators without autograd."""
     x = torch.randn(tokens, 768, device="cuda", requires_grad=True)
@@ -123,20 +104,15 @@ def layer_alone(tokens=64):
             config = replace(FFFConfig.from_shorthand(name), routing_gradient=routing)
             layers[name + (" routing" if routing else "")] = FFF(768, config, device="cuda")
 
-    def direct(layer):
-        weights = (layer.weight_in, layer.bias_in, layer.weight_out)
-        return lambda x: Direct.apply(x, *weights, layer.n_trees, layer.config.routing_gradient)
-
-    calls = dict(layers) | {f"{n}, direct": direct(layer) for n, layer in layers.items() if isinstance(layer, FFF)}
-    for name, call in calls.items():
-        layer, parts = layers[name.split(",")[0]], [[], []]
+    for name, layer in layers.items():
+        parts = [[], []]
         for _ in range(200):
             layer.zero_grad()
             x.grad = None
             torch.cuda.synchronize()
             begin = time.perf_counter()
             with torch.autocast("cuda", torch.bfloat16):
-                y = call(x)
+                y = layer(x)
             middle = time.perf_counter()
             y.backward(grad)
             parts[0].append(middle - begin), parts[1].append(time.perf_counter() - middle)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import masking_utils
 
 from .. import ops
 from ..config import FFFConfig
@@ -94,7 +95,7 @@ class Cell:
 
     Candidates are named after what they are, "8x8", "dense:3072", "mlp:12" or "copy" (of the input), with a word behind: "masked" (the
     dense layer with a mask, as the reference code trains), "routing" (with the routing gradient), "fused" (the activation inside
-    the matrix product, tanh GELU), "tf32", "graph" (a CUDA graph).
+    the matrix product, tanh GELU), "tf32", "graph" (recorded as a CUDA graph).
     """
 
     section: str
@@ -157,7 +158,7 @@ class Gpu:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _no_mask(), torch.cuda.graph(graph):
             kept = call()
 
         def replay() -> object:
@@ -245,6 +246,18 @@ def bench_cuda(
         "failed": failed,
         "stopped": stopped,
     }
+
+
+@contextmanager
+def _no_mask() -> Iterator[None]:
+    """While something is recorded, some versions of transformers make a mask even where there is no padding; attention with one is several times as slow."""
+    masks: Any = masking_utils
+    before = masks.is_tracing
+    masks.is_tracing = lambda *_: False
+    try:
+        yield
+    finally:
+        masks.is_tracing = before
 
 
 def _first_line(error: Exception) -> str:
@@ -596,9 +609,21 @@ def _train_cell(plan: Plan, gpu: Gpu, size: str, batch: str) -> Cell:
         except RuntimeError as error:
             cell.left_out[kind] = _first_line(error)
             continue
-        steps[kind] = step
+        steps[kind] = _finished(step, gpu)
+        try:
+            steps[f"{kind} graph"] = _finished(gpu.capture(step), gpu)
+        except RuntimeError as error:
+            cell.left_out[f"{kind} graph"] = _first_line(error)
     cell.seconds = interleaved(steps, rounds=plan.rounds, order=random.Random(0), limit=2 * plan.limit)
     return cell
+
+
+def _finished(call: Call, gpu: Gpu) -> Call:
+    def run() -> None:
+        call()
+        gpu.synchronize()
+
+    return run
 
 
 def _twice(call: Call) -> None:
@@ -610,16 +635,15 @@ def _step(model: Any, rows: int, tokens: int, gpu: Gpu) -> Call:
     """One step of training as it is done on a GPU: bfloat16 autocast, float32 weights, AdamW."""
     ids = torch.randint(model.config.vocab_size, (rows, tokens), device=gpu.device)
     target = torch.randn(rows, tokens, model.config.hidden_size, device=gpu.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True, capturable=gpu.device.type == "cuda")
 
     def step() -> None:
         with torch.autocast(gpu.device.type, torch.bfloat16):
-            states = model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+            states = model(input_ids=ids)[0]
             loss = (states.float() - target).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        gpu.synchronize()
 
     return step
 

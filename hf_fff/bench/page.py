@@ -819,14 +819,15 @@ def _training(rows: Sequence[Told]) -> list[str]:
     shown = []
     for row in rows:
         for kind, s in row["seconds"].items():
-            dense, memory = row["seconds"].get("dense"), row["peak_mb"].get(kind)
+            recorded = " graph" if kind.endswith(" graph") else ""
+            dense, memory = row["seconds"].get("dense" + recorded), row["peak_mb"].get(kind)
             faster = _known(dense and dense / s, "{:.2f}x")
             shown.append([row["work"], kind, micro(1e6 * s), faster, _known(memory, "{:.0f} MB")])
     return [
         "## A step of training",
         "",
-        "Forward, backward and AdamW, bfloat16 autocast, float32 weights, with the routing gradient, Python included; memory is the most that was allocated, "
-        "weights and optimizer included.",
+        "Forward, backward and AdamW, bfloat16 autocast, float32 weights, with the routing gradient, Python included; *graph* is the whole step recorded as a "
+        "CUDA graph; memory is the most that was allocated, weights and optimizer included.",
         "",
         *table(["", "in place of the FFNs", "a step", "times as fast as dense", "memory"], shown),
     ]

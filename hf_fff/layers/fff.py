@@ -112,4 +112,4 @@ class OutputBias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden_size] -> [..., hidden_size]``."""
-        return x + self.bias
+        return ops.add_bias(x, self.bias)

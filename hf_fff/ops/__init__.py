@@ -14,13 +14,14 @@ from torch import Tensor
 
 from . import packed_backend, torch_backend
 from ._schema import ACTIVATIONS, ROWS, depth_of, library
-from .functions import fff, fff_packed, fff_train, pack
+from .functions import add_bias, fff, fff_packed, fff_train, pack
 from .loader import Status, load, no_gpu, setting, status
 
 __all__ = [
     "ACTIVATIONS",
     "ROWS",
     "Status",
+    "add_bias",
     "backend",
     "depth_of",
     "fff",
@@ -143,5 +144,6 @@ def isa() -> str | None:
 for _name in ("fff", "fff_train", "fff_backward"):
     library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
 library.impl("fff_backward_dense", _backward_dense, "CompositeExplicitAutograd")
+library.impl("add_bias", torch.add, "CompositeExplicitAutograd")
 for _name in ("pack", "fff_packed"):
     library.impl(_name, _fallback(_name, packed_backend), "CompositeExplicitAutograd")

@@ -32,59 +32,86 @@ class _OnGpu(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, n_trees: int, activation: str,
-        alpha: float, tau: float, mixed: torch.dtype | None,
-    ) -> Tensor:  # fmt: skip
-        ctx.settings, ctx.mixed = (activation, alpha, tau), mixed is not None
-        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
-            y: Tensor
-            if mixed is None:
+        ctx: Any, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, settings: tuple[Any, ...]
+    ) -> Tensor:
+        n_trees, activation, _, _, mixed = settings
+        if mixed is None:
+            with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
                 y, path, logits = fff_train(x, weight_in, bias_in, weight_out, n_trees, activation)
-                ctx.save_for_backward(x, weight_in, bias_in, weight_out, path, logits)
-                ctx.trees = (n_trees,)
-            else:
-                half = mixed == torch.float16
-                y, kept = _train_mixed(x, weight_in, bias_in, weight_out, n_trees, activation, half)
-                ctx.save_for_backward(kept, x if x.dtype == mixed else None)
-                ctx.trees = (n_trees, depth_of(len(weight_in), n_trees))
+            ctx.save_for_backward(x, weight_in, bias_in, weight_out, path, logits)
+        else:  # an operator that neither autocast nor autograd knows
+            y, kept = _train_mixed(x, weight_in, bias_in, weight_out, n_trees, activation, mixed == torch.float16)
+            ctx.save_for_backward(kept, x if x.dtype == mixed else None)
+        ctx.settings, ctx.nodes = settings, len(weight_in)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad
-        needed = (need[0], need[1] or need[2] or need[3])
-        saved = ctx.saved_tensors  # once: checkpointing recomputes at every look
-        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
-            if ctx.mixed:
-                kept, x = saved
-                grads = _backward_mixed(grad_y, x, kept, *ctx.trees, *ctx.settings, *needed)
-            else:
-                grads = _backward(grad_y, *saved, *ctx.trees, *ctx.settings, *needed)
-        return (*(g if n else None for g, n in zip(grads, need[:4], strict=True)), None, None, None, None, None)
+        return (_once if torch.is_grad_enabled() else _gradients)(ctx, grad_y)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    n_trees, activation, alpha, tau, mixed = ctx.settings
+    x, w_in, b_in, w_out, _ = ctx.needs_input_grad
+    needed, saved = (x, w_in or b_in or w_out), ctx.saved_tensors  # once: checkpointing recomputes at every look
+    with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
+        if mixed is None:
+            grads = _backward(grad_y, *saved, n_trees, activation, alpha, tau, *needed)
+        else:
+            kept, own = saved
+            depth = depth_of(ctx.nodes, n_trees)
+            grads = _backward_mixed(grad_y, own, kept, n_trees, depth, activation, alpha, tau, *needed)
+    return (
+        grads[0] if x else None,
+        grads[1] if w_in else None,
+        grads[2] if b_in else None,
+        grads[3] if w_out else None,
+        None,
+    )
+
+
+_once = torch.autograd.function.once_differentiable(_gradients)  # for create_graph, which asks for more than there is
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
 _MIXED_NAME = add_op_namespace_prefix("fff_train_mixed")
+_BIAS_NAME = add_op_namespace_prefix("add_bias")
 
 
-def _on_gpu(*tensors: Tensor) -> bool:
+def _on_gpu(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor) -> bool:
     """Whether that can be taken: CUDA kernels are loaded, and nobody traces, transforms or counts what is called."""
     return (
-        tensors[0].is_cuda
-        and all(type(t) in _PLAIN for t in tensors)
+        x.is_cuda
+        and {type(x), type(weight_in), type(bias_in), type(weight_out)} <= _PLAIN
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.maybe_current_level() is None
         and torch._C._dispatch_has_kernel_for_dispatch_key(_MIXED_NAME, "CUDA")
     )
 
 
-def _can_mix(dtype: torch.dtype, x: Tensor, *weights: Tensor) -> bool:
+def add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """``x + bias``, for ``x`` ``[..., hidden]`` and one number a column; quick on a GPU where no gradient is asked for."""
+    quick = (
+        type(x) is Tensor
+        and x.is_cuda
+        and type(bias) in _PLAIN
+        and not (torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad))
+        and x.dtype == bias.dtype
+        and x.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.maybe_current_level() is None
+        and torch._C._dispatch_has_kernel_for_dispatch_key(_BIAS_NAME, "CUDA")
+    )
+    return _add_bias(x, bias) if quick else x + bias
+
+
+def _can_mix(dtype: torch.dtype, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor) -> bool:
     single = torch.float32
     return (
         dtype in (torch.bfloat16, torch.float16)
         and x.dtype in (single, dtype)
-        and all(w.dtype == single for w in weights)
+        and weight_in.dtype == bias_in.dtype == weight_out.dtype == single
     )
 
 
@@ -92,6 +119,7 @@ fff_train = ops.fff_train.default
 _backward = ops.fff_backward.default
 _train_mixed = ops.fff_train_mixed.default
 _backward_mixed = ops.fff_backward_mixed.default
+_add_bias = ops.add_bias.default
 pack = ops.pack.default
 fff_packed = ops.fff_packed.default
 _infer = ops.fff.default
@@ -131,7 +159,7 @@ def fff(
         if not torch.compiler.is_compiling() and _on_gpu(x, weight_in, bias_in, weight_out):
             mixed = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
             if mixed is None or _can_mix(mixed, x, weight_in, bias_in, weight_out):
-                return _OnGpu.apply(x, weight_in, bias_in, weight_out, n_trees, activation, *routing, mixed)
+                return _OnGpu.apply(x, weight_in, bias_in, weight_out, (n_trees, activation, *routing, mixed))
         y, _, _ = fff_train(x, weight_in, bias_in, weight_out, n_trees, activation, *routing)
         return y
     return _infer(x, weight_in, bias_in, weight_out, n_trees, activation)

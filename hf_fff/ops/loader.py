@@ -92,6 +92,7 @@ _TOOLCHAINS = {
 TARGETS = ("75", "80", "86", "89", "90", "100", "120")
 _SPECIFIC = ("90a", "100a", "120a")  # code for one kind of GPU alone
 _PTX = "+PTX"
+_MACHINE = {"90": "90a"}  # there is no later 9.x: code for 9.0 may use what it alone has (wgmma)
 _EVERYWHERE = (*TARGETS[:-1], TARGETS[-1] + _PTX)
 
 
@@ -590,11 +591,14 @@ def _compile(library: Library, compiler: _Compiler, target: Path) -> None:
         f"-I{host.home / 'include'}",
         f"-I{kernels_root()}",
     ]
-    compile_ = [*compiler.command, *flags]
+    codes = []
     for gpu in compiler.targets:
         number = gpu.removesuffix(_PTX)
-        codes = [f"sm_{number}", *([f"compute_{number}"] if gpu.endswith(_PTX) else [])]
-        compile_ += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+        machine = _MACHINE.get(number, number)
+        codes.append(f"arch=compute_{machine},code=sm_{machine}")
+        if gpu.endswith(_PTX):
+            codes.append(f"arch=compute_{number},code=compute_{number}")
+    compile_ = [*compiler.command, *flags, *(f"-gencode={code}" for code in dict.fromkeys(codes))]
     inputs, link = list(map(str, sources)), [f"-L{host.home / host.lib}", *tools.link, *host.libraries]
     if len(sources) > 1:  # each by itself, as many at a time as there are cores
         objects = [str(target.with_name(f"{i}.o")) for i in range(len(sources))]

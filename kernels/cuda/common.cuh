@@ -216,6 +216,18 @@ inline int shared_kb(int capability) {
   }
 }
 
+// A kernel that says so early lets the next one's blocks come as soon as there is room; those wait for all that it writes.
+__device__ inline void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Lets a kernel have more shared memory than the usual 48 KB.
 template <class K> void allow_shared(K kernel, int bytes) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -244,6 +256,9 @@ const char* sort_by_leaf(const Shape&, const int32_t* path, uint32_t* keys_out, 
 // Any order within a bin: tokens whose ticket (number within the bin) was drawn before. `offsets` is scratch memory, of `bins`.
 void place_by_ticket(int64_t tokens, int bins, const int32_t* counts, const int32_t* bin, const int32_t* ticket,
                      int32_t* offsets, int32_t* order, cudaStream_t);
+
+// Counters that the next kernel, if it is launched early, needs only after `wait_for_previous`.
+void zero_counts(int32_t* counts, int64_t count, cudaStream_t);
 
 // ---- several trees (columns.cu) ------------------------------------------------------------------------------------------
 bool columns_serve(const Problem&);

@@ -114,6 +114,9 @@ const char* mask(const Mask&, Type, cudaStream_t);
 const char* routing(const Routing&, Type, cudaStream_t);
 const char* backward(const Backward&, Way, cudaStream_t);
 
+// y[t] = x[t] + bias, rows of `hidden` numbers.
+const char* add_bias(const void* x, const void* bias, void* y, int64_t tokens, int64_t hidden, Type, cudaStream_t);
+
 // float32 to 16-bit numbers, several arrays at once, with zeros behind.
 struct Cast {
   const void* from;

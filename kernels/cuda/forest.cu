@@ -8,7 +8,7 @@
 //    draws a ticket at its subtree: its place in the list of the tokens there.
 // 2. lower: tiles of tokens of one subtree. Logits of its nodes, the rest of the walk, and a list of the visits, 4 bytes each.
 // 3. sums: a multiprocessor keeps 16 columns of *all* lower rows of weight_out in shared memory, and adds those that a token visited
-//    to its outputs.
+//    to the first part.
 //
 // The second kernel reads x once for every tree. So tokens are sorted within chunks, and a chunk's tiles follow each other: its x stays in
 // the second-level cache.
@@ -24,6 +24,7 @@ constexpr int kLower = 4, kLowerNodes = 15;  // levels and nodes of a subtree
 constexpr int kUpper = 256;                  // upper nodes, with one more for each tree; and subtrees
 constexpr int kShared = 222 * 1024;          // bytes, of the 227 KB that a block may have
 constexpr int kChunk = 16384;                // tokens that are sorted together, at most
+constexpr int kSlice = 16;                   // columns that a multiprocessor sums up: two words of 16 bytes
 
 template <class T> struct Forest {
   Shape shape;
@@ -36,7 +37,11 @@ template <class T> struct Forest {
   int32_t* counts;  // of the tokens in each subtree, [chunks, subtrees]
   uint16_t* order;  // and which, from the chunk's first: [chunks, subtrees, chunk]
   uint4* list;      // of the lower visits; see list_place
+  T* first;         // part of the outputs, [hidden / kSlice, tokens, kSlice]: so what a multiprocessor reads of it lies together
 
+  __device__ T* first_at(int64_t column, int64_t token) const {
+    return first + (column / kSlice * shape.tokens + token) * kSlice + column % kSlice;
+  }
   __host__ __device__ int subtrees() const { return int(shape.trees) << upper; }
   __host__ __device__ int quads() const { return int(shape.trees + 3) / 4; }
 };
@@ -44,13 +49,14 @@ template <class T> struct Forest {
 // ---- upper ---------------------------------------------------------------------------------------------------------------
 
 template <int TOKENS> struct Upper {
-  static constexpr int WARPS = TOKENS == 128 ? 2 : 1, SIDE = 8 / WARPS;  // warps along the tokens, and along nodes and columns
+  static constexpr bool GROUPS = kWarpgroups && TOKENS == 128;
+  static constexpr int WARPS = GROUPS ? 8 : TOKENS == 128 ? 2 : 1, SIDE = 8 / WARPS;  // warps along the tokens, and along nodes and columns
   static constexpr int M = TOKENS / WARPS / 16, EACH = kUpper / SIDE;    // a warp's
   static constexpr int STRIDE = kUpper + 8;                              // of logits
   // In the memory of the products' stages: coefficients, in chunks of 64 nodes; behind them first logits, then stages of weight_out.
   static constexpr int PRODUCTS = kStages * (TOKENS + kUpper) * 128, AT = TOKENS * kUpper * 2;
   static constexpr int STAGE = 64 * kUpper * 2, STAGES = 4;
-  static constexpr int BYTES = std::max({PRODUCTS, AT + TOKENS * STRIDE * 4, AT + STAGES * STAGE});
+  static constexpr int BYTES = std::max({PRODUCTS, AT + TOKENS * STRIDE * 4, AT + STAGES * STAGE}) + 1024;  // from a multiple of 1024 on
   static_assert(BYTES <= kShared);
 };
 
@@ -72,7 +78,9 @@ __device__ inline void gather_piece(uint32_t (&w)[4]) {
 template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kernel(Forest<T> a) {
   using U = Upper<TOKENS>;
   constexpr int THREADS = 256, N = U::EACH / 8;
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char dynamic[];
+  const uint32_t shared = (uint32_t(__cvta_generic_to_shared(dynamic)) + 1023) / 1024 * 1024;
+  char* memory = dynamic + (shared - uint32_t(__cvta_generic_to_shared(dynamic)));
   __shared__ int tokens[TOKENS], rows[kUpper], drawn[kUpper];
   __shared__ float bias[kUpper];
   let_next_begin();
@@ -89,9 +97,9 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
     drawn[threadIdx.x] = 0;
   }
   __syncthreads();
-  const uint32_t shared = uint32_t(__cvta_generic_to_shared(memory));
   float sums[U::M][N][4];
-  products<T, U::WARPS, U::M, U::EACH, U::SIDE>(sums, shared, a.x, a.weight_in, hidden, tokens, rows);
+  if constexpr (U::GROUPS) group_products(sums[0], shared, a.x, a.weight_in, hidden, tokens, rows);
+  else products<T, U::WARPS, U::M, U::EACH, U::SIDE>(sums, shared, a.x, a.weight_in, hidden, tokens, rows);
   float* logits = reinterpret_cast<float*>(memory + U::AT);
 #pragma unroll
   for (int m = 0; m < U::M; ++m)
@@ -125,6 +133,7 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
   }
   __syncthreads();
   const int chunk = first / a.chunk, subtrees = a.subtrees();
+  wait_for_previous();  // which sets the counts to zero
   if (const int some = drawn[threadIdx.x]) drawn[threadIdx.x] = atomicAdd(a.counts + int64_t(chunk) * subtrees + threadIdx.x, some);
   __syncthreads();
   for (int i = threadIdx.x; i < count * trees; i += THREADS) {
@@ -136,9 +145,9 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
   __syncthreads();
 
   // Outputs, 256 columns at a time; each time the nodes in chunks of 64.
-  const int chunks = (subtrees + 63) / 64, steps = (hidden + kUpper - 1) / kUpper * chunks;
+  const int chunks = (subtrees + 63) / 64, blocks = (hidden + kUpper - 1) / kUpper;
   const auto begin = [&](int step) {
-    if (step < steps) {
+    if (step < blocks * chunks) {
       const uint32_t stage = shared + U::AT + step % U::STAGES * U::STAGE;
       const int inner = step % chunks * 64, piece = threadIdx.x % 32, column = step / chunks * kUpper + piece * 8;
 #pragma unroll
@@ -150,16 +159,11 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
     }
     copies_end_group();
   };
-  for (int c = 0; c < U::STAGES - 1; ++c) begin(c);
-  for (int step = 0; step < steps; ++step) {
-    copies_wait<U::STAGES - 2>();
-    __syncthreads();
-    begin(step + U::STAGES - 1);
-    const int inner = step % chunks, column = step / chunks * kUpper + side * U::EACH;
-    if (column >= hidden) continue;
-    const uint32_t coefficients = shared + inner * TOKENS * 128;
-    const uint32_t weights = shared + U::AT + step % U::STAGES * U::STAGE + side * U::EACH / 64 * 64 * 128;
-    if (inner == 0) {
+  constexpr int AHEAD = U::STAGES - (U::GROUPS ? 2 : 1);  // warpgroups may still multiply what the step before this one needs
+  for (int c = 0; c < AHEAD; ++c) begin(c);
+  for (int block = 0; block < blocks; ++block) {
+    const int column = block * kUpper + side * U::EACH;
+    if constexpr (!U::GROUPS) {
 #pragma unroll
       for (int m = 0; m < U::M; ++m)
 #pragma unroll
@@ -167,23 +171,40 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
 #pragma unroll
           for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
     }
+    for (int inner = 0; inner < chunks; ++inner) {
+      const int step = block * chunks + inner;
+      copies_wait<AHEAD - 1>();
+      if constexpr (U::GROUPS) groups_will_read();
+      __syncthreads();
+      begin(step + AHEAD);
+      const uint32_t coefficients = shared + inner * TOKENS * 128, weights = shared + U::AT + step % U::STAGES * U::STAGE;
+      if constexpr (U::GROUPS) {
+        group_begin();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      uint32_t c[U::M][4];
+        for (int k = 0; k < 4; ++k)
+          group_multiply<true>(sums[0], operand(coefficients + warp / 4 * 64 * 128 + k * 32), operand(weights + k * 16 * 128, 64 * 128), inner || k, T());
+        group_end();
+        groups_wait_but_last();
+      } else if (column < hidden) {
 #pragma unroll
-      for (int m = 0; m < U::M; ++m) matrices_4(c[m], piece_at(coefficients, (warp * U::M + m) * 16 + lane % 16, k * 2 + lane / 16));
+        for (int k = 0; k < 4; ++k) {
+          uint32_t c[U::M][4];
 #pragma unroll
-      for (int n = 0; n < N; n += 2) {
-        uint32_t b[4];
-        matrices_4_transposed(b, piece_at(weights, k * 16 + lane % 16, side * N % 8 + n + lane / 16));
+          for (int m = 0; m < U::M; ++m) matrices_4(c[m], piece_at(coefficients, (warp * U::M + m) * 16 + lane % 16, k * 2 + lane / 16));
 #pragma unroll
-        for (int m = 0; m < U::M; ++m) {
-          multiply(sums[m][n], c[m], b[0], b[1], T());
-          multiply(sums[m][n + 1], c[m], b[2], b[3], T());
+          for (int n = 0; n < N; n += 2) {
+            uint32_t b[4];
+            matrices_4_transposed(b, piece_at(weights + side * U::EACH / 64 * 64 * 128, k * 16 + lane % 16, side * N % 8 + n + lane / 16));
+#pragma unroll
+            for (int m = 0; m < U::M; ++m) {
+              multiply(sums[m][n], c[m], b[0], b[1], T());
+              multiply(sums[m][n + 1], c[m], b[2], b[3], T());
+            }
+          }
         }
       }
     }
-    if (inner + 1 < chunks) continue;
+    if constexpr (U::GROUPS) groups_wait(sums[0]);
 #pragma unroll
     for (int m = 0; m < U::M; ++m)
 #pragma unroll
@@ -198,8 +219,8 @@ template <class T, int TOKENS> __global__ void __launch_bounds__(256) upper_kern
             w[j] = Pack<T, 2>::of(pair).word;
           }
           gather_piece(w);
-          if (token >= 0)
-            *reinterpret_cast<uint4*>(a.y + int64_t(token) * hidden + column + (n + lane % 4) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+          if (token >= 0 && column + n * 8 < hidden)
+            *reinterpret_cast<uint4*>(a.first_at(column + (n + lane % 4) * 8, token)) = make_uint4(w[0], w[1], w[2], w[3]);
         }
       }
   }
@@ -305,7 +326,6 @@ template <class T, int M> __global__ void __launch_bounds__(128) lower_kernel(Fo
 // ---- sums ----------------------------------------------------------------------------------------------------------------
 
 constexpr int kSumThreads = 1024;
-constexpr int kSlice = 16;  // columns: two words of 16 bytes
 constexpr int kLine = 128;  // bytes of shared memory: the two words of a row of each of four trees
 constexpr int kMostLines = kShared / kLine;
 static_assert(kMostLines <= 1 << kRowBits);
@@ -340,10 +360,9 @@ template <class T> __global__ void __launch_bounds__(kSumThreads, 1) sums_kernel
     for (int64_t item = begin - number * items + warp; item < last - number * items; item += kSumThreads / kWarp) {
       const int64_t token = item * 16 + within;
       if (token >= tokens) continue;
-      uint4* y = reinterpret_cast<uint4*>(a.y + token * hidden + column);
       const uint4* visits = a.list + item * quads * 64 + within;
       float sum[VEC];
-      Pack<T, VEC>{*y}.get(sum);
+      Pack<T, VEC>{*reinterpret_cast<const uint4*>(a.first_at(column, token))}.get(sum);
       for (int quad = 0; quad < quads; ++quad, visits += 64) {
         uint32_t list[4][4];
 #pragma unroll
@@ -363,7 +382,7 @@ template <class T> __global__ void __launch_bounds__(kSumThreads, 1) sums_kernel
             for (int j = 0; j < VEC; ++j) sum[j] = fmaf(c, w[j], sum[j]);
           }
       }
-      *y = Pack<T, VEC>::of(sum).word;
+      *reinterpret_cast<uint4*>(a.y + token * hidden + column) = Pack<T, VEC>::of(sum).word;
     }
     begin = last;
   }
@@ -380,6 +399,7 @@ struct Parts {
   int32_t* counts;
   uint16_t* order;
   uint4* list;
+  void* first;
   int64_t used;
 };
 Parts parts_of(const Shape& s, void* workspace) {
@@ -391,13 +411,13 @@ Parts parts_of(const Shape& s, void* workspace) {
   p.counts = carve.take<int32_t>(p.chunks * subtrees);
   p.order = carve.take<uint16_t>(p.chunks * subtrees * p.chunk);
   p.list = carve.take<uint4>(divide_up(s.tokens, 16) * divide_up(s.trees, 4) * 64);
+  p.first = carve.take<char>(2 * s.tokens * s.hidden);
   p.used = carve.used;
   return p;
 }
 
 template <class T, int TOKENS> void upper(const Forest<T>& a, cudaStream_t stream) {
-  allow_shared(upper_kernel<T, TOKENS>, Upper<TOKENS>::BYTES);
-  upper_kernel<T, TOKENS><<<unsigned(divide_up(a.shape.tokens, TOKENS)), 256, Upper<TOKENS>::BYTES, stream>>>(a);
+  launch_early(upper_kernel<T, TOKENS>, unsigned(divide_up(a.shape.tokens, TOKENS)), 256, Upper<TOKENS>::BYTES, true, stream, a);
 }
 
 template <class T, int M> void lower(const Forest<T>& a, int64_t chunks, cudaStream_t stream) {
@@ -411,8 +431,8 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   const Parts parts = parts_of(s, f.workspace);
   const Forest<T> a{s, f.activation, upper_of(s), parts.chunk, static_cast<const T*>(f.x), static_cast<const T*>(f.weight_in),
                     static_cast<const T*>(f.bias_in), static_cast<const T*>(f.weight_out), static_cast<T*>(f.y), f.path,
-                    static_cast<float*>(f.logits), parts.counts, parts.order, parts.list};
-  cudaMemsetAsync(parts.counts, 0, sizeof(int32_t) * parts.chunks * a.subtrees(), stream);
+                    static_cast<float*>(f.logits), parts.counts, parts.order, parts.list, static_cast<T*>(parts.first)};
+  zero_counts(parts.counts, parts.chunks * a.subtrees(), stream);
   // Smaller tiles where there are too few for all multiprocessors, or too few tokens in a subtree.
   if (s.tokens > 64 * processors) upper<T, 128>(a, stream);
   else if (s.tokens > 32 * processors) upper<T, 64>(a, stream);

@@ -431,6 +431,33 @@ Way forward_way(const Problem& p, Way wanted) {
   return s.tokens >= 2048 && serves(p, Way::dense) && dense * kMargin < least ? Way::dense : best;
 }
 
+// A thread: VEC numbers.
+template <class T, int VEC>
+__global__ void __launch_bounds__(kThreads) add_bias_kernel(const T* x, const T* bias, T* y, int64_t pieces, int columns) {
+  const int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
+  if (i >= pieces) return;
+  accumulator_t<T> v[VEC], b[VEC];
+  load_once<T, VEC>(x + i * VEC).get(v), load<T, VEC>(bias + i % columns * VEC).get(b);
+#pragma unroll
+  for (int j = 0; j < VEC; ++j) v[j] += b[j];
+  *reinterpret_cast<typename Word<sizeof(T) * VEC>::type*>(y + i * VEC) = Pack<T, VEC>::of(v).word;
+}
+
+const char* add_bias(const void* x, const void* bias, void* y, int64_t tokens, int64_t hidden, Type type, cudaStream_t stream) {
+  if (tokens * hidden == 0) return nullptr;
+  with_type(type, [&](auto t) {
+    using T = decltype(t);
+    constexpr int VEC = vector_of<T>;
+    const T *from = static_cast<const T*>(x), *row = static_cast<const T*>(bias);
+    const bool vectors = hidden % VEC == 0 && (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(bias) | reinterpret_cast<uintptr_t>(y)) % 16 == 0;
+    const int64_t pieces = tokens * hidden / (vectors ? VEC : 1);
+    const unsigned blocks = unsigned(divide_up(pieces, kThreads));
+    if (vectors) add_bias_kernel<T, VEC><<<blocks, kThreads, 0, stream>>>(from, row, static_cast<T*>(y), pieces, int(hidden / VEC));
+    else add_bias_kernel<T, 1><<<blocks, kThreads, 0, stream>>>(from, row, static_cast<T*>(y), pieces, int(hidden));
+  });
+  return launched();
+}
+
 const char* mask(const Mask& m, Type type, cudaStream_t stream) {
   if (m.shape.tokens == 0) return nullptr;
   with_type(type, [&](auto t) {

@@ -181,15 +181,6 @@ __device__ inline int row_above(int leaf, int level, int top, int sub) {
   return down < 0 ? kSubNodes + level : (1 << down) - 1 + (leaf >> (sub - 1 - down));
 }
 
-template <class G> __device__ inline void store_pair(G* to, float a, float b) {
-  if constexpr (sizeof(G) == 4) {
-    *reinterpret_cast<float2*>(to) = make_float2(a, b);
-  } else {
-    const float pair[2] = {a, b};
-    *reinterpret_cast<uint32_t*>(to) = Pack<G, 2>::of(pair).word;
-  }
-}
-
 // ---- slopes --------------------------------------------------------------------------------------------------------------
 
 template <class T> struct Slopes {
@@ -205,10 +196,10 @@ template <class T> struct Slopes {
 template <int M> constexpr int kSlopesShared = M == 1 ? 69888 : 109056;  // bytes, of which the kernel makes sure
 
 template <class T, class G, int M> __global__ void __launch_bounds__(128) tile_slopes_kernel(Slopes<T> a) {
-  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, STRIDE = kRows + 1, COEFFICIENTS = kInner + 8, OUTPUT = kColumns + 8;
+  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, STRIDE = kRows + 1, COEFFICIENTS = kCoefficientsRow<kInner>;
   // Second phase, in the memory of the first one's stages: gains, coefficients, a warp's outputs, stages of weight_in.
   constexpr int AT_COEFFICIENTS = (TOKENS * STRIDE * 4 + 127) / 128 * 128;
-  constexpr int AT_OUTPUT = AT_COEFFICIENTS + TOKENS * COEFFICIENTS * 2, AT_STAGES = AT_OUTPUT + TOKENS * OUTPUT * 2;
+  constexpr int AT_OUTPUT = AT_COEFFICIENTS + TOKENS * COEFFICIENTS * 2, AT_STAGES = AT_OUTPUT + TOKENS * kOutputRow * 2;
   constexpr int STAGE = kInner * 128, STAGES = 3;
   static_assert(AT_OUTPUT % 16 == 0 && AT_STAGES % 128 == 0 && AT_STAGES + STAGES * STAGE <= kSlopesShared<M>);
   static_assert(kStages * (TOKENS + kRows) * 128 <= kSlopesShared<M>);
@@ -274,64 +265,8 @@ template <class T, class G, int M> __global__ void __launch_bounds__(128) tile_s
   }
   if (!a.grad_x) return;
   __syncthreads();
-  uint32_t coefficients[M][kInner / 16][4];
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int k = 0; k < kInner / 16; ++k)
-      matrices_4(coefficients[m][k],
-                 shared + AT_COEFFICIENTS + ((warp * M + m) * 16 + lane % 16) * COEFFICIENTS * 2 + (k * 2 + lane / 16) * 16);
-  char* output = memory + AT_OUTPUT + warp * M * 16 * OUTPUT * 2;
-  G* grad_x = static_cast<G*>(a.grad_x);
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    copies_wait<STAGES - 2>();
-    __syncthreads();
-    begin(chunk + STAGES - 1);
-    const uint32_t stage = shared + AT_STAGES + chunk % STAGES * STAGE;
-    constexpr int PART = kColumns / 8 / 2;  // half of the columns at a time, for the registers
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sums[M][PART][4] = {};
-#pragma unroll
-      for (int k = 0; k < kInner / 16; ++k)
-#pragma unroll
-        for (int n = 0; n < PART; n += 2) {
-          uint32_t b[4];
-          matrices_4_transposed(b, piece_at(stage, k * 16 + lane % 16, half * PART + n + lane / 16));
-#pragma unroll
-          for (int m = 0; m < M; ++m) {
-            multiply(sums[m][n], coefficients[m][k], b[0], b[1], T());
-            multiply(sums[m][n + 1], coefficients[m][k], b[2], b[3], T());
-          }
-        }
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int n = 0; n < PART; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; i += 2) {
-            const int row = m * 16 + lane / 4 + i * 4, column = (half * PART + n) * 8 + lane % 4 * 2;
-            if constexpr (sizeof(G) == 4) {  // four lanes write a whole sector
-              const int token = tokens[warp * M * 16 + row];
-              if (token >= 0)
-                __stcs(reinterpret_cast<float2*>(grad_x + int64_t(token) * hidden + chunk * kColumns + column),
-                       make_float2(sums[m][n][i], sums[m][n][i + 1]));
-            } else {
-              store_pair(reinterpret_cast<G*>(output + row * OUTPUT * 2) + column, sums[m][n][i], sums[m][n][i + 1]);
-            }
-          }
-    }
-    if constexpr (sizeof(G) == 2) {
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < 4 * M; ++i) {
-        const int row = i * 4 + lane / 8, token = tokens[warp * M * 16 + row];
-        const uint4 word = *reinterpret_cast<const uint4*>(output + row * OUTPUT * 2 + lane % 8 * 16);
-        if (token >= 0) __stcs(reinterpret_cast<uint4*>(grad_x + int64_t(token) * hidden + chunk * kColumns) + lane % 8, word);
-      }
-      __syncwarp();
-    }
-  }
+  outputs<T, M, kInner, STAGES>(shared + AT_COEFFICIENTS, shared + AT_STAGES, memory + AT_OUTPUT + warp * M * 16 * kOutputRow * 2, tokens,
+                                static_cast<G*>(a.grad_x), hidden, begin);
 }
 
 // ---- weights -------------------------------------------------------------------------------------------------------------

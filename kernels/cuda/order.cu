@@ -82,6 +82,12 @@ __global__ void place_few_kernel(int64_t tokens, int bins, const int32_t* counts
   }
 }
 
+__global__ void zero_kernel(int32_t* counts, int64_t count) {
+  let_next_begin();
+  const int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
+  if (i < count) counts[i] = 0;
+}
+
 struct Buffers {
   uint32_t* keys;
   int32_t* tokens;
@@ -118,6 +124,10 @@ const char* sort_by_leaf(const Shape& s, const int32_t* path, uint32_t* keys_out
   const cudaError_t error = cub::DeviceRadixSort::SortPairs(b.temporary, bytes, b.keys, keys_out, b.tokens, tokens_out, count,
                                                             0, bits_of(s), stream);
   return error == cudaSuccess ? launched() : cudaGetErrorString(error);
+}
+
+void zero_counts(int32_t* counts, int64_t count, cudaStream_t stream) {
+  zero_kernel<<<unsigned(divide_up(count, kThreads)), kThreads, 0, stream>>>(counts, count);
 }
 
 void place_by_ticket(int64_t tokens, int bins, const int32_t* counts, const int32_t* bin, const int32_t* ticket,

@@ -20,7 +20,17 @@ constexpr int kSubLevels = 6, kSubNodes = 63, kTopLevels = 6;
 constexpr int kRows = 72;             // of a subtree with its ancestors: 63 + 6, in eights
 constexpr int kInner = 80;            // the same in sixteens
 constexpr int kBins = 1 << kTopLevels;
-template <int M> constexpr int kSubShared = M == 1 ? 69888 : 109056;  // bytes, of which the kernel makes sure
+constexpr int kSubStage = kInner * 128, kSubStages = 3;  // of the second phase
+
+// Shared memory of the second kernel. Second phase, in the memory of the first one's stages: logits, coefficients, outputs on their way, stages
+// of weight_out.
+template <int TOKENS> struct SubMemory {
+  static constexpr int STRIDE = kRows + 1;  // of logits
+  static constexpr int COEFFICIENTS = (TOKENS * STRIDE * 4 + 127) / 128 * 128, OUTPUT = COEFFICIENTS + TOKENS * kCoefficientsRow<kInner> * 2;
+  static constexpr int STAGES = OUTPUT + TOKENS * kOutputRow * 2;
+  static constexpr int BYTES = std::max(STAGES + kSubStages * kSubStage, kStages * (TOKENS + kRows) * 128);
+  static_assert(OUTPUT % 16 == 0 && STAGES % 128 == 0);
+};
 
 template <class T> struct Top {
   int tokens, hidden, levels;  // of the top part
@@ -31,8 +41,9 @@ template <class T> struct Top {
   float* logits;
 };
 
-template <class T, int M> __global__ void __launch_bounds__(128) top_kernel(Top<T> a) {
-  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, STRIDE = kBins + 1;
+// A tile: WARPS times M times 16 tokens.
+template <class T, int WARPS, int M> __global__ void __launch_bounds__(WARPS * 32) top_kernel(Top<T> a) {
+  constexpr int TOKENS = WARPS * M * 16, STRIDE = kBins + 1;
   extern __shared__ __align__(128) char memory[];
   __shared__ int tokens[TOKENS], rows[kBins], drawn[kBins];
   __shared__ float bias[kBins];
@@ -73,6 +84,7 @@ template <class T, int M> __global__ void __launch_bounds__(128) top_kernel(Top<
     number = atomicAdd(drawn + bin, 1);
   }
   __syncthreads();
+  wait_for_previous();  // which sets the counts to zero
   for (int i = threadIdx.x; i < kBins; i += WARPS * 32)
     if (const int count = drawn[i]) drawn[i] = atomicAdd(a.counts + i, count);  // its first ticket
   __syncthreads();
@@ -90,12 +102,8 @@ template <class T> struct Sub {
 };
 
 template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(Sub<T> a) {
-  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, STRIDE = kRows + 1, COEFFICIENTS = kInner + 8, OUTPUT = kColumns + 8;
-  // Second phase, in the memory of the first one's stages: logits, coefficients, a warp's outputs, stages of weight_out.
-  constexpr int AT_COEFFICIENTS = (TOKENS * STRIDE * 4 + 127) / 128 * 128;
-  constexpr int AT_OUTPUT = AT_COEFFICIENTS + TOKENS * COEFFICIENTS * 2, AT_STAGES = AT_OUTPUT + TOKENS * OUTPUT * 2;
-  constexpr int STAGE = kInner * 128, STAGES = 3;
-  static_assert(AT_OUTPUT % 16 == 0 && AT_STAGES % 128 == 0 && AT_STAGES + STAGES * STAGE <= kSubShared<M>);
+  constexpr int WARPS = 4, TOKENS = WARPS * M * 16, THREADS = WARPS * 32;
+  using Memory = SubMemory<TOKENS>;
   extern __shared__ __align__(128) char memory[];
   __shared__ int tokens[TOKENS], rows[kInner], place[3];  // place: subtree, first of its tokens, how many
   __shared__ float bias[kRows];
@@ -132,8 +140,8 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
   if (count <= 0) return;
   const int root = (1 << a.top) - 1 + place[0], sub = a.levels - a.top;
   const int32_t* order = a.order ? a.order + int64_t(place[0]) * a.tokens : nullptr;
-  for (int i = threadIdx.x; i < TOKENS; i += 128) tokens[i] = i < count ? (order ? order[start + i] : start + i) : -1;
-  for (int i = threadIdx.x; i < kInner; i += 128) {
+  for (int i = threadIdx.x; i < TOKENS; i += THREADS) tokens[i] = i < count ? (order ? order[start + i] : start + i) : -1;
+  for (int i = threadIdx.x; i < kInner; i += THREADS) {
     int node = -1;
     if (i < kSubNodes) {
       const int level = 31 - __clz(i + 1);
@@ -149,22 +157,22 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
   {
     float sums[M][kRows / 8][4];
     products<T, WARPS, M, kRows>(sums, shared, a.x, a.weight_in, a.hidden, tokens, rows);
-    spill<M, kRows, STRIDE>(sums, reinterpret_cast<float*>(memory));
+    spill<M, kRows, Memory::STRIDE>(sums, reinterpret_cast<float*>(memory));
   }
   const int chunks = a.hidden / kColumns;
   const auto begin = [&](int chunk) {
     if (chunk < chunks)
-      fetch<kInner, 128>(shared + AT_STAGES + chunk % STAGES * STAGE, reinterpret_cast<const char*>(a.weight_out),
+      fetch<kInner, THREADS>(shared + Memory::STAGES + chunk % kSubStages * kSubStage, reinterpret_cast<const char*>(a.weight_out),
                          int64_t(a.hidden) * sizeof(T), rows, chunk);
     copies_end_group();
   };
-  for (int c = 0; c < STAGES - 1; ++c) begin(c);
-  uint4* zeros = reinterpret_cast<uint4*>(memory + AT_COEFFICIENTS);
-  for (int i = threadIdx.x; i < TOKENS * COEFFICIENTS * 2 / 16; i += 128) zeros[i] = make_uint4(0, 0, 0, 0);
+  for (int c = 0; c < kSubStages - 1; ++c) begin(c);
+  uint4* zeros = reinterpret_cast<uint4*>(memory + Memory::COEFFICIENTS);
+  for (int i = threadIdx.x; i < TOKENS * kCoefficientsRow<kInner> * 2 / 16; i += THREADS) zeros[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
-  if (threadIdx.x < count) {
-    const float* logits = reinterpret_cast<const float*>(memory) + threadIdx.x * STRIDE;
-    T* coefficients = reinterpret_cast<T*>(memory + AT_COEFFICIENTS) + threadIdx.x * COEFFICIENTS;
+  if (int(threadIdx.x) < count) {
+    const float* logits = reinterpret_cast<const float*>(memory) + threadIdx.x * Memory::STRIDE;
+    T* coefficients = reinterpret_cast<T*>(memory + Memory::COEFFICIENTS) + threadIdx.x * kCoefficientsRow<kInner>;
     const int64_t visits = int64_t(tokens[threadIdx.x]) * a.levels;
     int at = 0;
     for (int level = 0; level < a.levels; ++level) {
@@ -179,72 +187,35 @@ template <class T, int M> __global__ void __launch_bounds__(128) subtree_kernel(
     }
   }
   __syncthreads();
-  uint32_t coefficients[M][kInner / 16][4];
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int k = 0; k < kInner / 16; ++k)
-      matrices_4(coefficients[m][k],
-                 shared + AT_COEFFICIENTS + ((warp * M + m) * 16 + lane % 16) * COEFFICIENTS * 2 + (k * 2 + lane / 16) * 16);
-  char* output = memory + AT_OUTPUT + warp * M * 16 * OUTPUT * 2;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    copies_wait<STAGES - 2>();
-    __syncthreads();
-    begin(chunk + STAGES - 1);
-    const uint32_t stage = shared + AT_STAGES + chunk % STAGES * STAGE;
-    constexpr int PART = kColumns / 8 / 2;  // half of the columns at a time, for the registers
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sums[M][PART][4] = {};
-#pragma unroll
-      for (int k = 0; k < kInner / 16; ++k)
-#pragma unroll
-        for (int n = 0; n < PART; n += 2) {
-          uint32_t b[4];
-          matrices_4_transposed(b, piece_at(stage, k * 16 + lane % 16, half * PART + n + lane / 16));
-#pragma unroll
-          for (int m = 0; m < M; ++m) {
-            multiply(sums[m][n], coefficients[m][k], b[0], b[1], T());
-            multiply(sums[m][n + 1], coefficients[m][k], b[2], b[3], T());
-          }
-        }
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int n = 0; n < PART; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; i += 2) {
-            const float pair[2] = {sums[m][n][i], sums[m][n][i + 1]};
-            *reinterpret_cast<uint32_t*>(output + (m * 16 + lane / 4 + i * 4) * OUTPUT * 2 + (half * PART + n) * 16 + lane % 4 * 4) =
-                Pack<T, 2>::of(pair).word;
-          }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4 * M; ++i) {
-      const int row = i * 4 + lane / 8, token = tokens[warp * M * 16 + row];
-      const uint4 word = *reinterpret_cast<const uint4*>(output + row * OUTPUT * 2 + lane % 8 * 16);
-      if (token >= 0) __stcs(reinterpret_cast<uint4*>(a.y + int64_t(token) * a.hidden + chunk * kColumns) + lane % 8, word);
-    }
-    __syncwarp();
-  }
+  outputs<T, M, kInner, kSubStages>(shared + Memory::COEFFICIENTS, shared + Memory::STAGES,
+                                    memory + Memory::OUTPUT + warp * M * 16 * kOutputRow * 2, tokens, a.y, a.hidden, begin);
 }
 
-template <int M> constexpr int kTopShared = kStages * (M * 64 + kBins) * 128;
+// Up to so many tokens a multiprocessor tiles are small; larger ones share what is read of the weights. Measured on an H200.
+constexpr int64_t kTopSmall = 88, kTopMiddle = 350, kSubSmall = 700;
+bool large_serve(const Problem& p) { return shared_kb(p.capability) * 1024 >= SubMemory<128>::BYTES + 2048; }
 
-// Tiles of 64 tokens where there are few of them, or little shared memory. Otherwise 128, which share what is read of the weights.
-bool small_tiles(int64_t tokens, const Problem& p) {
-  return tokens < int64_t{64} * 4 * p.processors || shared_kb(p.capability) * 1024 < kSubShared<2> + 2048;
+template <class T, int WARPS, int M> void launch_top(const Top<T>& a, bool early, cudaStream_t stream) {
+  constexpr int TOKENS = WARPS * M * 16;
+  launch_early(top_kernel<T, WARPS, M>, unsigned(divide_up(a.tokens, TOKENS) * a.shape.trees), WARPS * 32, kStages * (TOKENS + kBins) * 128, early,
+               stream, a);
 }
-
 template <class T> void top_part(const Top<T>& a, const Problem& p, cudaStream_t stream) {
-  if (small_tiles(a.tokens * a.shape.trees, p)) {
-    allow_shared(top_kernel<T, 1>, kTopShared<1>);
-    top_kernel<T, 1><<<unsigned(divide_up(a.tokens, 64) * a.shape.trees), 128, kTopShared<1>, stream>>>(a);
-  } else {
-    allow_shared(top_kernel<T, 2>, kTopShared<2>);
-    top_kernel<T, 2><<<unsigned(divide_up(a.tokens, 128) * a.shape.trees), 128, kTopShared<2>, stream>>>(a);
-  }
+  const bool early = a.counts && p.capability >= 90;  // behind `zero_counts`
+  const int64_t tokens = a.tokens * a.shape.trees;
+  if (tokens <= kTopSmall * p.processors || !large_serve(p)) launch_top<T, 4, 1>(a, early, stream);
+  else if (tokens <= kTopMiddle * p.processors) launch_top<T, 8, 1>(a, early, stream);
+  else launch_top<T, 4, 2>(a, early, stream);
+}
+
+template <class T, int M> void launch_subtrees(const Sub<T>& a, bool early, cudaStream_t stream) {
+  constexpr int TOKENS = 4 * M * 16;
+  const int64_t more = a.top ? 1 << a.top : 0;  // the last tile of each subtree is not full
+  launch_early(subtree_kernel<T, M>, unsigned(divide_up(a.tokens, TOKENS) + more), 128, SubMemory<TOKENS>::BYTES, early, stream, a);
+}
+template <class T> void subtrees(const Sub<T>& a, const Problem& p, cudaStream_t stream) {
+  if (a.tokens <= kSubSmall * p.processors || !large_serve(p)) launch_subtrees<T, 1>(a, p.capability >= 90, stream);
+  else launch_subtrees<T, 2>(a, p.capability >= 90, stream);
 }
 
 struct Parts {
@@ -268,18 +239,12 @@ template <class T> const char* run(const Forward& f, cudaStream_t stream) {
   const T *x = static_cast<const T*>(f.x), *in = static_cast<const T*>(f.weight_in), *bias = static_cast<const T*>(f.bias_in);
   const Parts p = parts_of(s, f.workspace);
   if (top) {
-    cudaMemsetAsync(p.counts, 0, kBins * sizeof(int32_t), stream);
+    zero_counts(p.counts, kBins, stream);
     top_part<T>({tokens, hidden, top, x, in, bias, p.counts, p.order, s, nullptr, nullptr}, f.problem, stream);
   }
   const Sub<T> a{tokens, hidden, levels, top, f.activation, x, in, bias, static_cast<const T*>(f.weight_out), static_cast<T*>(f.y),
                  f.path, static_cast<float*>(f.logits), p.counts, p.order};
-  const unsigned more = top ? 1u << top : 0;  // the last tile of each subtree is not full
-  const bool early = f.problem.capability >= 90;
-  if (small_tiles(tokens, f.problem)) {
-    launch_early(subtree_kernel<T, 1>, unsigned(divide_up(tokens, 64)) + more, 128, kSubShared<1>, early, stream, a);
-  } else {
-    launch_early(subtree_kernel<T, 2>, unsigned(divide_up(tokens, 128)) + more, 128, kSubShared<2>, early, stream, a);
-  }
+  subtrees(a, f.problem, stream);
   return launched();
 }
 

@@ -319,8 +319,8 @@ int main(int count, char** arguments) {
   if (race) {  // one processor: tiles of 128 tokens, too
     const struct { Shape shape; int type, processors; } few[] = {
         {{5, 33, 2, 3}, 0, 132}, {{130, 64, 1, 4}, 0, 1},   {{9, 768, 2, 3}, 0, 132},  {{150, 64, 1, 3}, 1, 1},
-        {{70, 64, 1, 7}, 2, 132}, {{260, 64, 1, 6}, 2, 1},  {{40, 192, 2, 6}, 2, 132}, {{40, 128, 1, 11}, 3, 132}, {{129, 8, 9, 0}, 2, 132},
-        {{33, 64, 3, 5}, 2, 132}};
+        {{70, 64, 1, 7}, 2, 132}, {{260, 64, 1, 6}, 2, 1},  {{720, 64, 1, 6}, 2, 1},  {{40, 192, 2, 6}, 2, 132}, {{40, 128, 1, 11}, 3, 132}, {{129, 8, 9, 0}, 2, 132},
+        {{33, 64, 3, 5}, 2, 132}, {{130, 64, 3, 5}, 2, 1}};
     for (const auto& f : few) {
       const double start = now();
       check_type(f.type, f.shape, capability, f.processors);
@@ -332,7 +332,7 @@ int main(int count, char** arguments) {
     for (const Shape& s : std::vector<Shape>{{0, 8, 1, 2}, {1, 1, 1, 0}, {5, 33, 3, 4}, {70, 64, 1, 5}, {200, 64, 1, 6}, {130, 128, 1, 11},
                                              {300, 64, 1, 11}, {90, 40, 2, 9}, {40, 72, 5, 3}, {3, 1100, 1, 3}, {700, 16, 1, 4}, {33, 24, 1, 13},
                                              {9, 768, 2, 4}, {150, 192, 1, 8}, {1, 64, 1, 11}, {129, 8, 64, 0}, {300, 192, 3, 7}, {2000, 64, 1, 2}, {130, 64, 4, 9}, {33, 128, 8, 8},
-                                             {140, 64, 3, 4}, {20, 64, 16, 7}})
+                                             {140, 64, 3, 4}, {20, 64, 16, 7}, {800, 64, 1, 7}})
       for (int type = 0; type < 4; ++type) check_type(type, s, capability, type % 2 ? processors : 1);
   }
   const double seconds = !race && count > 1 ? std::atof(arguments[1]) : 0, most = count > 2 ? std::atof(arguments[2]) : 1e9;

@@ -121,6 +121,11 @@ Tensor over(const void* memory, const Tensor& beside, const Sizes& sizes, Scalar
   return torch::stable::from_blob(const_cast<void*>(memory), sizes, strides_of(sizes), beside.device(), dtype);
 }
 
+// The transpose of such a matrix, of `rows` rows.
+Tensor columns_over(const void* memory, const Tensor& beside, int64_t rows, int64_t width, ScalarType dtype) {
+  return torch::stable::from_blob(const_cast<void*>(memory), Sizes{width, rows}, Sizes{1, width}, beside.device(), dtype);
+}
+
 Tensor empty_like_dense(const Tensor& t) { return fresh(t, sizes_of(t), t.scalar_type()); }
 Tensor bytes(const Tensor& like, int64_t count) { return fresh(like, {count}, ScalarType::Byte); }
 ScalarType logits_type(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
@@ -246,23 +251,26 @@ std::tuple<Tensor, Tensor, Tensor> fff_train(Tensor x, Tensor weight_in, Tensor 
   return {y, path, logits};
 }
 
-// What the routing gradient adds to dL/dlogit, [tokens, trees, levels]. gs, xs: [tokens, hidden]; in, out: [nodes or more, hidden].
-Tensor routing_term(const Tensor& gs, const Tensor& xs, const Tensor& in, const void* bias, const Tensor& out, const int32_t* path,
-                    const void* logits, const Problem& problem, Activation activation, double strength, double temperature) {
+// What the routing gradient adds to dL/dlogit, [tokens, trees, levels]. g, x: [tokens, hidden]; in, out: [width, hidden], zeros behind the nodes.
+// Its matrices are made over memory, not by the dispatcher: with few tokens only queueing takes time.
+Tensor routing_term(const Tensor& beside, ScalarType dtype, const void* g, const void* x, const void* in, const void* bias, const void* out,
+                    int64_t width, const int32_t* path, const void* logits, const Problem& problem, Activation activation, double strength,
+                    double temperature) {
   const Shape& s = problem.shape;
-  const int64_t size = problem.type == Type::float64 ? 8 : 4;
-  Tensor extra = fresh(xs, {s.tokens, s.walk()}, logits_type(xs));
-  const Tensor in_columns = torch::stable::transpose(in, 0, 1), out_columns = torch::stable::transpose(out, 0, 1);
-  const int64_t width = in.size(0), piece = std::max<int64_t>(1, kMostElements / width);
+  const int64_t size = problem.type == Type::float64 ? 8 : 4, number = problem.type == Type::float32 ? 4 : problem.type == Type::float64 ? 8 : 2;
+  Tensor extra = fresh(beside, {s.tokens, s.walk()}, size == 8 ? ScalarType::Double : ScalarType::Float);
+  const Tensor in_columns = columns_over(in, beside, width, s.hidden, dtype), out_columns = columns_over(out, beside, width, s.hidden, dtype);
+  const int64_t piece = std::max<int64_t>(1, kMostElements / width);
   for (int64_t begin = 0; begin < s.tokens; begin += piece) {
     const int64_t count = std::min(piece, s.tokens - begin), at = begin * s.walk();
-    const Tensor every = matrix(xs, count, width), gain = matrix(gs, count, width);
-    const bool whole = count == s.tokens;
-    product(whole ? xs : part_of(xs, begin, count), in_columns, every), product(whole ? gs : part_of(gs, begin, count), out_columns, gain);
-    check(hf_fff_cuda::routing({{count, s.hidden, s.trees, s.depth}, activation, every.const_data_ptr(), gain.const_data_ptr(), width, bias,
-                                path + at, static_cast<const char*>(logits) + at * size, strength, temperature,
+    const Tensor both = fresh(beside, {2 * count, width}, dtype);
+    char *every = static_cast<char*>(both.mutable_data_ptr()), *gain = every + number * count * width;
+    const auto rows = [&](const void* of) { return over(static_cast<const char*>(of) + number * begin * s.hidden, beside, {count, s.hidden}, dtype); };
+    product(rows(x), in_columns, over(every, beside, {count, width}, dtype)), product(rows(g), out_columns, over(gain, beside, {count, width}, dtype));
+    check(hf_fff_cuda::routing({{count, s.hidden, s.trees, s.depth}, activation, every, gain, width, bias, path + at,
+                                static_cast<const char*>(logits) + at * size, strength, temperature,
                                 static_cast<char*>(extra.mutable_data_ptr()) + at * size},
-                               problem.type, stream_of(xs)));
+                               problem.type, stream_of(beside)));
   }
   return extra;
 }
@@ -309,10 +317,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fff_backward(Tensor grad_y, Tensor x,
          grad_out = result(weight_out, need_weights);
   const int32_t* visits = static_cast<const int32_t*>(pd.const_data_ptr());
   Tensor extra;
-  if (routing)
-    extra = routing_term(rows_of(gd, shape.tokens, shape.hidden), rows_of(xd, shape.tokens, shape.hidden), in_eights(detached(wi)),
-                         bi.const_data_ptr(), in_eights(detached(wo)), visits, ld.const_data_ptr(), problem, act, routing_gradient,
-                         routing_temperature);
+  if (routing) {
+    const Tensor in = in_eights(detached(wi)), out = in_eights(detached(wo));
+    extra = routing_term(x, x.scalar_type(), gd.const_data_ptr(), xd.const_data_ptr(), in.const_data_ptr(), bi.const_data_ptr(), out.const_data_ptr(),
+                         in.size(0), visits, ld.const_data_ptr(), problem, act, routing_gradient, routing_temperature);
+  }
   const Tensor workspace = bytes(x, hf_fff_cuda::backward_workspace(problem, way, need_x, need_weights));
   check(hf_fff_cuda::backward({problem, act, gd.const_data_ptr(), xd.const_data_ptr(), wi.const_data_ptr(), bi.const_data_ptr(),
                                wo.const_data_ptr(), visits, ld.const_data_ptr(), routing ? extra.const_data_ptr() : nullptr,
@@ -416,8 +425,8 @@ Gradients fff_backward_mixed(Tensor grad_y, std::optional<Tensor> x, Tensor kept
          grad_bias = result({s.nodes()}, need_weights, wide), grad_out = result({s.nodes(), s.hidden}, need_weights, wide);
   Tensor extra;
   if (routing)
-    extra = routing_term(rows_of(gd, s.tokens, s.hidden), rows_of(xd, s.tokens, s.hidden), over(k.in, gd, {k.width, s.hidden}, dtype), k.bias,
-                         over(k.out, gd, {k.width, s.hidden}, dtype), k.path, k.logits, problem, act, routing_gradient, routing_temperature);
+    extra = routing_term(gd, dtype, gd.const_data_ptr(), xd.const_data_ptr(), k.in, k.bias, k.out, k.width, k.path, k.logits, problem, act,
+                         routing_gradient, routing_temperature);
   const Tensor workspace = bytes(grad_y, hf_fff_cuda::backward_workspace(problem, way, need_x, need_weights));
   check(hf_fff_cuda::backward({problem, act, gd.const_data_ptr(), xd.const_data_ptr(), k.in, k.bias, k.out, k.path, k.logits,
                                routing ? extra.const_data_ptr() : nullptr, need_x ? grad_x.mutable_data_ptr() : nullptr,
@@ -427,12 +436,25 @@ Gradients fff_backward_mixed(Tensor grad_y, std::optional<Tensor> x, Tensor kept
   return {grad_x, grad_in, grad_bias, grad_out};
 }
 
+Tensor add_bias(Tensor x, Tensor bias) {
+  const int64_t hidden = x.dim() ? x.size(x.dim() - 1) : 0;
+  STD_TORCH_CHECK(x.dim() >= 1 && bias.dim() == 1 && bias.size(0) == hidden && bias.scalar_type() == x.scalar_type() && bias.is_cuda() &&
+                      bias.get_device_index() == x.get_device_index(),
+                  "add_bias: bias is ", text(bias), "; it must have one number for each column of x ", text(x), ", its dtype and its device");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor xd = dense(x), bd = dense(bias), y = empty_like_dense(x);
+  check(hf_fff_cuda::add_bias(xd.const_data_ptr(), bd.const_data_ptr(), y.mutable_data_ptr(), hidden ? x.numel() / hidden : 0, hidden,
+                              type_of(x.scalar_type()), stream_of(x)));
+  return y;
+}
+
 HF_FFF_IMPLEMENTS(CUDA, m) {
   m.impl("fff", TORCH_BOX(&fff));
   m.impl("fff_train", TORCH_BOX(&fff_train));
   m.impl("fff_backward", TORCH_BOX(&fff_backward));
   m.impl("fff_train_mixed", TORCH_BOX(&fff_train_mixed));
   m.impl("fff_backward_mixed", TORCH_BOX(&fff_backward_mixed));
+  m.impl("add_bias", TORCH_BOX(&add_bias));
 }
 
 }  // namespace

@@ -274,7 +274,7 @@ def test_gradients_are_deterministic(way, dtype, monkeypatch):
 def test_uneven_subtrees():
     """Most tokens in one subtree, so that it is cut into chunks, some subtrees with a few, many with none."""
     x, *weights = there(random_layer(1, 11, 128, 20000, dtype=torch.bfloat16))
-    weights[1][:63] += torch.linspace(-8, 8, 63, device=DEVICE).abs().bfloat16() * 2  # to the right
+    weights[1][:63] += 1.5  # logits are about 1: fourteen of fifteen tokens go to the right
     g = torch.randn_like(x)
     _, path, logits = OPS.fff_train(x, *weights, 1, "gelu")
     below = path[..., 6].flatten().unique(return_counts=True)[1]
@@ -602,6 +602,24 @@ def test_backward_of_more_than_2_to_the_31_elements():
         for a, b in zip(got[1:], want[1:], strict=True):
             assert relative(oracle.array(a), oracle.array(b)) < 1e-2
         del got
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 768), (1000, 24), (7, 33), (0, 8), (64,)], ids=str)
+@torch.no_grad()
+def test_add_bias(shape, dtype):
+    x, bias = torch.randn(shape, device=DEVICE).to(dtype), torch.randn(shape[-1], device=DEVICE).to(dtype)
+    for of in (x, x[..., 1:] if shape[-1] % 2 else x, x.T.contiguous().T if x.ndim == 2 else x):
+        row = bias[: of.shape[-1]]
+        assert torch.equal(ops.add_bias(of, row), of + row) and torch.equal(OPS.add_bias(of, row), of + row)
+    with pytest.raises(RuntimeError, match="one number for each column"):
+        OPS.add_bias(x, bias[:1].repeat(3))
+
+
+def test_add_bias_has_gradients():
+    x, bias = torch.randn(6, 8, device=DEVICE, requires_grad=True), torch.randn(8, device=DEVICE, requires_grad=True)
+    ops.add_bias(x, bias).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x)) and torch.equal(bias.grad, torch.full_like(bias, 6))
 
 
 def test_what_is_said_about_the_way():

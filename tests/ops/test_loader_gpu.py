@@ -104,7 +104,7 @@ def test_code_for_one_kind_of_gpu_serves_no_other(root):  # noqa: F811
 def test_first_use_builds_for_the_gpus_that_are_there(root, nvcc):  # noqa: F811
     built = load_quietly(gpu_loader(root, (9, 0), (8, 0), (9, 0)))
     assert built.origin == "built" and built.path.parent.name.endswith("-80-90")
-    assert nvcc.codes() == [["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90"]]
+    assert nvcc.codes() == [["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"]]
     assert load_quietly(gpu_loader(root, (9, 0), (8, 0))).origin == "cache"
     assert load_quietly(gpu_loader(root, (8, 0))).origin == "cache", "what serves more is there already"
     assert load_quietly(gpu_loader(root, (8, 9))).path.parent.name.endswith("-80-90"), "8.0's code runs on 8.9"
@@ -117,7 +117,7 @@ def test_built_ahead_without_a_gpu(root, nvcc, tmp_path):  # noqa: F811
         not built.loaded and built.path == tmp_path / "out" / "libhf_fff_tiny.so" and "there is no GPU" in built.reason
     )
     (codes,) = nvcc.codes()
-    numbers = ("75", "80", "86", "89", "90", "100", "120")
+    numbers = ("75", "80", "86", "89", "90a", "100", "120")
     assert codes == [*(f"arch=compute_{n},code=sm_{n}" for n in numbers), "arch=compute_120,code=compute_120"]
     assert load_quietly(gpu_loader(root, (8, 6))).origin == "cache", "it serves the first use where there is one"
     assert gpu_loader(root).build("tiny").origin == "cache" and len(nvcc.options()) == 1

@@ -33,7 +33,7 @@ def test_the_library(nvcc):
         listed = subprocess.run(
             [objects, "--list-elf", str(built.path)], capture_output=True, text=True, check=True
         ).stdout
-        assert all(f".sm_{target}." in listed for target in TARGETS)
+        assert all(f".sm_{code}." in listed for code in ("80", "90a"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is loaded where there is a GPU")
@@ -52,7 +52,7 @@ def other_sources():
 @pytest.mark.parametrize("source", other_sources())
 def test_the_sources_that_are_no_part_of_it(nvcc, source, tmp_path):
     root = loader.kernels_root()
-    codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in TARGETS]
+    codes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in ("80", "90a")]
     command = [
         *nvcc,
         "-std=c++20",

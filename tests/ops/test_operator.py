@@ -481,6 +481,15 @@ def test_unknown_activation_and_trees(backend):
             BACKENDS[backend].fff(*args, n_trees, "gelu")
 
 
+def test_add_bias():
+    x, bias = torch.randn(2, 3, 8), torch.randn(8, requires_grad=True)
+    assert torch.equal(ops.add_bias(x, bias), x + bias) and torch.equal(
+        torch.ops.hf_fff.add_bias(x, bias.detach()), x + bias
+    )
+    (grad,) = torch.autograd.grad(ops.add_bias(x, bias).sum(), [bias])
+    assert torch.equal(grad, torch.full_like(bias, 6))
+
+
 def test_a_path_that_is_none_is_refused():
     args = random_layer(2, 3, 8, 4)
     _, path, logits = NATIVE.fff_train(*args, 2, "gelu")
