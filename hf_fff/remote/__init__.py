@@ -52,6 +52,7 @@ except ImportError:
 
     class ops:
         fff = staticmethod(fff_in_torch)
+        add_bias = staticmethod(torch.add)
 """
 
 # What the classes of FastCrammedBert refer to, and need not do there.
