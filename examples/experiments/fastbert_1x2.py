@@ -3,7 +3,7 @@
     python examples/experiments/fastbert_1x2.py --model DIR --data DIR --results fastbert_1x2.jsonl            # what is not there yet
     python examples/experiments/fastbert_1x2.py --results fastbert_1x2.jsonl --report                        # page and picture
     python examples/experiments/fastbert_1x2.py --model DIR --data DIR --results try.jsonl --quick           # minutes on a CPU
-    python examples/experiments/side_by_side.py --gpus 2 --at-once 6 fastbert_1x2.py --model DIR --data DIR --results FILE --bf16
+    python examples/experiments/side_by_side.py --gpus 0 1 --at-once 6 fastbert_1x2.py --model DIR --data DIR --results FILE --bf16
 
 1x2 uses 3 of 7 neurons, 512x2 1536 of 3584; beside each stands an MLP of as many neurons as it uses, and beside all no FFN at all. What
 is converted is calibrated on the rows to train on, and then all are finetuned alike, by the preset crammed-finetune (5 epochs of batches of 16, 4e-5).
@@ -157,6 +157,8 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
 
     if not rows:
         raise SystemExit("there are no runs to report")
+    last = rows[-1]
+    rows = [row for row in rows if all(row[name] == last[name] for name in ("model", "limit", "bf16", "device"))]
     scores: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
         scores[row["fff"], row["task"]].append(row["scores"][TASKS[row["task"]][2]])
@@ -172,11 +174,8 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
                 shares += [(x - none) / (dense - none)] if dense > none else []
         return f"{mean(shares):.2f}" if shares else "cannot be told"
 
-    first = rows[0]
     steps = max((row["calibration_steps"] or 0 for row in rows), default=0)
-    text = HEAD.format(
-        model=", ".join(sorted({row["model"] for row in rows})), steps=steps, limit=f"{first['limit']:,}"
-    )
+    text = HEAD.format(model=last["model"], steps=steps, limit=f"{last['limit']:,}")
     columns = [f"{TASKS[task][0]}, {TASKS[task][2]}" for task in tasks]
     text += f"| | neurons used | seeds | {' | '.join(columns)} | kept |\n|{'---|' * (len(tasks) + 4)}\n"
     for kind in kinds:

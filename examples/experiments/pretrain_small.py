@@ -7,7 +7,7 @@
 
 6 layers of 384, the dense FFN of 1536; 25 % of the tokens masked and all else as in the preset crammed-pretrain, at a constant rate after the
 warm-up, so that any two points of any two curves may be compared. Trees are trained with each of ``--routing-gradient``. Texts (a paragraph a
-line) are packed: every row is full. ``--time`` measures the steps, all models by turns in one process; the page reads the loss after equal
+line) are packed: every row is full. Logits are those of the masked words alone, since all words' would take more time than all else. ``--time`` measures the steps, all models by turns in one process; the page reads the loss after equal
 seconds off the curves by these times, since runs that shared a GPU cannot tell theirs. ``side_by_side.py`` starts several processes.
 """
 
@@ -46,6 +46,7 @@ KEY = (
     "hidden_size",
     "quick",
 )
+SHARE = 0.25  # of the tokens that are masked, the paper's
 HELD_OUT = 256  # rows of the training text, by which rates are chosen
 CHUNK = 4096  # texts that are tokenised at once
 
@@ -186,6 +187,29 @@ def texts(args: argparse.Namespace) -> tuple[Any, Rows, Rows, Rows]:
 # Runs
 
 
+def of_masked_words(base: Any) -> Any:
+    """A class of models for masked words whose loss computes the logits of masked words alone. How many there are changes from batch to batch,
+    and to ask would wait for the GPU: it takes a number that there never are more of (by six standard deviations of ``SHARE``)."""
+    import torch
+    from transformers.modeling_outputs import MaskedLMOutput
+
+    class OfMaskedWords(base):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **options: Any) -> Any:
+            if labels is None:
+                return super().forward(input_ids, attention_mask, **options)
+            found = self.base_model(input_ids, attention_mask, **options)
+            labels, hidden = labels.flatten(), found.last_hidden_state.flatten(0, 1)
+            count = min(
+                labels.numel(), int(SHARE * labels.numel() + 6 * (SHARE * (1 - SHARE) * labels.numel()) ** 0.5) + 1
+            )
+            places = (labels >= 0).int().topk(count, sorted=False).indices
+            loss = torch.nn.functional.cross_entropy(self.cls(hidden[places]).float(), labels[places])
+            return MaskedLMOutput(loss=loss, hidden_states=found.hidden_states)
+
+    OfMaskedWords.__name__ = base.__name__
+    return OfMaskedWords
+
+
 def trainer(args: argparse.Namespace, kind: Kind, seed: int, data: tuple[Any, Rows, Rows, Rows], **options: Any) -> Any:
     import torch
     from transformers import BertConfig, BertForMaskedLM, PrinterCallback, set_seed
@@ -206,10 +230,10 @@ def trainer(args: argparse.Namespace, kind: Kind, seed: int, data: tuple[Any, Ro
     }
     set_seed(seed)
     dense = kind.fff == "dense"
-    model: Any = (
-        BertForMaskedLM(BertConfig(**shape)) if dense else FastBertForMaskedLM(FastBertConfig(**shape, fff=kind.fff))
-    )
-    settings = preset("crammed-pretrain") | {  # 25 % of the tokens masked, no dropout
+    config = BertConfig(**shape) if dense else FastBertConfig(**shape, fff=kind.fff)
+    model = of_masked_words(BertForMaskedLM if dense else FastBertForMaskedLM)(config)
+    settings = preset("crammed-pretrain") | {  # no dropout
+        "mlm_probability": SHARE,
         "optim": "adamw_torch_fused",
         "learning_rate": args.learning_rate,
         "fff_learning_rate": args.fff_learning_rate,
@@ -353,7 +377,7 @@ kept, (none - x) / (none - dense).
 by turns in one process). The rate is constant, so that a training which stops earlier is no other one.
 
 """
-COLUMNS = "| | routing gradient | neurons used | rate | seeds | loss after equal steps | recovered | a step, ms | loss after equal seconds | recovered | nodes never visited |"
+COLUMNS = "| | routing gradient | neurons used | parameters | rate | seeds | loss after equal steps | recovered | a step, ms | loss after equal seconds | recovered | nodes never visited |"
 TAIL = """
 ![Loss over steps and over seconds]({picture})
 
@@ -415,6 +439,7 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
             kind.fff,
             "-" if kind.routing is None else f"{kind.routing:g}",
             f"{used} ({100 * used / inner:.1f} %)",
+            f"{of[0]['parameters'] / 1e6:.1f} M",
             "-" if of[0]["rate"] is None or kind.fff == "none" else f"{of[0]['rate']:g}",
             str(len(of)),
             spread(ends[kind]),
