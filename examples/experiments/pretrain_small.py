@@ -18,11 +18,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 from runs import append, make_runs, results, spread
@@ -31,8 +29,15 @@ HERE = Path(__file__).parent
 DATA = HERE.parent / "data"
 PAGE = HERE.parents[1] / "docs" / "results" / "pretraining.md"
 KINDS = ("dense", "8x8", "mlp:72", "1x11", "mlp:12", "none")
+# Norms behind what they are of, and learnt positions, as BERT has them; norms before, as in the paper's models; those and rotary positions.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", {}),
+    "megatron_bert": ("MegatronBert", {}),
+    "esm": ("Esm", {"position_embedding_type": "rotary"}),
+}
 KEY = (
     "run",
+    "family",
     "fff",
     "routing_gradient",
     "seed",
@@ -41,7 +46,7 @@ KEY = (
     "tokens",
     "learning_rate",
     "fff_learning_rate",
-    "plain_steps",
+    "units",
     "layers",
     "hidden_size",
     "quick",
@@ -56,6 +61,11 @@ class Kind(NamedTuple):
 
     fff: str
     routing: float | None = None
+
+    @property
+    def neurons(self) -> str | None:
+        """What they are arranged in, where there are any that the package made."""
+        return "tree" if "x" in self.fff else "mlp" if self.fff.startswith("mlp") else None
 
     @property
     def label(self) -> str:
@@ -77,13 +87,14 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     found.add_argument("--steps", type=int, default=1024)
-    found.add_argument("--rows", type=int, default=128, help="of a step")
+    found.add_argument("--rows", type=int, default=64, help="of a step")
     found.add_argument("--tokens", type=int, default=128, help="of a row")
+    found.add_argument("--family", default="esm", choices=FAMILIES)
     found.add_argument("--layers", type=int, default=6)
     found.add_argument("--hidden-size", type=int, default=384)
     found.add_argument("--learning-rate", type=float, default=1e-3)
     found.add_argument("--fff-learning-rate", type=float, help="of what replaces the FFNs; the package's by default")
-    found.add_argument("--plain-steps", action="store_true", help="without units for what replaces the FFNs")
+    found.add_argument("--units", nargs="*", default=[], choices=("tree", "mlp"), help="what is trained in units")
     found.add_argument("--evaluations", type=int, default=16)
     found.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "packed"), help="for the packed text")
     found.add_argument("--claims", type=Path, help="folder that processes side by side have in common, a fresh one")
@@ -124,7 +135,8 @@ def main() -> None:
 
 def key_of(args: argparse.Namespace, kind: Kind, seed: int | None) -> dict[str, Any]:
     given = {name: getattr(args, name, None) for name in KEY}
-    return given | {"fff": kind.fff, "routing_gradient": kind.routing, "seed": seed}
+    own = {"fff": kind.fff, "routing_gradient": kind.routing, "seed": seed, "units": kind.neurons in args.units}
+    return given | own
 
 
 # Text
@@ -203,7 +215,8 @@ def of_masked_words(base: Any) -> Any:
                 labels.numel(), int(SHARE * labels.numel() + 6 * (SHARE * (1 - SHARE) * labels.numel()) ** 0.5) + 1
             )
             places = (labels >= 0).int().topk(count, sorted=False).indices
-            loss = torch.nn.functional.cross_entropy(self.cls(hidden[places]).float(), labels[places])
+            head = self.cls if hasattr(self, "cls") else self.lm_head
+            loss = torch.nn.functional.cross_entropy(head(hidden[places]).float(), labels[places])
             return MaskedLMOutput(loss=loss, hidden_states=found.hidden_states)
 
     OfMaskedWords.__name__ = base.__name__
@@ -212,9 +225,10 @@ def of_masked_words(base: Any) -> Any:
 
 def trainer(args: argparse.Namespace, kind: Kind, seed: int, data: tuple[Any, Rows, Rows, Rows], **options: Any) -> Any:
     import torch
-    from transformers import BertConfig, BertForMaskedLM, PrinterCallback, set_seed
+    import transformers
 
-    from hf_fff import FastBertConfig, FastBertForMaskedLM, FinetuningArguments, FinetuningTrainer
+    import hf_fff
+    from hf_fff import FinetuningArguments, FinetuningTrainer
     from hf_fff.training import preset
 
     tokenizer, train, _, unseen = data
@@ -228,15 +242,17 @@ def trainer(args: argparse.Namespace, kind: Kind, seed: int, data: tuple[Any, Ro
         "max_position_embeddings": args.tokens,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    set_seed(seed)
-    dense = kind.fff == "dense"
-    config = BertConfig(**shape) if dense else FastBertConfig(**shape, fff=kind.fff)
-    model = of_masked_words(BertForMaskedLM if dense else FastBertForMaskedLM)(config)
+    name, own = FAMILIES[args.family]
+    package, name, fff = (transformers, name, {}) if kind.fff == "dense" else (hf_fff, f"Fast{name}", {"fff": kind.fff})
+    transformers.set_seed(seed)
+    config = getattr(package, f"{name}Config")(**shape, **own, **fff)
+    model = of_masked_words(getattr(package, f"{name}ForMaskedLM"))(config)
     settings = preset("crammed-pretrain") | {  # no dropout
         "mlm_probability": SHARE,
         "optim": "adamw_torch_fused",
         "learning_rate": args.learning_rate,
         "fff_learning_rate": args.fff_learning_rate,
+        "fff_units": key_of(args, kind, seed)["units"],
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": max(1, args.steps // 10),
         "per_device_train_batch_size": args.rows,
@@ -258,16 +274,8 @@ def trainer(args: argparse.Namespace, kind: Kind, seed: int, data: tuple[Any, Ro
         eval_dataset=unseen,
         processing_class=tokenizer,
     )
-    made.remove_callback(PrinterCallback)
+    made.remove_callback(transformers.PrinterCallback)
     return made
-
-
-def plain(args: argparse.Namespace) -> Any:
-    from hf_fff import FinetuningTrainer
-
-    if not args.plain_steps:
-        return nullcontext()
-    return mock.patch.object(FinetuningTrainer, "_measure_units", lambda self: None)
 
 
 def on(args: argparse.Namespace) -> dict[str, Any]:
@@ -285,7 +293,7 @@ def run(args: argparse.Namespace, kind: Kind, seed: int) -> dict[str, Any]:
     begin = time.monotonic()
     data = texts(args)
     every = args.steps // args.evaluations
-    with tempfile.TemporaryDirectory() as folder, plain(args):
+    with tempfile.TemporaryDirectory() as folder:
         made = trainer(
             args,
             kind,
@@ -350,7 +358,7 @@ def times(args: argparse.Namespace, kinds: list[Kind]) -> None:
     found: dict[Kind, list[float]] = defaultdict(list)
     for number in range(args.rounds):
         for kind in order.sample(kinds, len(kinds)):
-            with tempfile.TemporaryDirectory() as folder, plain(args):
+            with tempfile.TemporaryDirectory() as folder:
                 steps = first + window * windows
                 made = trainer(args, kind, number, data, output_dir=folder, max_steps=steps, logging_steps=1000)
                 made.add_callback(clock := Clock())
@@ -399,7 +407,7 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
     if not trained:
         raise SystemExit("there are no runs to report")
     first = trained[-1]
-    same = ("steps", "rows", "tokens", "learning_rate", "layers", "hidden_size", "device")
+    same = ("family", "steps", "rows", "tokens", "learning_rate", "layers", "hidden_size", "device")
     inner = 4 * first["hidden_size"]  # neurons of the dense FFN
     trained = [row for row in trained if all(row[name] == first[name] for name in same)]
     groups: dict[Kind, list[dict[str, Any]]] = defaultdict(list)
@@ -411,7 +419,7 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
         Kind(row["fff"], row["routing_gradient"]): row["milliseconds"]
         for row in rows
         if row["run"] == "time"
-        and all(row[name] == first[name] for name in ("rows", "tokens", "layers", "hidden_size", "device"))
+        and all(row[name] == first[name] for name in ("family", "rows", "tokens", "layers", "hidden_size", "device"))
     }
     budget = min((ms[kind] * first["steps"] / 1e3 for kind in kinds if kind in ms), default=float("nan"))
     ends = {kind: [row["curve"][-1][1] for row in groups[kind]] for kind in kinds}

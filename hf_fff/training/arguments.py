@@ -24,8 +24,15 @@ class FastArguments(TrainingArguments):
     fff_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "For what replaced the FFNs, in units of its inputs and outputs; "
-            "by default 0.75 times learning_rate for trees and output biases, 2.5 times for MLPs."
+            "help": "For what replaced the FFNs; by default, in units, 0.75 times learning_rate for trees and output biases and 2.5 times "
+            "for MLPs, and without units learning_rate."
+        },
+    )
+    fff_units: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Train what replaced the FFNs in units of its inputs and outputs; "
+            "by default yes, unless train_folder begins from scratch."
         },
     )
     packed_rows: str | None = field(
@@ -51,8 +58,10 @@ class FastArguments(TrainingArguments):
 
     def rate_of(self, kind: str) -> float:
         """The learning rate of what stands in the place of an FFN, ``"tree"`` or ``"mlp"``, or of its output bias."""
-        usual = (2.5 if kind == "mlp" else 0.75) * self.learning_rate
-        return usual if self.fff_learning_rate is None else self.fff_learning_rate
+        if self.fff_learning_rate is not None:
+            return self.fff_learning_rate
+        times = 1.0 if self.fff_units is False else 2.5 if kind == "mlp" else 0.75
+        return times * self.learning_rate
 
 
 @dataclass

@@ -37,7 +37,6 @@ class FastTrainer(SafeCheckpoints):
     args: FastArguments
 
     def __init__(self, model: Any, args: FastArguments, **kwargs: Any) -> None:
-        args._n_gpu = min(args.n_gpu, 1)  # else DataParallel, slower than one GPU; several are for accelerate launch
         check_rows("train_dataset", kwargs.get("train_dataset"), 1)
         check_rows("eval_dataset", kwargs.get("eval_dataset"), 1)
         with rounded_rows(model, args.packed_rows):
@@ -53,7 +52,8 @@ class FastTrainer(SafeCheckpoints):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``."""
-        self._measure_units()
+        if self.args.fff_units is not False:
+            self._measure_units()
         self._seen = []
         if self.model_wrapped is self.model:  # after an evaluation, which would keep DDP from being wrapped around it
             unprepare(self.model)
@@ -69,7 +69,8 @@ class FastTrainer(SafeCheckpoints):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups of parameters, those of what replaced the FFNs last, for each rate and where there is a weight decay. Steps of
-        the latter are in units in which inputs and outputs have a standard deviation of 1, see ``_measure_units``."""
+        the latter are in units in which inputs and outputs have a standard deviation of 1, see ``_measure_units``, unless
+        ``args.fff_units`` is False."""
         if self.optimizer is None:
             model = self.model if model is None else model
             own = {
@@ -109,7 +110,7 @@ class FastTrainer(SafeCheckpoints):
         super().log(logs, start_time)
 
     def _described(self) -> dict[str, Any]:
-        own = {name: getattr(self.args, name) for name in ("fff_learning_rate", "packed_rows")}
+        own = {name: getattr(self.args, name) for name in ("fff_learning_rate", "fff_units", "packed_rows")}
         return {**super()._described(), **own}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

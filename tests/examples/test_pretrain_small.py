@@ -104,7 +104,7 @@ def row(fff, routing, seed, end, **more):
     curve = [[step, 8 - (8 - end - 0.1 * seed) * step / 100] for step in range(25, 101, 25)]
     told = {"run": "main", "fff": fff, "routing_gradient": routing, "seed": seed, "quick": False, "curve": curve}
     told |= {"steps": 100, "rows": 8, "tokens": 16, "learning_rate": 1e-3, "device": "cpu", "torch": "2"}
-    told |= {"layers": 6, "hidden_size": 384}
+    told |= {"layers": 6, "hidden_size": 384, "family": "esm"}
     told |= {
         "train_rows": 400,
         "unseen_rows": 9,

@@ -94,6 +94,26 @@ def test_steps_are_in_units():
     assert torch.equal(new, torch.tensor([[0.5, -1.0], [0.5, -1.0]])) and torch.equal(other, torch.zeros(2))
 
 
+@pytest.mark.parametrize("kind", ["2x3", "mlp:5"])
+def test_without_units(tmp_path, tokenizer, kind):
+    """Steps are Adam's own, at one rate for all: the first is about the rate in every weight. In units it is not."""
+    moved = {}
+    for units in (None, False):
+        model = convert_ffn_to_fff(dense("classification"), kind, init="random", seed=0)
+        neurons = [m for m in model.modules() if type(m).__name__ in ("FFF", "MLP")]
+        before = [m.weight_out.detach().clone() for m in neurons]
+        t = make(
+            tmp_path, "classification", tokenizer, model, fff_units=units, max_steps=1, lr_scheduler_type="constant"
+        )
+        t.train()
+        moved[units] = torch.cat(
+            [(m.weight_out.detach() - b).abs().flatten() for m, b in zip(neurons, before, strict=True)]
+        )
+    reached = moved[False] > 0.5e-3
+    assert reached.any() and moved[False].max() < 1.01e-3  # a node that no token visited stays where it is
+    assert moved[None].max() < 0.9 * moved[False].max() or moved[None].max() > 1.1 * moved[False].max()
+
+
 def test_the_routing_gradient_is_switched(tmp_path, tokenizer):
     model = convert_ffn_to_fff(dense("classification"), {0: "2x3", 1: "mlp:4", 2: "1x2"})
     t = make(tmp_path, "classification", tokenizer, model, routing_gradient=0)
