@@ -216,7 +216,7 @@ def of_masked_words(base: Any) -> Any:
             )
             places = (labels >= 0).int().topk(count, sorted=False).indices
             head = self.cls if hasattr(self, "cls") else self.lm_head
-            loss = torch.nn.functional.cross_entropy(head(hidden[places]).float(), labels[places])
+            loss = torch.nn.functional.cross_entropy(head(hidden.index_select(0, places)).float(), labels[places])
             return MaskedLMOutput(loss=loss, hidden_states=found.hidden_states)
 
     OfMaskedWords.__name__ = base.__name__
@@ -226,11 +226,14 @@ def of_masked_words(base: Any) -> Any:
 def trainer(args: argparse.Namespace, kind: Kind, seed: int, data: tuple[Any, Rows, Rows, Rows], **options: Any) -> Any:
     import torch
     import transformers
+    from transformers.models.esm import modeling_esm
 
     import hf_fff
     from hf_fff import FinetuningArguments, FinetuningTrainer
     from hf_fff.training import preset
 
+    # ESM's own is the same in several operators, which would make dense FFNs slow.
+    modeling_esm.gelu = torch.nn.functional.gelu
     tokenizer, train, _, unseen = data
     gpu = torch.cuda.is_available()
     shape = {
