@@ -2,10 +2,9 @@
 
     python examples/experiments/side_by_side.py --gpus 0 1 --at-once 5 --seconds 500 pretrain_small.py --model DIR ... --results FILE
 
-Starts SCRIPT, a file of this folder, ``at_once`` times for each GPU with the options that follow it, ``--claims`` (a fresh folder) and
+Starts SCRIPT, a file of this folder, ``at_once`` times on each GPU with the options that follow it, ``--claims`` (a fresh folder) and
 ``--seconds`` (what is left for it); what they print goes to logs, of which the end is printed where one fails. What still runs half a minute
-after the seconds are over is ended. GPUs are numbered as PyTorch does, among those that CUDA_VISIBLE_DEVICES shows; without any, ``--gpus 0``
-starts ``at_once`` processes on the CPU.
+after the seconds are over is ended. On a machine without GPUs, ``--gpus`` without a number starts ``at_once`` processes.
 """
 
 import argparse
@@ -22,7 +21,7 @@ GRACE = 30  # seconds
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[0], help="numbers of those to use")
+    parser.add_argument("--gpus", type=int, nargs="*", default=[0], help="numbers of those to use, as of run_queue.py")
     parser.add_argument("--at-once", type=int, default=4, help="processes on each GPU")
     parser.add_argument("--seconds", type=float, default=1e6)
     parser.add_argument("script")
@@ -30,22 +29,19 @@ def main() -> int:
     args = parser.parse_args()
     if args.at_once < 1:
         parser.error(f"--at-once {args.at_once} leaves nothing to start")
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    for gpu in args.gpus:
-        if gpu < 0 or (visible and gpu >= len(visible)):
-            parser.error(
-                f"--gpus {gpu} is none of the {len(visible)} that CUDA_VISIBLE_DEVICES={','.join(visible)} shows"
-            )
+    if len(set(args.gpus)) < len(args.gpus) or min(args.gpus, default=0) < 0:
+        parser.error(f"--gpus {' '.join(map(str, args.gpus))} must be different numbers of at least 0")
 
     deadline = time.monotonic() + args.seconds
     folder = Path(tempfile.mkdtemp(prefix="side-by-side-"))
-    count = len(args.gpus) * args.at_once
-    threads = str(max(1, (os.cpu_count() or 1) // count))
+    places = (args.gpus or [None]) * args.at_once
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    threads = str(max(1, (os.cpu_count() or 1) // len(places)))
     running = []
-    for number in range(count):
-        gpu = args.gpus[number % len(args.gpus)]
+    for number, gpu in enumerate(places):
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
-        environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) > gpu and visible[gpu] else str(gpu)
         command = [sys.executable, str(HERE / args.script), *args.options]
         command += ["--claims", str(folder / "claims"), "--seconds", str(args.seconds)]
         log = folder / f"{number}.txt"
