@@ -45,6 +45,11 @@ def test_make_runs(tmp_path, capsys):
     assert [row["kind"] for row in runs.results(path)] == ["b", "d"] and runs.results(path)[1]["score"] == 7
     assert runs.make_runs(keys, run, path, seconds=0) == 0 and len(runs.results(path)) == 2
 
+    def too_late(key):
+        raise runs.OutOfTime
+
+    assert runs.make_runs(keys, too_late, path) == 0 and len(runs.results(path)) == 2
+
 
 SCRIPT = """
 import argparse, os, sys
