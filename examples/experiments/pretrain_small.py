@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--learning-rate", type=float, default=1e-3)
     found.add_argument("--fff-learning-rate", type=float, help="of what replaces the FFNs; the package's by default")
     found.add_argument("--units", nargs="*", default=[], choices=("tree", "mlp"), help="what is trained in units")
+    found.add_argument("--graphs", action="store_true", help="steps as CUDA graphs")
     found.add_argument("--evaluations", type=int, default=16)
     found.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "packed"), help="for the packed text")
     found.add_argument("--claims", type=Path, help="folder that processes side by side have in common, a fresh one")
@@ -256,6 +257,7 @@ def trainer(args: argparse.Namespace, kind: Kind, seed: int, data: tuple[Any, Ro
         "learning_rate": args.learning_rate,
         "fff_learning_rate": args.fff_learning_rate,
         "fff_units": key_of(args, kind, seed)["units"],
+        "cuda_graphs": args.graphs,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": max(1, args.steps // 10),
         "per_device_train_batch_size": args.rows,
@@ -329,6 +331,7 @@ def run(args: argparse.Namespace, kind: Kind, seed: int) -> dict[str, Any]:
         **routing,
         "rate": rate,
         "parameters": sum(p.numel() for p in made.model.parameters()),
+        "graphs": args.graphs,
         "train_rows": len(data[1]),
         "unseen_rows": len(data[3]),
         "training_seconds": round(trained, 1),

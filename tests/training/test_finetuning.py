@@ -1,6 +1,7 @@
 """Finetuning: does it learn, at which rates, what is masked, what does an evaluation give, and what of a loss that is not finite?"""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -248,3 +249,29 @@ def test_without_a_task(tmp_path, tokenizer):
     t.train()
     found = t.evaluate()
     assert 0 <= found["eval_right"] <= 1 and found["eval_loss"] > 0
+
+
+def test_recorded_steps_are_for_gpus(tmp_path, tokenizer):
+    t = make(tmp_path, "classification", tokenizer, dense("classification"), max_steps=1, cuda_graphs=True)
+    with pytest.warns(UserWarning, match="cuda_graphs=True is for GPUs: on cpu steps run as usual"):
+        t.train()
+
+
+@pytest.mark.full
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("task", HEAD)
+def test_recorded_steps_are_the_same(tmp_path, task, tokenizer):
+    logs = []
+    for graphs in (False, True):
+        model = convert_ffn_to_fff(dense(task), "2x3", init="random", seed=0)
+        options = {"max_steps": 40, "logging_steps": 1, "dropout": False, "use_cpu": False, "cuda_graphs": graphs}
+        t = make(tmp_path, task, tokenizer, model, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "training steps are not recorded")
+            t.train()
+        logs.append([row for row in t.state.log_history if "loss" in row])
+    assert len(logs[0]) == 40
+    for plain, recorded in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "dead_nodes_0"):
+            assert plain[name] == pytest.approx(recorded[name], rel=1e-3), (plain["step"], name)
