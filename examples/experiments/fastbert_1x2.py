@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--claims", type=Path, help="folder that processes side by side have in common, a fresh one")
     parser.add_argument("--seconds", type=float, default=1e9, help="no run is begun that would not end by then")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; for GPUs")
+    parser.add_argument("--graphs", action="store_true", help="steps as CUDA graphs")
     parser.add_argument(
         "--quick", action="store_true", help="64 rows, one epoch, one seed: tells nothing but that it runs"
     )
@@ -113,7 +114,11 @@ def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, A
     train, dev = (read_rows(args.data / name / f"{part}.tsv") for part in ("train", "dev"))
     rows = shuffled(train, 0)[: args.limit]  # the same for all seeds
     columns = Columns(label="score") if task == "regression" else None
-    settings = preset("crammed-finetune") | {"bf16": args.bf16, "dataloader_pin_memory": gpu}
+    settings = preset("crammed-finetune") | {
+        "bf16": args.bf16,
+        "cuda_graphs": args.graphs,
+        "dataloader_pin_memory": gpu,
+    }
     if args.quick:
         settings, dev = settings | {"num_train_epochs": 1}, dev[:100]
     begin = time.monotonic()
@@ -144,6 +149,7 @@ def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, A
         "calibration_steps": args.calibration_steps if fff != "dense" else None,
         "unexplained": {i: round(value, 3) for i, value in fitted.get("unexplained", {}).items()},
         "bf16": args.bf16,
+        "graphs": args.graphs,
         "seconds": round(time.monotonic() - begin, 1),
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "torch": torch.__version__,

@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--report-limit", type=int, default=3000, help="rows to report on")
     parser.add_argument("--steps", type=int, default=600, help="of the distillation")
     parser.add_argument("--calibration-steps", type=int, default=400)
+    parser.add_argument("--graphs", action="store_true", help="steps of the distillation as CUDA graphs")
     parser.add_argument("--claims", type=Path, help="folder that processes side by side have in common, a fresh one")
     parser.add_argument("--seconds", type=float, default=1e9, help="no run is begun that would not end by then")
     args = parser.parse_args()
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, A
         words = [
             *("--model", args.model, "--teacher", teacher, "--name", name, "--task", task, "--fff", fff),
             *("--train", args.data / train, "--report", args.data / report, "--seed", seed),
-            *("--limit", args.limit, "--report-limit", args.report_limit),
+            *("--limit", args.limit, "--report-limit", args.report_limit, *["--graphs"] * args.graphs),
             *("--steps", args.steps, "--calibration-steps", args.calibration_steps),
             *(args.data / word if word.endswith(FILES) else word for word in more),
         ]
