@@ -29,11 +29,11 @@ HERE = Path(__file__).parent
 DATA = HERE.parent / "data"
 PAGE = HERE.parents[1] / "docs" / "results" / "pretraining.md"
 KINDS = ("dense", "8x8", "mlp:72", "1x11", "mlp:12", "none")
-# Norms behind what they are of, and learnt positions, as BERT has them; norms before, as in the paper's models; those and rotary positions.
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert": ("Bert", {}),
-    "megatron_bert": ("MegatronBert", {}),
-    "esm": ("Esm", {"position_embedding_type": "rotary"}),
+# Classes of transformers, what their configs are told, and how they differ
+FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bert": ("Bert", {}, "BERT's norms behind, learnt positions"),
+    "megatron_bert": ("MegatronBert", {}, "norms before, learnt positions"),
+    "esm": ("Esm", {"position_embedding_type": "rotary"}, "norms before, rotary positions"),
 }
 KEY = (
     "run",
@@ -246,7 +246,7 @@ def trainer(args: argparse.Namespace, kind: Kind, seed: int, data: tuple[Any, Ro
         "max_position_embeddings": args.tokens,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    name, own = FAMILIES[args.family]
+    name, own, _ = FAMILIES[args.family]
     package, name, fff = (transformers, name, {}) if kind.fff == "dense" else (hf_fff, f"Fast{name}", {"fff": kind.fff})
     transformers.set_seed(seed)
     config = getattr(package, f"{name}Config")(**shape, **own, **fff)
@@ -379,16 +379,16 @@ def times(args: argparse.Namespace, kinds: list[Kind]) -> None:
 
 HEAD = """# Pretraining from nothing
 
-Made by `python examples/experiments/pretrain_small.py --report` from the JSON lines of its runs; how to run them stands there. BERTs of {layers} layers of
-{hidden_size}, which differ in nothing but what stands in the place of the FFNs (dense: {inner} neurons), pretrained on masked words from random weights: {steps:,}
-steps of {rows} full rows of {tokens} tokens ({seen:.1f} million tokens, {passes:.1f} passes over the text), 25 % of the tokens masked, AdamW at
-{learning_rate:g} (0.9, 0.98, 1e-12), weight decay 0.01, clipping at 0.5, no dropout, a warm-up over a tenth of the steps and then a constant rate, bf16.
-What replaces the FFNs has the rate of its column. Loss on masked words of {unseen_rows} rows of text from documents that no training
+Made by `python examples/experiments/pretrain_small.py --report` from the JSON lines of its runs; how to run them stands there. Encoders of {layers} layers of
+{hidden_size} ({arrangement}), which differ in nothing but what stands in the place of the FFNs (dense: {inner} neurons), pretrained on masked words from
+random weights: {steps:,} steps of {rows} full rows of {tokens} tokens ({seen:.1f} million tokens, {passes:.2f} passes over the text), 25 % of the tokens masked,
+AdamW at {learning_rate:g} (0.9, 0.98, 1e-12), weight decay 0.01, clipping at 0.5, no dropout, a warm-up over a tenth of the steps and then a constant rate,
+bf16. What replaces the FFNs has the rate of its column. Loss on masked words of {unseen_rows} rows of text from documents that no training
 text is from, the same masks every time; mean ± standard deviation over seeds. *Recovered*: the share of what the dense FFNs give that is
 kept, (none - x) / (none - dense).
 
 *After equal seconds*: the loss that each has when the fastest is through, {budget:.1f} s, by the time that a step takes alone on the GPU (median; all models
-by turns in one process). The rate is constant, so that a training which stops earlier is no other one.
+by turns in one process; logits are computed of masked words alone). The rate is constant, so that a training which stops earlier is no other one.
 
 """
 COLUMNS = "| | routing gradient | neurons used | parameters | rate | seeds | loss after equal steps | recovered | a step, ms | loss after equal seconds | recovered | nodes never visited |"
@@ -396,6 +396,13 @@ TAIL = """
 ![Loss over steps and over seconds]({picture})
 
 *Nodes never visited*: in the last {every} steps, the mean over layers. {device}, torch {torch}. Runs shared a GPU, a run took {seconds:.0f} s so on average.
+"""
+CHOICE = """
+## How the setting was chosen
+
+Short runs, one seed each, by the loss on masked words of rows of the *training* text that were kept back; the unseen text above took no part. *Units*:
+what replaces the FFNs takes its steps in units of its inputs and outputs, as in finetuning.
+
 """
 
 
@@ -439,6 +446,7 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
 
     seen = first["steps"] * first["rows"]
     text = HEAD.format(
+        arrangement=FAMILIES[first["family"]][2],
         **{name: first[name] for name in ("unseen_rows", *same[:-1])},
         inner=inner,
         seen=seen * first["tokens"] / 1e6,
@@ -454,7 +462,7 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
             "-" if kind.routing is None else f"{kind.routing:g}",
             f"{used} ({100 * used / inner:.1f} %)",
             f"{of[0]['parameters'] / 1e6:.1f} M",
-            "-" if of[0]["rate"] is None or kind.fff == "none" else f"{of[0]['rate']:g}",
+            "-" if kind.neurons is None else f"{of[0]['rate']:g}{', in units' if of[0]['units'] else ''}",
             str(len(of)),
             spread(ends[kind]),
             recovered(ends, kind),
@@ -471,9 +479,34 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
         every=first["training_curve"][0][0],
         seconds=mean(row["seconds"] for row in trained),
     )
+    text += choice([row for row in rows if row["run"] == "rates"])
     draw(groups, kinds, ms, picture)
     with atomic_file(page) as new:
         new.write_text(text, encoding="utf-8")
+
+
+def choice(rows: list[dict[str, Any]]) -> str:
+    """The table of the short runs by which rates and all that were chosen."""
+    if not rows:
+        return ""
+    columns = ["", "in the FFNs' place", "steps x rows", "rate", "its own rate", "units", "loss"]
+    text = f"{CHOICE}| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+    families = list(FAMILIES)
+    for row in sorted(
+        rows, key=lambda row: (families.index(row["family"]), row["rows"], row["fff"] != "dense", row["fff"])
+    ):
+        own = row["rate"] is not None and row["fff"] != "none"
+        cells = [
+            FAMILIES[row["family"]][2],
+            row["fff"],
+            f"{row['steps']} x {row['rows']}",
+            f"{row['learning_rate']:g}",
+            f"{row['rate']:g}" if own else "-",
+            ("yes" if row["units"] else "no") if own else "-",
+            f"{row['held_out']:.3f}",
+        ]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def draw(groups: dict[Kind, list[dict[str, Any]]], kinds: list[Kind], ms: dict[Kind, float], path: Path) -> None:

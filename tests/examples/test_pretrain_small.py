@@ -104,7 +104,7 @@ def row(fff, routing, seed, end, **more):
     curve = [[step, 8 - (8 - end - 0.1 * seed) * step / 100] for step in range(25, 101, 25)]
     told = {"run": "main", "fff": fff, "routing_gradient": routing, "seed": seed, "quick": False, "curve": curve}
     told |= {"steps": 100, "rows": 8, "tokens": 16, "learning_rate": 1e-3, "device": "cpu", "torch": "2"}
-    told |= {"layers": 6, "hidden_size": 384, "family": "esm"}
+    told |= {"layers": 6, "hidden_size": 384, "family": "esm", "units": fff == "1x3", "held_out": end}
     told |= {
         "train_rows": 400,
         "unseen_rows": 9,
@@ -122,16 +122,17 @@ def test_the_page(tmp_path, monkeypatch):
         append(path, row("dense", None, seed, 4.0))
         append(path, row("1x3", 3.0, seed, 5.0, dead_nodes=0.25))
         append(path, row("none", None, seed, 6.0))
-    append(path, row("dense", None, 0, 1.0, run="rates"))  # which is none of it
+    append(path, row("dense", None, 0, 1.0, run="rates"))  # by which something was chosen
     for fff, routing, ms in (("dense", None, 25.0), ("1x3", 3.0, 40.0), ("none", None, 20.0)):
         append(path, row(fff, routing, 0, 0.0, run="time", milliseconds=ms))
     call(monkeypatch, "--results", path, "--report", "--page", page)
     lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
-    assert lines[1:] == [  # none makes all of its 100 steps in 2 s, dense 80 and 1x3 50
+    assert lines[1:4] == [  # none makes all of its 100 steps in 2 s, dense 80 and 1x3 50
         "| dense | - | 1536 (100.0 %) | 20.0 M | - | 2 | 4.050 ± 0.071 | 100 % | 25.0 | 4.840 ± 0.057 | 100 % | - |",
         "| none | - | 0 (0.0 %) | 20.0 M | - | 2 | 6.050 ± 0.071 | 0 % | 20.0 | 6.050 ± 0.071 | 0 % | - |",
-        "| 1x3 | 3 | 4 (0.3 %) | 20.0 M | 0.00075 | 2 | 5.050 ± 0.071 | 50 % | 40.0 | 6.525 ± 0.035 | -39 % | 25.0 % |",
+        "| 1x3 | 3 | 4 (0.3 %) | 20.0 M | 0.00075, in units | 2 | 5.050 ± 0.071 | 50 % | 40.0 | 6.525 ± 0.035 | -39 % | 25.0 % |",
     ]
+    assert lines[5:] == ["| norms before, rotary positions | dense | 100 x 8 | 0.001 | - | - | 1.000 |"]
     assert "2.0 s" in page.read_text()
     with pytest.raises(SystemExit, match="no runs"):
         call(monkeypatch, "--results", tmp_path / "nothing.jsonl", "--report", "--page", page)
