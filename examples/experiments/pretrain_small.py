@@ -19,7 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +47,8 @@ KEY = (
     "learning_rate",
     "fff_learning_rate",
     "units",
+    "zero_outputs",
+    "warmup",
     "layers",
     "hidden_size",
     "quick",
@@ -78,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--text", type=Path, nargs="+", default=[DATA / "everyday_calibrate.txt"])
     found.add_argument("--unseen", type=Path, nargs="+", default=[DATA / "everyday_eval.txt"])
     found.add_argument("--results", type=Path, required=True)
-    found.add_argument("--run", default="main", help="main is what the page shows; rates is for choosing")
+    found.add_argument(
+        "--run", default="main", help="main is what the page shows; rates is for choosing, otherwise for trees beside"
+    )
     found.add_argument(
         "--fff", nargs="+", default=list(KINDS), help="what takes the place of the FFNs; dense leaves them"
     )
@@ -95,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--learning-rate", type=float, default=1e-3)
     found.add_argument("--fff-learning-rate", type=float, help="of what replaces the FFNs; the package's by default")
     found.add_argument("--units", nargs="*", default=[], choices=("tree", "mlp"), help="what is trained in units")
+    found.add_argument("--zero-outputs", action="store_true", help="trees and MLPs begin without giving anything")
+    found.add_argument("--warmup", type=int, default=128, help="steps")
     found.add_argument("--graphs", action="store_true", help="steps as CUDA graphs")
     found.add_argument("--evaluations", type=int, default=16)
     found.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "packed"), help="for the packed text")
@@ -118,7 +124,7 @@ def main() -> None:
         asked.error("--tokenizer is needed")
     if args.quick:
         args.layers, args.hidden_size, args.steps, args.rows, args.tokens = 2, 64, 8, 8, 32
-        args.seeds, args.evaluations, args.rounds = args.seeds[:1], 2, 1
+        args.seeds, args.evaluations, args.rounds, args.warmup = args.seeds[:1], 2, 1, 2
     if args.steps % args.evaluations:
         asked.error(f"--steps {args.steps} must be a multiple of --evaluations {args.evaluations}")
     kinds = [Kind(fff, r) for fff in args.fff for r in (args.routing_gradient if "x" in fff else (None,))]
@@ -231,6 +237,7 @@ def trainer(args: argparse.Namespace, kind: Kind, seed: int, data: tuple[Any, Ro
 
     import hf_fff
     from hf_fff import FinetuningArguments, FinetuningTrainer
+    from hf_fff.layers import FFF, MLP
     from hf_fff.training import preset
 
     # ESM's own is the same in several operators, which would make dense FFNs slow.
@@ -251,6 +258,10 @@ def trainer(args: argparse.Namespace, kind: Kind, seed: int, data: tuple[Any, Ro
     transformers.set_seed(seed)
     config = getattr(package, f"{name}Config")(**shape, **own, **fff)
     model = of_masked_words(getattr(package, f"{name}ForMaskedLM"))(config)
+    if args.zero_outputs:
+        for module in model.modules():
+            if isinstance(module, (FFF, MLP)):
+                torch.nn.init.zeros_(module.weight_out)
     settings = preset("crammed-pretrain") | {  # no dropout
         "mlm_probability": SHARE,
         "optim": "adamw_torch_fused",
@@ -259,7 +270,7 @@ def trainer(args: argparse.Namespace, kind: Kind, seed: int, data: tuple[Any, Ro
         "fff_units": key_of(args, kind, seed)["units"],
         "cuda_graphs": args.graphs,
         "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": max(1, args.steps // 10),
+        "warmup_steps": args.warmup,
         "per_device_train_batch_size": args.rows,
         "per_device_eval_batch_size": args.rows,
         "routing_gradient": kind.routing,
@@ -381,8 +392,8 @@ HEAD = """# Pretraining from nothing
 
 Made by `python examples/experiments/pretrain_small.py --report` from the JSON lines of its runs; how to run them stands there. Encoders of {layers} layers of
 {hidden_size} ({arrangement}), which differ in nothing but what stands in the place of the FFNs (dense: {inner} neurons), pretrained on masked words from
-random weights: {steps:,} steps of {rows} full rows of {tokens} tokens ({seen:.1f} million tokens, {passes:.2f} passes over the text), 25 % of the tokens masked,
-AdamW at {learning_rate:g} (0.9, 0.98, 1e-12), weight decay 0.01, clipping at 0.5, no dropout, a warm-up over a tenth of the steps and then a constant rate,
+random weights: {steps} steps of {rows} full rows of {tokens} tokens ({seen:.1f} million tokens, {passes:.2f} passes over the text), 25 % of the tokens masked,
+AdamW at {learning_rate:g} (0.9, 0.98, 1e-12), weight decay 0.01, clipping at 0.5, no dropout, a warm-up of {warmup} steps and then a constant rate,
 bf16. What replaces the FFNs has the rate of its column. Loss on masked words of {unseen_rows} rows of text from documents that no training
 text is from, the same masks every time; mean ± standard deviation over seeds. *Recovered*: the share of what the dense FFNs give that is
 kept, (none - x) / (none - dense).
@@ -391,11 +402,19 @@ kept, (none - x) / (none - dense).
 by turns in one process; logits are computed of masked words alone). The rate is constant, so that a training which stops earlier is no other one.
 
 """
-COLUMNS = "| | routing gradient | neurons used | parameters | rate | seeds | loss after equal steps | recovered | a step, ms | loss after equal seconds | recovered | nodes never visited |"
+COLUMNS = ("routing gradient", "neurons used", "parameters", "rate", "seeds", "loss after {steps} steps", "recovered")
+LONGER = ("seeds", "after {longest} steps", "recovered")
+MORE = ("a step, ms", "loss after equal seconds", "recovered", "nodes never visited")
 TAIL = """
 ![Loss over steps and over seconds]({picture})
 
-*Nodes never visited*: in the last {every} steps, the mean over layers. {device}, torch {torch}. Runs shared a GPU, a run took {seconds:.0f} s so on average.
+*Nodes never visited*: in the last {every} of {steps} steps, the mean over layers. {device}, torch {torch}. Runs shared a GPU, a run took {seconds:.0f} s so on average.
+"""
+OTHERWISE = """
+## Trees otherwise
+
+Lower rates, and outputs that begin at zero; the same seed as beside.
+
 """
 CHOICE = """
 ## How the setting was chosen
@@ -420,7 +439,7 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
     if not trained:
         raise SystemExit("there are no runs to report")
     first = trained[-1]
-    same = ("family", "steps", "rows", "tokens", "learning_rate", "layers", "hidden_size", "device")
+    same = ("family", "rows", "tokens", "learning_rate", "warmup", "layers", "hidden_size", "device")
     inner = 4 * first["hidden_size"]  # neurons of the dense FFN
     trained = [row for row in trained if all(row[name] == first[name] for name in same)]
     groups: dict[Kind, list[dict[str, Any]]] = defaultdict(list)
@@ -434,8 +453,12 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
         if row["run"] == "time"
         and all(row[name] == first[name] for name in ("family", "rows", "tokens", "layers", "hidden_size", "device"))
     }
-    budget = min((ms[kind] * first["steps"] / 1e3 for kind in kinds if kind in ms), default=float("nan"))
-    ends = {kind: [row["curve"][-1][1] for row in groups[kind]] for kind in kinds}
+    # All are the same training up to where the shortest ends, and may be longer for some seeds.
+    steps, longest = (pick(row["steps"] for row in trained) for pick in (min, max))
+    budget = min((ms[kind] * steps / 1e3 for kind in kinds if kind in ms), default=float("nan"))
+    ends = {kind: [at(row["curve"], steps) for row in groups[kind]] for kind in kinds}
+    later = {kind: [row["unseen"] for row in groups[kind] if row["steps"] == longest] for kind in kinds}
+    later = {kind: losses for kind, losses in later.items() if losses}
     timed = {kind: [at(row["curve"], 1e3 * budget / ms[kind]) for row in groups[kind]] for kind in kinds if kind in ms}
 
     def recovered(losses: dict[Kind, list[float]], kind: Kind) -> str:
@@ -444,18 +467,23 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
         x, dense, none = (mean(losses[k]) for k in (kind, Kind("dense"), Kind("none")))
         return f"{100 * (none - x) / (none - dense) + 0.0:.0f} %" if none > dense else "none is ahead of dense"
 
-    seen = first["steps"] * first["rows"]
+    seen = longest * first["rows"]
     text = HEAD.format(
         arrangement=FAMILIES[first["family"]][2],
         **{name: first[name] for name in ("unseen_rows", *same[:-1])},
+        steps=f"{longest:,}" if steps == longest else f"{steps:,}, or with some seeds {longest:,},",
         inner=inner,
         seen=seen * first["tokens"] / 1e6,
         passes=seen / first["train_rows"],
         budget=budget,
     )
-    text += f"{COLUMNS}\n|{'---|' * (COLUMNS.count('|') - 1)}\n"
+    columns = " | ".join(("", *COLUMNS, *(LONGER if longest > steps else ()), *MORE)).format(
+        steps=steps, longest=longest
+    )
+    text += f"| {columns} |\n|{'---|' * (columns.count('|') + 1)}\n"
     for kind in kinds:
         of = groups[kind]
+        dead = [row["dead_nodes"] for row in of if row["steps"] == steps and "dead_nodes" in row]
         used = inner if kind.fff == "dense" else FFFConfig.from_shorthand(kind.fff).active_nodes
         cells = [
             kind.fff,
@@ -466,10 +494,15 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
             str(len(of)),
             spread(ends[kind]),
             recovered(ends, kind),
+            *(
+                (str(len(later.get(kind, ()))), spread(later[kind]) if kind in later else "-", recovered(later, kind))
+                if longest > steps
+                else ()
+            ),
             f"{ms[kind]:.1f}" if kind in ms else "not measured",
             spread(timed[kind]) if kind in timed else "not measured",
             recovered(timed, kind),
-            f"{100 * mean(row['dead_nodes'] for row in of):.1f} %" if "dead_nodes" in of[0] else "-",
+            f"{100 * mean(dead):.1f} %" if dead else "-",
         ]
         text += f"| {' | '.join(cells)} |\n"
     picture = page.with_suffix(".png")
@@ -477,12 +510,36 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
         picture=picture.name,
         **{name: first[name] for name in ("device", "torch")},
         every=first["training_curve"][0][0],
+        steps=steps,
         seconds=mean(row["seconds"] for row in trained),
     )
-    text += choice([row for row in rows if row["run"] == "rates"])
+    text += otherwise(rows, trained, steps) + choice([row for row in rows if row["run"] == "rates"])
     draw(groups, kinds, ms, picture)
     with atomic_file(page) as new:
         new.write_text(text, encoding="utf-8")
+
+
+def otherwise(rows: list[dict[str, Any]], trained: list[dict[str, Any]], steps: int) -> str:
+    """What was tried with trees beside the table's, of the same seeds."""
+    tried = [row for row in rows if row["run"] == "otherwise" and row["steps"] == steps]
+    if not tried:
+        return ""
+    seeds = {row["seed"] for row in tried}
+    kinds = {(row["fff"], row["routing_gradient"]) for row in tried}
+    beside = [row for row in trained if row["seed"] in seeds and (row["fff"], row["routing_gradient"]) in kinds]
+    columns = ["", "routing gradient", "rate", "units", "outputs begin", f"loss after {steps} steps"]
+    text = f"{OTHERWISE}| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+    for row in sorted([*beside, *tried], key=lambda row: (row["fff"], row["run"], row["zero_outputs"], -row["rate"])):
+        cells = [
+            row["fff"] + (", as above" if row["run"] == "main" else ""),
+            f"{row['routing_gradient']:g}",
+            f"{row['rate']:g}",
+            "yes" if row["units"] else "no",
+            "at zero" if row["zero_outputs"] else "random",
+            f"{at(row['curve'], steps):.3f}",
+        ]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def choice(rows: list[dict[str, Any]]) -> str:
@@ -519,9 +576,13 @@ def draw(groups: dict[Kind, list[dict[str, Any]]], kinds: list[Kind], ms: dict[K
     colours = {fff: f"C{i}" for i, fff in enumerate(dict.fromkeys(kind.fff for kind in kinds))}
     highest = []
     for kind in kinds:
-        steps = [step for step, _ in groups[kind][0]["curve"]]
-        losses = np.array([[loss for _, loss in row["curve"]] for row in groups[kind]])
-        middle, sd = losses.mean(0), losses.std(0, ddof=1) if len(losses) > 1 else np.zeros(losses.shape[1])
+        found: dict[float, list[float]] = defaultdict(list)  # of all runs that came so far
+        for row in groups[kind]:
+            for step, loss in row["curve"]:
+                found[step].append(loss)
+        steps = sorted(found)
+        middle = np.array([mean(found[step]) for step in steps])
+        sd = np.array([stdev(found[step]) if len(found[step]) > 1 else 0.0 for step in steps])
         highest.append(middle[min(2, len(middle) - 1)])
         for axes, scale in zip(panels, (1.0, ms.get(kind, float("nan")) / 1e3), strict=True):
             x = [scale * step for step in steps]

@@ -28,12 +28,8 @@ class FastArguments(TrainingArguments):
             "for MLPs, and without units learning_rate."
         },
     )
-    fff_units: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Train what replaced the FFNs in units of its inputs and outputs; "
-            "by default yes, unless train_folder begins from scratch."
-        },
+    fff_units: bool = field(
+        default=True, metadata={"help": "Train what replaced the FFNs in units of its inputs and outputs."}
     )
     packed_rows: str | None = field(
         default=None,
@@ -72,7 +68,7 @@ class FastArguments(TrainingArguments):
         """The learning rate of what stands in the place of an FFN, ``"tree"`` or ``"mlp"``, or of its output bias."""
         if self.fff_learning_rate is not None:
             return self.fff_learning_rate
-        times = 1.0 if self.fff_units is False else 2.5 if kind == "mlp" else 0.75
+        times = 1.0 if not self.fff_units else 2.5 if kind == "mlp" else 0.75
         return times * self.learning_rate
 
 

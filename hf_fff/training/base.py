@@ -57,7 +57,7 @@ class FastTrainer(SafeCheckpoints):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``."""
-        if self.args.fff_units is not False:
+        if self.args.fff_units:
             self._measure_units()
         self._seen = []
         if self.model_wrapped is self.model:  # after an evaluation, which would keep DDP from being wrapped around it
@@ -110,7 +110,7 @@ class FastTrainer(SafeCheckpoints):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups of parameters, those of what replaced the FFNs last, for each rate and where there is a weight decay. Steps of
         the latter are in units in which inputs and outputs have a standard deviation of 1, see ``_measure_units``, unless
-        ``args.fff_units`` is False."""
+        ``args.fff_units`` is off."""
         if self.optimizer is None:
             model = self.model if model is None else model
             own = {

@@ -120,8 +120,6 @@ def train_folder(
         RuntimeError: out of memory.
     """
     check_processes(args)
-    if args.fff_units is None:
-        args.fff_units = not from_scratch
     work = Path(str(args.output_dir))
     check_folders(source, output, work, overwrite=overwrite)
     get_objective(data.task)

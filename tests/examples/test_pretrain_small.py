@@ -104,7 +104,16 @@ def row(fff, routing, seed, end, **more):
     curve = [[step, 8 - (8 - end - 0.1 * seed) * step / 100] for step in range(25, 101, 25)]
     told = {"run": "main", "fff": fff, "routing_gradient": routing, "seed": seed, "quick": False, "curve": curve}
     told |= {"steps": 100, "rows": 8, "tokens": 16, "learning_rate": 1e-3, "device": "cpu", "torch": "2"}
-    told |= {"layers": 6, "hidden_size": 384, "family": "esm", "units": fff == "1x3", "held_out": end}
+    told |= {
+        "layers": 6,
+        "hidden_size": 384,
+        "family": "esm",
+        "units": fff == "1x3",
+        "warmup": 10,
+        "zero_outputs": False,
+        "unseen": end + 0.1 * seed,
+        "held_out": end,
+    }
     told |= {
         "train_rows": 400,
         "unseen_rows": 9,
@@ -123,6 +132,7 @@ def test_the_page(tmp_path, monkeypatch):
         append(path, row("1x3", 3.0, seed, 5.0, dead_nodes=0.25))
         append(path, row("none", None, seed, 6.0))
     append(path, row("dense", None, 0, 1.0, run="rates"))  # by which something was chosen
+    append(path, row("1x3", 3.0, 1, 4.9, run="otherwise", zero_outputs=True, rate=1e-4))
     for fff, routing, ms in (("dense", None, 25.0), ("1x3", 3.0, 40.0), ("none", None, 20.0)):
         append(path, row(fff, routing, 0, 0.0, run="time", milliseconds=ms))
     call(monkeypatch, "--results", path, "--report", "--page", page)
@@ -132,7 +142,27 @@ def test_the_page(tmp_path, monkeypatch):
         "| none | - | 0 (0.0 %) | 20.0 M | - | 2 | 6.050 ± 0.071 | 0 % | 20.0 | 6.050 ± 0.071 | 0 % | - |",
         "| 1x3 | 3 | 4 (0.3 %) | 20.0 M | 0.00075, in units | 2 | 5.050 ± 0.071 | 50 % | 40.0 | 6.525 ± 0.035 | -39 % | 25.0 % |",
     ]
-    assert lines[5:] == ["| norms before, rotary positions | dense | 100 x 8 | 0.001 | - | - | 1.000 |"]
+    assert lines[5:7] == [
+        "| 1x3, as above | 3 | 0.00075 | yes | random | 5.100 |",
+        "| 1x3 | 3 | 0.0001 | yes | at zero | 5.000 |",
+    ]
+    assert lines[8:] == ["| norms before, rotary positions | dense | 100 x 8 | 0.001 | - | - | 1.000 |"]
     assert "2.0 s" in page.read_text()
     with pytest.raises(SystemExit, match="no runs"):
         call(monkeypatch, "--results", tmp_path / "nothing.jsonl", "--report", "--page", page)
+
+
+def test_the_page_of_runs_of_several_lengths(tmp_path, monkeypatch):
+    """All seeds where the shortest ends, those that went on where they end."""
+    path, page = tmp_path / "results.jsonl", tmp_path / "page.md"
+    for fff, end in (("dense", 4.0), ("none", 6.0)):
+        append(path, row(fff, None, 0, end))
+        curve = [[step, loss] for step, loss in row(fff, None, 1, end)["curve"] if step <= 50]
+        append(path, row(fff, None, 1, end, curve=curve, steps=50, unseen=curve[-1][1]))
+    call(monkeypatch, "--results", path, "--report", "--page", page)
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert "loss after 50 steps | recovered | seeds | after 100 steps" in lines[0]
+    assert lines[1:] == [
+        "| dense | - | 1536 (100.0 %) | 20.0 M | - | 2 | 6.025 ± 0.035 | 100 % | 1 | 4.000 | 100 % | not measured | not measured | not measured | - |",
+        "| none | - | 0 (0.0 %) | 20.0 M | - | 2 | 7.025 ± 0.035 | 0 % | 1 | 6.000 | 0 % | not measured | not measured | not measured | - |",
+    ]
