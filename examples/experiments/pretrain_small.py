@@ -383,6 +383,7 @@ def times(args: argparse.Namespace, kinds: list[Kind]) -> None:
             found[kind] += [1e3 * (b - a) / window for a, b in zip(clock.marks, clock.marks[1:], strict=False)]
     for kind in kinds:
         measured = {"milliseconds": round(median(found[kind]), 3), "windows": [round(ms, 3) for ms in found[kind]]}
+        measured["graphs"] = args.graphs
         append(args.results, key_of(args, kind, None) | {"run": "time", "steps": None} | measured | on(args))
 
 
@@ -399,7 +400,7 @@ text is from, the same masks every time; mean ± standard deviation over seeds. 
 kept, (none - x) / (none - dense).
 
 *After equal seconds*: the loss that each has when the fastest is through, {budget:.1f} s, by the time that a step takes alone on the GPU (median; all models
-by turns in one process; logits are computed of masked words alone). The rate is constant, so that a training which stops earlier is no other one.
+by turns in one process{graphs}; logits are computed of masked words alone). The rate is constant, so that a training which stops earlier is no other one.
 
 """
 COLUMNS = ("routing gradient", "neurons used", "parameters", "rate", "seeds", "loss after {steps} steps", "recovered")
@@ -447,12 +448,9 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
         groups[Kind(row["fff"], row["routing_gradient"])].append(row)
     order = [Kind(fff, r) for fff in KINDS for r in (None, 3.0, 0.0)]
     kinds = [kind for kind in order if kind in groups] + [kind for kind in groups if kind not in order]
-    ms = {
-        Kind(row["fff"], row["routing_gradient"]): row["milliseconds"]
-        for row in rows
-        if row["run"] == "time"
-        and all(row[name] == first[name] for name in ("family", "rows", "tokens", "layers", "hidden_size", "device"))
-    }
+    shape = ("family", "rows", "tokens", "layers", "hidden_size", "device")
+    timings = [row for row in rows if row["run"] == "time" and all(row[name] == first[name] for name in shape)]
+    ms = {Kind(row["fff"], row["routing_gradient"]): row["milliseconds"] for row in timings}
     # All are the same training up to where the shortest ends, and may be longer for some seeds.
     steps, longest = (pick(row["steps"] for row in trained) for pick in (min, max))
     budget = min((ms[kind] * steps / 1e3 for kind in kinds if kind in ms), default=float("nan"))
@@ -471,6 +469,7 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
     text = HEAD.format(
         arrangement=FAMILIES[first["family"]][2],
         **{name: first[name] for name in ("unseen_rows", *same[:-1])},
+        graphs=", steps recorded as CUDA graphs" if any(row.get("graphs") for row in timings) else "",
         steps=f"{longest:,}" if steps == longest else f"{steps:,}, or with some seeds {longest:,},",
         inner=inner,
         seen=seen * first["tokens"] / 1e6,
