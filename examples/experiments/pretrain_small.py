@@ -399,18 +399,19 @@ bf16. What replaces the FFNs has the rate of its column. Loss on masked words of
 text is from, the same masks every time; mean ± standard deviation over seeds. *Recovered*: the share of what the dense FFNs give that is
 kept, (none - x) / (none - dense).
 
-*After equal seconds*: the loss that each has when the fastest is through, {budget:.1f} s, by the time that a step takes alone on the GPU (median; all models
-by turns in one process{graphs}; logits are computed of masked words alone). The rate is constant, so that a training which stops earlier is no other one.
-
 """
 COLUMNS = ("routing gradient", "neurons used", "parameters", "rate", "seeds", "loss after {steps} steps", "recovered")
 LONGER = ("seeds", "after {longest} steps", "recovered")
-MORE = ("a step, ms", "loss after equal seconds", "recovered", "nodes never visited")
+TIMED = ("a step, ms", "loss after equal seconds", "recovered")
+SECONDS = """*After equal seconds*: the loss that each has when the fastest is through, {budget:.1f} s, by the time that a step takes alone on the GPU (median; all models
+by turns in one process{graphs}; logits are computed of masked words alone). The rate is constant, so that a training which stops earlier is no other one.
+
+"""
 TAIL = """
-![Loss over steps and over seconds]({picture})
+![Loss over steps]({picture})
 
 *Nodes never visited*: in the last {every} of {steps} steps, the mean over layers. {device}, torch {torch}. Runs shared a GPU, a run took {seconds:.0f} s so on average.
-"""
+{missing}"""
 OTHERWISE = """
 ## Trees otherwise
 
@@ -469,16 +470,17 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
     text = HEAD.format(
         arrangement=FAMILIES[first["family"]][2],
         **{name: first[name] for name in ("unseen_rows", *same[:-1])},
-        graphs=", steps recorded as CUDA graphs" if any(row.get("graphs") for row in timings) else "",
         steps=f"{longest:,}" if steps == longest else f"{steps:,}, or with some seeds {longest:,},",
         inner=inner,
         seen=seen * first["tokens"] / 1e6,
         passes=seen / first["train_rows"],
-        budget=budget,
     )
-    columns = " | ".join(("", *COLUMNS, *(LONGER if longest > steps else ()), *MORE)).format(
-        steps=steps, longest=longest
-    )
+    if timings:
+        recorded = ", steps recorded as CUDA graphs" if any(row.get("graphs") for row in timings) else ""
+        text += SECONDS.format(budget=budget, graphs=recorded)
+    columns = " | ".join(
+        ("", *COLUMNS, *(LONGER if longest > steps else ()), *(TIMED if timings else ()), "nodes never visited")
+    ).format(steps=steps, longest=longest)
     text += f"| {columns} |\n|{'---|' * (columns.count('|') + 1)}\n"
     for kind in kinds:
         of = groups[kind]
@@ -498,12 +500,27 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
                 if longest > steps
                 else ()
             ),
-            f"{ms[kind]:.1f}" if kind in ms else "not measured",
-            spread(timed[kind]) if kind in timed else "not measured",
-            recovered(timed, kind),
+            *(
+                (f"{ms[kind]:.1f}", spread(timed[kind]), recovered(timed, kind))
+                if kind in ms
+                else ("not measured",) * len(TIMED)
+                if timings
+                else ()
+            ),
             f"{100 * mean(dead):.1f} %" if dead else "-",
         ]
         text += f"| {' | '.join(cells)} |\n"
+    missing = (
+        []
+        if timings
+        else [
+            "What each has after equal seconds is not measured yet: nobody has timed the steps alone on a GPU (`--time`)."
+        ]
+    )
+    if not any(row["run"] == "otherwise" for row in rows):
+        missing.append("Lower rates for trees, and outputs that begin at zero, are not tried yet (`--run otherwise`).")
+    if min(map(len, groups.values())) < 2:
+        missing.append("With one seed nobody can tell how far two seeds of one model lie apart.")
     picture = page.with_suffix(".png")
     text += TAIL.format(
         picture=picture.name,
@@ -511,6 +528,7 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
         every=first["training_curve"][0][0],
         steps=steps,
         seconds=mean(row["seconds"] for row in trained),
+        missing="".join(f"\n{line}\n" for line in missing),
     )
     text += otherwise(rows, trained, steps) + choice([row for row in rows if row["run"] == "rates"])
     draw(groups, kinds, ms, picture)
@@ -570,8 +588,9 @@ def draw(groups: dict[Kind, list[dict[str, Any]]], kinds: list[Kind], ms: dict[K
 
     from hf_fff.files import atomic_file
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    scales = [dict.fromkeys(kinds, 1.0), *([{kind: ms.get(kind, float("nan")) / 1e3 for kind in kinds}] if ms else [])]
+    figure = Figure(figsize=(1 + 5 * len(scales), 5), layout="constrained")
+    panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
     colours = {fff: f"C{i}" for i, fff in enumerate(dict.fromkeys(kind.fff for kind in kinds))}
     highest = []
     for kind in kinds:
@@ -583,16 +602,17 @@ def draw(groups: dict[Kind, list[dict[str, Any]]], kinds: list[Kind], ms: dict[K
         middle = np.array([mean(found[step]) for step in steps])
         sd = np.array([stdev(found[step]) if len(found[step]) > 1 else 0.0 for step in steps])
         highest.append(middle[min(2, len(middle) - 1)])
-        for axes, scale in zip(panels, (1.0, ms.get(kind, float("nan")) / 1e3), strict=True):
-            x = [scale * step for step in steps]
+        for axes, scale in zip(panels, scales, strict=True):
+            x = [scale[kind] * step for step in steps]
             style = {"color": colours[kind.fff], "linestyle": "--" if kind.routing == 0 else "-"}
             axes.plot(x, middle, label=kind.label, **style)
             axes.fill_between(x, middle - sd, middle + sd, color=colours[kind.fff], alpha=0.15, linewidth=0)
     panels[0].set_ylim(top=max(highest))
     panels[0].set_xlabel("steps")
-    panels[1].set_xlabel("seconds, alone on the GPU")
+    if ms:
+        panels[1].set_xlabel("seconds, alone on the GPU")
     panels[0].set_ylabel("loss on masked words of unseen text")
-    panels[1].legend()
+    panels[-1].legend()
     for axes in panels:
         axes.grid(alpha=0.3)
     with atomic_file(path) as new:

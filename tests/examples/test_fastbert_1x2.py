@@ -16,7 +16,15 @@ SCORES = {"dense": 0.9, "1x2": 0.8, "none": 0.7}
 
 def row(fff, seed=0, quick=False, task="sst2"):
     metrics = {"accuracy": SCORES[fff] + 0.02 * seed, "f1": 0.5, "spearman": 0.5}
-    told = {"scores": metrics, "calibration_steps": 1000, "seconds": 10.0, "device": "cpu", "torch": "2", "bf16": False}
+    told = {
+        "scores": metrics,
+        "calibration_steps": 1000,
+        "seconds": 10.0,
+        "device": "cpu",
+        "torch": "2",
+        "bf16": False,
+        "graphs": False,
+    }
     return {"model": "m", "task": task, "fff": fff, "seed": seed, "limit": 64, "quick": quick} | told
 
 

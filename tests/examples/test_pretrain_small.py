@@ -162,7 +162,8 @@ def test_the_page_of_runs_of_several_lengths(tmp_path, monkeypatch):
     call(monkeypatch, "--results", path, "--report", "--page", page)
     lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     assert "loss after 50 steps | recovered | seeds | after 100 steps" in lines[0]
+    assert "not measured yet" in page.read_text() and "With one seed" not in page.read_text()
     assert lines[1:] == [
-        "| dense | - | 1536 (100.0 %) | 20.0 M | - | 2 | 6.025 ± 0.035 | 100 % | 1 | 4.000 | 100 % | not measured | not measured | not measured | - |",
-        "| none | - | 0 (0.0 %) | 20.0 M | - | 2 | 7.025 ± 0.035 | 0 % | 1 | 6.000 | 0 % | not measured | not measured | not measured | - |",
+        "| dense | - | 1536 (100.0 %) | 20.0 M | - | 2 | 6.025 ± 0.035 | 100 % | 1 | 4.000 | 100 % | - |",
+        "| none | - | 0 (0.0 %) | 20.0 M | - | 2 | 7.025 ± 0.035 | 0 % | 1 | 6.000 | 0 % | - |",
     ]
