@@ -3,7 +3,7 @@
     python examples/experiments/fastbert_1x2.py --model DIR --data DIR --results fastbert_1x2.jsonl            # what is not there yet
     python examples/experiments/fastbert_1x2.py --results fastbert_1x2.jsonl --report                        # page and picture
     python examples/experiments/fastbert_1x2.py --model DIR --data DIR --results try.jsonl --quick           # minutes on a CPU
-    python examples/experiments/side_by_side.py --gpus 2 --at-once 6 fastbert_1x2.py --model DIR --data DIR --results FILE --bf16
+    python examples/experiments/side_by_side.py --gpus 0 1 --at-once 6 fastbert_1x2.py --model DIR --data DIR --results FILE --bf16
 
 1x2 uses 3 of 7 neurons, 512x2 1536 of 3584; beside each stands an MLP of as many neurons as it uses, and beside all no FFN at all. What
 is converted is calibrated on the rows to train on, and then all are finetuned alike, by the preset crammed-finetune (5 epochs of batches of 16, 4e-5).
@@ -17,7 +17,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from runs import make_runs, results, spread
@@ -26,11 +26,12 @@ HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "results" / "glue-subset.md"
 TASKS = {
     "sst2": ("SST-2", "classification", "accuracy"),
-    "mrpc": ("MRPC", "classification", "f1"),
+    "mrpc": ("MRPC", "classification", "f1"),  # of calling all dev rows paraphrases: 0.812
     "qnli": ("QNLI", "classification", "accuracy"),
     "stsb": ("STS-B", "regression", "spearman"),
 }
 KINDS = ("dense", "1x2", "mlp:3", "512x2", "mlp:1536", "none")
+APART = 0.03  # what FFNs have to be worth for a share of it to be told
 KEY = ("model", "task", "fff", "seed", "limit", "quick")  # of a run
 
 HEAD = """# FastBERT-1x2 on a subset of GLUE
@@ -38,15 +39,16 @@ HEAD = """# FastBERT-1x2 on a subset of GLUE
 Made by `python examples/experiments/fastbert_1x2.py --report` from the JSON lines of its runs; how to run them stands there. {model}; all FFNs
 replaced, calibrated on the rows to train on ({steps} steps a layer), then finetuned like the dense model: 5 epochs, batches of 16, learning rate
 4e-5 (trees and output biases 0.75 times, MLPs 2.5 times that, in units of their inputs and outputs), cosine, 10 % warm-up, {limit} rows to train on at
-most. Scores on the dev rows after the last epoch, by which nothing was chosen; mean ± standard deviation over seeds. *Kept*: the mean over
-tasks of the share of what the FFNs give, (x - none) / (dense - none).
+most, the same of all seeds{graphs}. Scores on the dev rows after the last epoch, by which nothing was chosen; mean ± standard deviation over seeds, one seed where no
+deviation stands. *Kept*: the mean of the share of what the FFNs give, (x - none) / (dense - none), over the tasks on which they give at least
+three points ({told}).
 
 """
 TAIL = """
 ![Scores by what stands in the place of the FFNs]({picture})
 
-{device}, torch {torch}, {seconds:.0f} s a run on average, calibration included. A score that the model without any FFN has too says nothing
-about trees.
+{device}, torch {torch}; a run took {seconds}, calibration included, beside others on the same GPU. A score that the model without any FFN
+has too says nothing about trees. {missing}
 """
 
 
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--claims", type=Path, help="folder that processes side by side have in common, a fresh one")
     parser.add_argument("--seconds", type=float, default=1e9, help="no run is begun that would not end by then")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; for GPUs")
+    parser.add_argument("--graphs", action="store_true", help="steps as CUDA graphs")
     parser.add_argument(
         "--quick", action="store_true", help="64 rows, one epoch, one seed: tells nothing but that it runs"
     )
@@ -113,7 +116,11 @@ def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, A
     train, dev = (read_rows(args.data / name / f"{part}.tsv") for part in ("train", "dev"))
     rows = shuffled(train, 0)[: args.limit]  # the same for all seeds
     columns = Columns(label="score") if task == "regression" else None
-    settings = preset("crammed-finetune") | {"bf16": args.bf16, "dataloader_pin_memory": gpu}
+    settings = preset("crammed-finetune") | {
+        "bf16": args.bf16,
+        "cuda_graphs": args.graphs,
+        "dataloader_pin_memory": gpu,
+    }
     if args.quick:
         settings, dev = settings | {"num_train_epochs": 1}, dev[:100]
     begin = time.monotonic()
@@ -144,6 +151,7 @@ def run(args: argparse.Namespace, name: str, fff: str, seed: int) -> dict[str, A
         "calibration_steps": args.calibration_steps if fff != "dense" else None,
         "unexplained": {i: round(value, 3) for i, value in fitted.get("unexplained", {}).items()},
         "bf16": args.bf16,
+        "graphs": args.graphs,
         "seconds": round(time.monotonic() - begin, 1),
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "torch": torch.__version__,
@@ -157,6 +165,8 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
 
     if not rows:
         raise SystemExit("there are no runs to report")
+    last = rows[-1]
+    rows = [row for row in rows if all(row[name] == last[name] for name in ("model", "limit", "bf16", "device"))]
     scores: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
         scores[row["fff"], row["task"]].append(row["scores"][TASKS[row["task"]][2]])
@@ -169,24 +179,38 @@ def report(rows: list[dict[str, Any]], page: Path) -> None:
         for task in tasks:
             if all((name, task) in scores for name in (kind, "dense", "none")):
                 x, dense, none = (mean(scores[name, task]) for name in (kind, "dense", "none"))
-                shares += [(x - none) / (dense - none)] if dense > none else []
+                shares += [(x - none) / (dense - none)] if dense - none >= APART else []
         return f"{mean(shares):.2f}" if shares else "cannot be told"
 
-    first = rows[0]
-    steps = max((row["calibration_steps"] or 0 for row in rows), default=0)
+    wide = [task for task in tasks if {("dense", task), ("none", task)} <= {*scores}]
+    wide = [TASKS[task][0] for task in wide if mean(scores["dense", task]) - mean(scores["none", task]) >= APART]
     text = HEAD.format(
-        model=", ".join(sorted({row["model"] for row in rows})), steps=steps, limit=f"{first['limit']:,}"
+        model=last["model"],
+        steps=max((row["calibration_steps"] or 0 for row in rows), default=0),
+        limit=f"{last['limit']:,}",
+        graphs="; bf16, steps recorded as CUDA graphs" if last["bf16"] and last["graphs"] else "",
+        told=", ".join(wide) or "none",
     )
     columns = [f"{TASKS[task][0]}, {TASKS[task][2]}" for task in tasks]
     text += f"| | neurons used | seeds | {' | '.join(columns)} | kept |\n|{'---|' * (len(tasks) + 4)}\n"
     for kind in kinds:
         used = "all" if kind == "dense" else str(FFFConfig.from_shorthand(kind).active_nodes)
         cells = [spread(scores[kind, task]) if scores.get((kind, task)) else "not measured" for task in tasks]
-        seeds = len({row["seed"] for row in rows if row["fff"] == kind})
+        counts = {len(scores.get((kind, task), ())) for task in tasks}
+        seeds = "-".join(map(str, sorted({min(counts), max(counts)})))
         text += f"| {kind} | {used} | {seeds} | {' | '.join(cells)} | {kept(kind)} |\n"
     picture = page.with_suffix(".png")
     on = {name: ", ".join(sorted({row[name] for row in rows})) for name in ("device", "torch")}
-    text += TAIL.format(picture=picture.name, seconds=mean(row["seconds"] for row in rows), **on)
+    times = {kind: median(row["seconds"] for row in rows if row["fff"] == kind) for kind in kinds}
+    wanted = 3 * len(KINDS) * len(TASKS)
+    text += TAIL.format(
+        picture=picture.name,
+        seconds=", ".join(f"{seconds:.0f} s ({kind})" for kind, seconds in times.items()),
+        missing=f"{wanted - len(rows)} of {wanted} runs, three seeds each, are not made yet."
+        if len(rows) < wanted
+        else "",
+        **on,
+    )
     draw(scores, kinds, tasks, picture)
     with atomic_file(page) as new:
         new.write_text(text, encoding="utf-8")

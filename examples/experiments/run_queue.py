@@ -8,6 +8,7 @@ ends in ``&&`` has to be done before those after it begin, up to the next empty 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -16,6 +17,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from runs import on_gpu
 
 HERE = Path(__file__).parent
 
@@ -74,7 +77,10 @@ def main() -> None:
             script, *options = shlex.split(line)
             options = [o.format(model=args.model, data=args.data, work=args.work) for o in options]
             log = logs / f"{len(list(logs.iterdir()))}.txt"
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(place[1]), "OMP_NUM_THREADS": "2"}
+            environment = {**os.environ, **on_gpu(place[1]), "OMP_NUM_THREADS": "2"}
+            if importlib.util.find_spec("hf_fff") is None:  # not installed: the one that lies here
+                paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+                environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
             with log.open("w") as file:
                 command = [sys.executable, str(HERE / script), *options]
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)

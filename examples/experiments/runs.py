@@ -12,6 +12,10 @@ from typing import Any
 BEGIN = time.monotonic()  # before torch is imported, which may take a minute
 
 
+class OutOfTime(Exception):
+    """A run was not begun, since there is no time left for it."""
+
+
 def make_runs(
     keys: Iterable[Mapping[str, Any]],
     run: Callable[[Mapping[str, Any]], Mapping[str, Any]],
@@ -25,6 +29,7 @@ def make_runs(
 
     Args:
         keys: what tells a run from the others; its line is that and what ``run`` returns of it.
+        run: may raise ``OutOfTime``, as the end of all.
 
     Returns:
         How many failed.
@@ -42,6 +47,8 @@ def make_runs(
         started = time.monotonic()
         try:
             append(path, {**key, **run(key)})
+        except OutOfTime:
+            break
         except Exception:
             traceback.print_exc()
             failed += 1
@@ -84,6 +91,12 @@ def claimed(folder: Path | None, key: Iterable[Any]) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def on_gpu(number: int) -> dict[str, str]:
+    """What lets a process see one GPU alone, of those that this one sees."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return {"CUDA_VISIBLE_DEVICES": seen[number] if len(seen) > number and seen[number] else str(number)}
 
 
 def spread(values: list[float], digits: int = 3) -> str:

@@ -628,7 +628,11 @@ def bench_train(
 @reports_errors
 def bench_cuda(
     fff: Annotated[
-        str, typer.Option(help="Trees x depth of the layers, comma-separated.", show_default="1x11,4x9,8x8,32x6")
+        str,
+        typer.Option(
+            help="Trees x depth, comma-separated.",
+            show_default="1x11,4x9,8x8,32x6; of models and their training 1x11,8x8",
+        ),
     ] = "",
     hidden_size: Annotated[int, typer.Option(min=1, help="Size of the layers' input and output.")] = 768,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or both, comma-separated.")] = "bfloat16,float32",
@@ -666,6 +670,7 @@ def bench_cuda(
                 raise ValueError(f"{other[0]} is no tree")
         except ValueError as error:
             raise bad_option("--fff", error) from error
+        changes["kinds"] = ("dense", *changes["fff"], "none")
     if tokens:
         counts = tuple(_numbers("--tokens", tokens))
         changes |= {"tokens": counts, "backward_tokens": counts, "graph_tokens": counts}

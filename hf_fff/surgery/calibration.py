@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from ..modes import evaluating
 from ..ops.torch_backend import activation_functions
 from .dense import DenseNeurons
 from .initialise import balance_hyperplanes, best_neurons, solve_outputs
-from .text import Batch, as_batches, shuffled
+from .text import Batch, in_random_order
 
 _FORWARD_TOKENS = {"cpu": 4096}  # of a batch on its way through the models; elsewhere
 _MORE_TOKENS = 16_384
@@ -58,6 +58,8 @@ class Calibration:
         held_out: share of the tokens on which the unexplained variance is measured.
         seed: of everything random.
         progress: whether to show a bar.
+        cuda_graphs: whether the steps of a layer are recorded on a GPU, once, and replayed. Experimental: it has run on a GPU, and what it
+            gave there is not measured.
     """
 
     data: Any
@@ -71,6 +73,7 @@ class Calibration:
     held_out: float = 0.04
     seed: int = 0
     progress: bool = True
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is None and (self.budget is None or not self.budget > 0):
@@ -202,7 +205,9 @@ class _Norm:
         return 1 / size.clamp_min(1e-6)
 
 
-def _pieces(base_model: nn.Module, batches: list[Batch], c: Calibration, deadline: float) -> tuple[list[_Piece], int]:
+def _pieces(
+    base_model: nn.Module, batches: Iterable[Batch], c: Calibration, deadline: float
+) -> tuple[list[_Piece], int]:
     """As many batches as the time allows, and how many tokens they hold."""
     device = next(base_model.parameters()).device
     pieces: list[_Piece] = []
@@ -296,6 +301,44 @@ def _dense_layer(dense: _Layers, fast: _Layers, indices: list[int], site: int, p
     return _Layer(x, y, weight / weight.square().mean().sqrt(), *statistics)
 
 
+class _Recorded:
+    """A function of one tensor on a GPU that is the same in shape each time, and what it leaves: after some calls it is recorded as a CUDA graph, and
+    then replayed. A step of a layer is launching kernels for most of its time. What cannot be recorded is called as before."""
+
+    _EAGER = 3  # calls before: libraries set themselves up, kernels are compiled
+
+    def __init__(self, function: Callable[[Tensor], None]) -> None:
+        self._function, self._calls = function, 0
+        self._stream = torch.cuda.Stream()
+        self._graph: Any = None
+        self._input: Tensor | None = None
+
+    def __call__(self, given: Tensor) -> None:
+        self._calls += 1
+        if self._calls == self._EAGER + 1:
+            self._record(given)
+        if self._graph is not None and self._input is not None:
+            self._input.copy_(given)
+            self._graph.replay()
+            return
+        # On the stream that records: autograd remembers where a parameter was first used.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._function(given)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _record(self, given: Tensor) -> None:
+        graph, static = torch.cuda.CUDAGraph(), given.clone()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._function(static)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return
+        self._graph, self._input = graph, static
+
+
 class _Fit:
     """The regression of one layer, in standardised coordinates."""
 
@@ -314,6 +357,8 @@ class _Fit:
         rate = c.learning_rate * (_MLP_RATE if isinstance(ffn, MLP) else 1)
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam([*self.ffn.parameters(), self.bias], lr=rate, betas=(0.9, 0.99), fused=fused)
+        recorded = c.cuda_graphs and device.type == "cuda"
+        self.gradients: Callable[[Tensor], None] = _Recorded(self._gradients) if recorded else self._gradients
 
     @torch.no_grad()
     def _start(self, ffn: Feedforward, dense: DenseNeurons | None) -> Feedforward:
@@ -365,16 +410,18 @@ class _Fit:
             if step % max(1, steps // 8) == 0:
                 tell(self.unexplained())
 
-    @torch.enable_grad()
     def step(self) -> None:
-        index = self._next_batch()
+        self.gradients(self._next_batch())
+        self.optimizer.step()
+
+    @torch.enable_grad()
+    def _gradients(self, index: Tensor) -> None:
         x, y = self.data.x[index].float(), self.data.y[index].float()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):  # a CPU computes as fast in float32
             fitted = self.ffn(x)
         error = (fitted + self.bias - y) * self.data.weight[index].unsqueeze(1)
         self.optimizer.zero_grad()
         error.square().mean().backward()
-        self.optimizer.step()
 
     @torch.no_grad()
     def unexplained(self) -> float:
@@ -407,8 +454,9 @@ def calibrate(
     start = time.monotonic()
     seconds = float("inf") if c.steps is not None or c.budget is None else c.budget
     batch_tokens = _FORWARD_TOKENS.get(dense.device.type, _MORE_TOKENS)
-    batches = as_batches(c.data, lambda: _tokenizer(c, dense), max_length=c.max_length, batch_tokens=batch_tokens)
-    batches = shuffled(batches, c.seed)
+    batches = in_random_order(
+        c.data, lambda: _tokenizer(c, dense), max_length=c.max_length, batch_tokens=batch_tokens, seed=c.seed
+    )
     dense_layers, fast_layers = _Layers(dense.base_model, family), _Layers(fast.base_model, family)
     blocks = dense_layers.blocks
     # FFNs to fit: those of each layer, or of all layers that share them

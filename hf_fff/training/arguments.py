@@ -18,15 +18,18 @@ class FastArguments(TrainingArguments):
     """transformers' ``TrainingArguments`` with a rate for what replaced the FFNs, rounded rows, and other defaults.
 
     Raises:
-        ValueError: a rate that is not above 0, rows that are not known.
+        ValueError: a rate that is not above 0, rows that are not known; CUDA graphs with accumulated batches or several processes.
     """
 
     fff_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "For what replaced the FFNs, in units of its inputs and outputs; "
-            "by default 0.75 times learning_rate for trees and output biases, 2.5 times for MLPs."
+            "help": "For what replaced the FFNs; by default, in units, 0.75 times learning_rate for trees and output biases and 2.5 times "
+            "for MLPs, and without units learning_rate."
         },
+    )
+    fff_units: bool = field(
+        default=True, metadata={"help": "Train what replaced the FFNs in units of its inputs and outputs."}
     )
     packed_rows: str | None = field(
         default=None,
@@ -35,6 +38,10 @@ class FastArguments(TrainingArguments):
             "choices": ROWS,
         },
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={"help": "Record a step on a GPU once for each length of the inputs, and replay it."},
+    )
     report_to: Any = field(default="none", metadata={"help": "Where to report to."})
     # The filter would hide a loss that is not finite, and wait for the GPU at every step to do so.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN losses out of the logs."})
@@ -42,17 +49,27 @@ class FastArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Passed to DDP."})
 
     def __post_init__(self) -> None:
+        if self.cuda_graphs and self.accelerator_config is None and self.dataloader_pin_memory:
+            # Else a batch waits until the GPU has done the step before.
+            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
         for name in ("learning_rate", "fff_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0")
         if self.packed_rows is not None and self.packed_rows not in ROWS:
             raise ValueError(f"packed_rows={self.packed_rows!r} is not known (allowed: {', '.join(ROWS)}, None)")
+        if self.cuda_graphs and (self.gradient_accumulation_steps > 1 or self.world_size > 1):
+            raise ValueError(
+                "cuda_graphs=True needs gradient_accumulation_steps=1 and one process, not "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} and {self.world_size} processes"
+            )
 
     def rate_of(self, kind: str) -> float:
         """The learning rate of what stands in the place of an FFN, ``"tree"`` or ``"mlp"``, or of its output bias."""
-        usual = (2.5 if kind == "mlp" else 0.75) * self.learning_rate
-        return usual if self.fff_learning_rate is None else self.fff_learning_rate
+        if self.fff_learning_rate is not None:
+            return self.fff_learning_rate
+        times = 1.0 if not self.fff_units else 2.5 if kind == "mlp" else 0.75
+        return times * self.learning_rate
 
 
 @dataclass
@@ -86,7 +103,7 @@ class DistillationArguments(FastArguments):
 
     Raises:
         ValueError: a weight below 0, all of them 0, a rate or temperature that is not above 0, or a share that is none; cropped
-            inputs of a task; CUDA graphs with accumulated batches or several processes.
+            inputs of a task; as ``FastArguments``.
     """
 
     hidden_weight: float = field(default=0.5, metadata={"help": "Of the hidden states' error in the loss."})
@@ -100,18 +117,11 @@ class DistillationArguments(FastArguments):
         default=0.0,
         metadata={"help": "Share of the batches whose texts are cropped at random; for distillation without a task."},
     )
-    cuda_graphs: bool = field(
-        default=False,
-        metadata={"help": "Experimental. Record a step on a GPU once for each length of the inputs, and replay it."},
-    )
     learning_rate: float = field(default=4e-4, metadata={"help": "For all but what replaced the FFNs."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the rates fall."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps in which the rates rise; below 1: a share."})
 
     def __post_init__(self) -> None:
-        if self.cuda_graphs and self.accelerator_config is None and self.dataloader_pin_memory:
-            # Else a batch waits until the GPU has done the step before.
-            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
         for name in _WEIGHTS:
             if not getattr(self, name) >= 0:
@@ -124,11 +134,6 @@ class DistillationArguments(FastArguments):
             raise ValueError(f"crop={self.crop!r} must lie between 0 and 1")
         if self.crop and self.needs_task:
             raise ValueError(f"crop={self.crop!r} is for distillation without a task, whose labels are of whole inputs")
-        if self.cuda_graphs and (self.gradient_accumulation_steps > 1 or self.world_size > 1):
-            raise ValueError(
-                "cuda_graphs=True needs gradient_accumulation_steps=1 and one process, not "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} and {self.world_size} processes"
-            )
 
     @property
     def needs_task(self) -> bool:

@@ -1,5 +1,6 @@
 """What all trainers share: rates of their own for what replaced the FFNs, steps in its units, and an end where a loss is not finite."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from ..layers import FFF, MLP, NoFFN, OutputBias
 from ..modes import rounded_rows
+from ..tasks.data import IGNORED
 from ..tasks.evaluate import on_device
 from .arguments import FastArguments
 from .checkpoints import SafeCheckpoints, _SeededCollator
 from .data import ByLength, check_rows
+from .graphs import StepGraphs
 from .objectives import OBJECTIVES
 from .routing import RoutingMetrics
 
@@ -37,7 +40,6 @@ class FastTrainer(SafeCheckpoints):
     args: FastArguments
 
     def __init__(self, model: Any, args: FastArguments, **kwargs: Any) -> None:
-        args._n_gpu = min(args.n_gpu, 1)  # else DataParallel, slower than one GPU; several are for accelerate launch
         check_rows("train_dataset", kwargs.get("train_dataset"), 1)
         check_rows("eval_dataset", kwargs.get("eval_dataset"), 1)
         with rounded_rows(model, args.packed_rows):
@@ -48,18 +50,56 @@ class FastTrainer(SafeCheckpoints):
         self.model_accepts_loss_kwargs = False  # some heads take them, and do not heed them
         self._units: dict[nn.Parameter, Tensor] = {}
         self._seen: list[tuple[int, Tensor]] = []  # since the last log
+        self._graphs: StepGraphs | None = None
+        self._graphed = False  # whether steps are to be recorded
 
     # Training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``."""
-        self._measure_units()
+        if self.args.fff_units:
+            self._measure_units()
         self._seen = []
         if self.model_wrapped is self.model:  # after an evaluation, which would keep DDP from being wrapped around it
             unprepare(self.model)
         trained: Any = self.model
-        with self._undisturbed(), rounded_rows(trained, self.args.packed_rows):
-            return super().train(*args, **kwargs)
+        self._graphed = self.args.cuda_graphs and self.args.device.type == "cuda"
+        if self.args.cuda_graphs and not self._graphed:
+            warnings.warn(f"cuda_graphs=True is for GPUs: on {self.args.device} steps run as usual", stacklevel=2)
+        try:
+            with self._undisturbed(), rounded_rows(trained, self.args.packed_rows):
+                return super().train(*args, **kwargs)
+        finally:
+            self._graphs, self._graphed = None, False
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """As ``Trainer.training_step``."""
+        if not self._graphed or len(inputs["input_ids"]) != self.args.train_batch_size:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        if self._graphs is None:
+            self._graphs = self._new_graphs(inputs)
+
+        before = len(self._seen)
+
+        def run(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            loss: Tensor = super(FastTrainer, self).training_step(model, given, num_items_in_batch)
+            return loss, self._seen[-1][1]
+
+        loss, parts = self._graphs.step(inputs, run)
+        self._seen[before:] = [(self.state.global_step + 1, parts)]
+        return loss
+
+    def _new_graphs(self, inputs: Mapping[str, Tensor]) -> StepGraphs:
+        trained: Any = self.model
+        config = trained.config
+        longest = max(getattr(self.train_dataset, "lengths", None) or [inputs["input_ids"].shape[1]])
+        return StepGraphs(
+            [p for p in trained.parameters() if p.requires_grad],
+            {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": IGNORED},
+            longest,
+            getattr(config, "max_position_embeddings", None),
+        )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.evaluation_loop``, with rounded rows where there are any in training."""
@@ -69,7 +109,8 @@ class FastTrainer(SafeCheckpoints):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups of parameters, those of what replaced the FFNs last, for each rate and where there is a weight decay. Steps of
-        the latter are in units in which inputs and outputs have a standard deviation of 1, see ``_measure_units``."""
+        the latter are in units in which inputs and outputs have a standard deviation of 1, see ``_measure_units``, unless
+        ``args.fff_units`` is off."""
         if self.optimizer is None:
             model = self.model if model is None else model
             own = {
@@ -109,7 +150,7 @@ class FastTrainer(SafeCheckpoints):
         super().log(logs, start_time)
 
     def _described(self) -> dict[str, Any]:
-        own = {name: getattr(self.args, name) for name in ("fff_learning_rate", "packed_rows")}
+        own = {name: getattr(self.args, name) for name in ("fff_learning_rate", "fff_units", "packed_rows")}
         return {**super()._described(), **own}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -48,6 +48,8 @@ class SafeCheckpoints(Trainer):
     - What goes on from one gives what it would have given without the interruption, to the bit where computing is deterministic: what a
       collator draws, such as masked tokens, depends on the seed, the epoch and the rows alone; in evaluations it is always the same.
 
+    Without ``accelerate launch`` it trains on one GPU, not by ``DataParallel`` on all.
+
     SIGINT (ctrl-C) and SIGTERM end the training after the step, and after one more checkpoint, with ``KeyboardInterrupt`` or
     ``SystemExit(143)``; a second one ends it at once. Several processes agree on the step.
 
@@ -65,6 +67,10 @@ class SafeCheckpoints(Trainer):
 
     def __init__(self, model: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
         check_processes(args)
+        if (
+            args is not None
+        ):  # else DataParallel, slower than one GPU and blind to hooks; several are for accelerate launch
+            args._n_gpu = min(args.n_gpu, 1)
         super().__init__(model, args, *more, **kwargs)
         self._training: dict[str, Any] = {}
 

@@ -1,5 +1,6 @@
 """What the trees of a model do while it is trained, as metrics."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class RoutingMetrics(TrainerCallback):
     step waits for a GPU. Several processes count together. Of a layer with several feedforward networks it is their mean, and
     layers that share one are told as the first of them.
 
-    Without trees it logs nothing.
+    Without trees it logs nothing; under ``DataParallel`` (a bare ``Trainer`` that sees several GPUs) neither, with a warning.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,13 @@ class RoutingMetrics(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.stop()
         self._before = {}
+        if args.n_gpu > 1:
+            warnings.warn(
+                "RoutingMetrics does not count under DataParallel: start a process a GPU (accelerate launch), or show "
+                "it one GPU (CUDA_VISIBLE_DEVICES)",
+                stacklevel=2,
+            )
+            return
         self._watch = _Routing(model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

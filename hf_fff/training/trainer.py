@@ -3,8 +3,9 @@
 Calibration fits one layer at a time; here all of them are trained together, attention and embeddings too.
 """
 
-import warnings
+import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,13 +14,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ..tasks import get_task
-from ..tasks.data import IGNORED
 from ..tasks.evaluate import check_teacher
 from .arguments import DistillationArguments
 from .base import MEASURED_ROWS, FastTrainer, without_labels
 from .data import Cropping, check_rows
-from .graphs import StepGraphs
-from .objectives import OBJECTIVES, Objective, get_objective, visible
+from .objectives import OBJECTIVES, Objective, get_objective, logits_at, masked_places, visible
 from .processes import not_sharded
 
 
@@ -89,21 +88,13 @@ class DistillationTrainer(FastTrainer):
             backend: Any = args.torch_compile_backend
             self._watched = torch.compile(self.teacher, backend=backend, mode=args.torch_compile_mode)
         self._scales: list[Tensor] = []  # [H] for each layer
-        self._graphs: StepGraphs | None = None
-        self._graphed = False  # whether steps are to be recorded
 
     # Training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``."""
         self._measure_scales()
-        self._graphed = self.args.cuda_graphs and self.args.device.type == "cuda"
-        if self.args.cuda_graphs and not self._graphed:
-            warnings.warn(f"cuda_graphs=True is for GPUs: on {self.args.device} steps run as usual", stacklevel=2)
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._graphs, self._graphed = None, False
+        return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """As ``Trainer`` has it, with batches that are cropped, where they are to be."""
@@ -114,35 +105,6 @@ class DistillationTrainer(FastTrainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = collate
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """As ``Trainer.training_step``."""
-        if not self._graphed or len(inputs["input_ids"]) != self.args.train_batch_size:
-            return super().training_step(model, inputs, num_items_in_batch)
-        inputs = self._prepare_inputs(inputs)
-        if self._graphs is None:
-            self._graphs = self._new_graphs(inputs)
-
-        before = len(self._seen)
-
-        def run(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            loss: Tensor = super(DistillationTrainer, self).training_step(model, given, num_items_in_batch)
-            return loss, self._seen[-1][1]
-
-        loss, parts = self._graphs.step(inputs, run)
-        self._seen[before:] = [(self.state.global_step + 1, parts)]
-        return loss
-
-    def _new_graphs(self, inputs: Mapping[str, Tensor]) -> StepGraphs:
-        trained: Any = self.model
-        config = trained.config
-        longest = max(getattr(self.train_dataset, "lengths", None) or [inputs["input_ids"].shape[1]])
-        return StepGraphs(
-            [p for p in trained.parameters() if p.requires_grad],
-            {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": IGNORED},
-            longest,
-            getattr(config, "max_position_embeddings", None),
-        )
 
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -184,9 +146,19 @@ class DistillationTrainer(FastTrainer):
         if self.args.torch_compile:  # once for all shapes
             for value in given.values():
                 torch._dynamo.maybe_mark_dynamic(value, (0, 1))
-        with torch.no_grad(), self.accelerator.autocast():
-            want = self._watched(**given, output_hidden_states=True)
-        have = model(**given, output_hidden_states=True)
+        places = self._masked(inputs)
+        with ExitStack() as narrowed:
+            if places is not None:
+                inputs = {**inputs, "labels": inputs["labels"].gather(1, places)}
+                for one in (self.teacher, self.student):
+                    narrowed.enter_context(logits_at(one, places))
+            with torch.no_grad(), self.accelerator.autocast():
+                want = self._watched(**given, output_hidden_states=True)
+            have = model(**given, output_hidden_states=True)
+        if places is not None:
+            for out in (have, want):
+                if out["logits"].shape[1] != places.shape[1]:  # a head that does not call its output embeddings
+                    out["logits"] = out["logits"].gather(1, places[..., None].expand(-1, -1, out["logits"].shape[-1]))
         seen = visible(given)
         # All layers at once: fewer kernels to launch.
         apart = torch.stack(have.hidden_states[1:]).float() - torch.stack(want.hidden_states[1:]).float()
@@ -200,6 +172,16 @@ class DistillationTrainer(FastTrainer):
                 losses = self.objective.label_losses(have, inputs)
             rows = torch.cat([rows, distances, losses], 1)
         return rows, have
+
+    def _masked(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Where the logits of a masked-LM step are looked at; None where they are to be everywhere."""
+        share = getattr(self.train_dataset, "masked_share", None)
+        if share is None or not torch.is_grad_enabled() or self.args.torch_compile:
+            return None
+        if not all(isinstance(model.get_output_embeddings(), nn.Linear) for model in (self.teacher, self.student)):
+            return None
+        tokens = inputs["labels"].shape[1]
+        return masked_places(inputs["labels"], math.ceil(share * tokens) + 1)
 
     def _weighted(self, parts: Tensor) -> Tensor:
         args, layers = self.args, len(self._scales)

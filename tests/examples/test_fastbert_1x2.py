@@ -16,7 +16,15 @@ SCORES = {"dense": 0.9, "1x2": 0.8, "none": 0.7}
 
 def row(fff, seed=0, quick=False, task="sst2"):
     metrics = {"accuracy": SCORES[fff] + 0.02 * seed, "f1": 0.5, "spearman": 0.5}
-    told = {"scores": metrics, "calibration_steps": 1000, "seconds": 10.0, "device": "cpu", "torch": "2"}
+    told = {
+        "scores": metrics,
+        "calibration_steps": 1000,
+        "seconds": 10.0,
+        "device": "cpu",
+        "torch": "2",
+        "bf16": False,
+        "graphs": False,
+    }
     return {"model": "m", "task": task, "fff": fff, "seed": seed, "limit": 64, "quick": quick} | told
 
 
@@ -65,6 +73,7 @@ def test_what_is_there_is_left(path, monkeypatch, tmp_path):
 
 
 def test_the_page(path, monkeypatch, tmp_path):
+    append(path, row("dense", 2) | {"limit": 32})  # of another experiment
     for fff in SCORES:
         for seed in (0, 1):
             append(path, row(fff, seed))

@@ -1,12 +1,17 @@
 """The pretraining experiment: full rows, runs and times on a CPU, and a page of what was measured."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from task_rows import WORDS, tiny_tokenizer
+from transformers import BertConfig, BertForMaskedLM
+
+from hf_fff import FastBertConfig, FastBertForMaskedLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "experiments"))
 
@@ -72,12 +77,50 @@ def test_quick(words, tmp_path, monkeypatch, capsys):
     assert "--steps 10 must be a multiple of --evaluations 4" in capsys.readouterr().err
 
 
+def test_logits_of_masked_words_alone():
+    """Their loss, and its gradients, are those of the whole model."""
+    config = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 128, (8, 32), generator=draw)
+    labels = ids.where(torch.rand(8, 32, generator=draw) < 0.25, -100)
+    for base, made in (
+        (BertForMaskedLM, BertConfig(**config)),
+        (FastBertForMaskedLM, FastBertConfig(**config, fff="2x3")),
+    ):
+        model = experiment.of_masked_words(base)(made)
+        gradients = []
+        for forward in (model, partial(base.forward, model)):
+            model.zero_grad()
+            loss = forward(ids, labels=labels).loss
+            loss.backward()
+            gradients.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert len(gradients[0]) == len(gradients[1]) > 20
+        for ours, whole in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-6)
+
+
 def row(fff, routing, seed, end, **more):
     curve = [[step, 8 - (8 - end - 0.1 * seed) * step / 100] for step in range(25, 101, 25)]
     told = {"run": "main", "fff": fff, "routing_gradient": routing, "seed": seed, "quick": False, "curve": curve}
     told |= {"steps": 100, "rows": 8, "tokens": 16, "learning_rate": 1e-3, "device": "cpu", "torch": "2"}
-    told |= {"layers": 6, "hidden_size": 384}
-    told |= {"train_rows": 400, "unseen_rows": 9, "rate": None if fff == "dense" else 7.5e-4, "seconds": 10.0}
+    told |= {
+        "layers": 6,
+        "hidden_size": 384,
+        "family": "esm",
+        "units": fff == "1x3",
+        "warmup": 10,
+        "zero_outputs": False,
+        "unseen": end + 0.1 * seed,
+        "held_out": end,
+    }
+    told |= {
+        "train_rows": 400,
+        "unseen_rows": 9,
+        "parameters": 20_000_000,
+        "rate": None if fff == "dense" else 7.5e-4,
+        "seconds": 10.0,
+    }
     return told | {"training_curve": [[25, 8.0]]} | more
 
 
@@ -88,16 +131,39 @@ def test_the_page(tmp_path, monkeypatch):
         append(path, row("dense", None, seed, 4.0))
         append(path, row("1x3", 3.0, seed, 5.0, dead_nodes=0.25))
         append(path, row("none", None, seed, 6.0))
-    append(path, row("dense", None, 0, 1.0, run="rates"))  # which is none of it
+    append(path, row("dense", None, 0, 1.0, run="rates"))  # by which something was chosen
+    append(path, row("1x3", 3.0, 1, 4.9, run="otherwise", zero_outputs=True, rate=1e-4))
     for fff, routing, ms in (("dense", None, 25.0), ("1x3", 3.0, 40.0), ("none", None, 20.0)):
         append(path, row(fff, routing, 0, 0.0, run="time", milliseconds=ms))
     call(monkeypatch, "--results", path, "--report", "--page", page)
     lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
-    assert lines[1:] == [  # none makes all of its 100 steps in 2 s, dense 80 and 1x3 50
-        "| dense | - | 1536 (100.0 %) | - | 2 | 4.050 ± 0.071 | 100 % | 25.0 | 4.840 ± 0.057 | 100 % | - |",
-        "| none | - | 0 (0.0 %) | - | 2 | 6.050 ± 0.071 | 0 % | 20.0 | 6.050 ± 0.071 | 0 % | - |",
-        "| 1x3 | 3 | 4 (0.3 %) | 0.00075 | 2 | 5.050 ± 0.071 | 50 % | 40.0 | 6.525 ± 0.035 | -39 % | 25.0 % |",
+    assert lines[1:4] == [  # none makes all of its 100 steps in 2 s, dense 80 and 1x3 50
+        "| dense | - | 1536 (100.0 %) | 20.0 M | - | 2 | 4.050 ± 0.071 | 100 % | 25.0 | 4.840 ± 0.057 | 100 % | - |",
+        "| none | - | 0 (0.0 %) | 20.0 M | - | 2 | 6.050 ± 0.071 | 0 % | 20.0 | 6.050 ± 0.071 | 0 % | - |",
+        "| 1x3 | 3 | 4 (0.3 %) | 20.0 M | 0.00075, in units | 2 | 5.050 ± 0.071 | 50 % | 40.0 | 6.525 ± 0.035 | -39 % | 25.0 % |",
     ]
+    assert lines[5:7] == [
+        "| 1x3, as above | 3 | 0.00075 | yes | random | 5.100 |",
+        "| 1x3 | 3 | 0.0001 | yes | at zero | 5.000 |",
+    ]
+    assert lines[8:] == ["| norms before, rotary positions | dense | 100 x 8 | 0.001 | - | - | 1.000 |"]
     assert "2.0 s" in page.read_text()
     with pytest.raises(SystemExit, match="no runs"):
         call(monkeypatch, "--results", tmp_path / "nothing.jsonl", "--report", "--page", page)
+
+
+def test_the_page_of_runs_of_several_lengths(tmp_path, monkeypatch):
+    """All seeds where the shortest ends, those that went on where they end."""
+    path, page = tmp_path / "results.jsonl", tmp_path / "page.md"
+    for fff, end in (("dense", 4.0), ("none", 6.0)):
+        append(path, row(fff, None, 0, end))
+        curve = [[step, loss] for step, loss in row(fff, None, 1, end)["curve"] if step <= 50]
+        append(path, row(fff, None, 1, end, curve=curve, steps=50, unseen=curve[-1][1]))
+    call(monkeypatch, "--results", path, "--report", "--page", page)
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert "loss after 50 steps | recovered | seeds | after 100 steps" in lines[0]
+    assert "not measured yet" in page.read_text() and "With one seed" not in page.read_text()
+    assert lines[1:] == [
+        "| dense | - | 1536 (100.0 %) | 20.0 M | - | 2 | 6.025 ± 0.035 | 100 % | 1 | 4.000 | 100 % | - |",
+        "| none | - | 0 (0.0 %) | 20.0 M | - | 2 | 7.025 ± 0.035 | 0 % | 1 | 6.000 | 0 % | - |",
+    ]

@@ -1,6 +1,7 @@
 """The table of tasks: a teacher and its students for each seed, and what the page makes of them."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "exper
 
 import quality_report
 import tasks_table as experiment
-from runs import results
+from runs import OutOfTime, results
 
 
 def call(monkeypatch, *options):
@@ -20,7 +21,7 @@ def call(monkeypatch, *options):
 
 
 @pytest.mark.full
-def test_a_teacher_and_its_students(tmp_path, monkeypatch, capsys):
+def test_a_teacher_and_its_students(tmp_path, monkeypatch):
     tiny_bert(initializer_range=0.1).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     for name, seed in (("train", 0), ("dev", 1)):
@@ -38,9 +39,33 @@ def test_a_teacher_and_its_students(tmp_path, monkeypatch, capsys):
     call(monkeypatch, *options, "--work", tmp_path / "work")
     assert len(results(tmp_path / "results.jsonl")) == 3
     options[options.index("--fff") + 1] = "1x3"
-    with pytest.raises(SystemExit, match="not all runs"):  # whose teacher is elsewhere
-        call(monkeypatch, *options, "--work", tmp_path / "elsewhere")
-    assert "there is no teacher sst2-0" in capsys.readouterr().err
+    call(
+        monkeypatch, *options, "--work", tmp_path / "elsewhere"
+    )  # where its teacher is not: it is made again, without another line
+    assert [row["fff"] for row in results(tmp_path / "results.jsonl")] == ["dense", "2x3", "none", "1x3"]
+    assert (tmp_path / "elsewhere" / "sst2-0.made").exists()
+
+
+def test_the_order(tmp_path, monkeypatch):
+    """Seed after seed, teachers a seed ahead of the students."""
+    asked = []
+    monkeypatch.setattr(experiment, "run", lambda args, name, fff, seed: asked.append((seed, fff)) or {"scores": {}})
+    paths = ("--model", tmp_path, "--data", tmp_path, "--work", tmp_path / "work", "--results", tmp_path / "r.jsonl")
+    call(monkeypatch, *paths, "--tasks", "sst2", "--fff", "8x8", "none", "--seeds", 0, 1)
+    assert asked == [(0, "dense"), (1, "dense"), (0, "8x8"), (0, "none"), (1, "8x8"), (1, "none")]
+
+
+def test_waiting_for_a_teacher(tmp_path):
+    made, failed = tmp_path / "sst2-0.made", tmp_path / "sst2-0.failed"
+    with pytest.raises(OutOfTime):
+        experiment.wait_for(made, failed, True, time.monotonic() - 1)
+    with pytest.raises(RuntimeError, match="there is no teacher sst2-0"):
+        experiment.wait_for(made, failed, False, time.monotonic() + 60)
+    failed.touch()
+    with pytest.raises(RuntimeError, match="there is no teacher sst2-0"):
+        experiment.wait_for(made, failed, True, time.monotonic() + 60)
+    made.touch()
+    experiment.wait_for(made, failed, True, time.monotonic() - 1)
 
 
 def row(name, fff, seed, **scores):

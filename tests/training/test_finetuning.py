@@ -1,6 +1,7 @@
 """Finetuning: does it learn, at which rates, what is masked, what does an evaluation give, and what of a loss that is not finite?"""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -94,6 +95,26 @@ def test_steps_are_in_units():
     assert torch.equal(new, torch.tensor([[0.5, -1.0], [0.5, -1.0]])) and torch.equal(other, torch.zeros(2))
 
 
+@pytest.mark.parametrize("kind", ["2x3", "mlp:5"])
+def test_without_units(tmp_path, tokenizer, kind):
+    """Steps are Adam's own, at one rate for all: the first is about the rate in every weight. In units it is not."""
+    moved = {}
+    for units in (True, False):
+        model = convert_ffn_to_fff(dense("classification"), kind, init="random", seed=0)
+        neurons = [m for m in model.modules() if type(m).__name__ in ("FFF", "MLP")]
+        before = [m.weight_out.detach().clone() for m in neurons]
+        t = make(
+            tmp_path, "classification", tokenizer, model, fff_units=units, max_steps=1, lr_scheduler_type="constant"
+        )
+        t.train()
+        moved[units] = torch.cat(
+            [(m.weight_out.detach() - b).abs().flatten() for m, b in zip(neurons, before, strict=True)]
+        )
+    reached = moved[False] > 0.5e-3
+    assert reached.any() and moved[False].max() < 1.01e-3  # a node that no token visited stays where it is
+    assert moved[True].max() < 0.9 * moved[False].max() or moved[True].max() > 1.1 * moved[False].max()
+
+
 def test_the_routing_gradient_is_switched(tmp_path, tokenizer):
     model = convert_ffn_to_fff(dense("classification"), {0: "2x3", 1: "mlp:4", 2: "1x2"})
     t = make(tmp_path, "classification", tokenizer, model, routing_gradient=0)
@@ -173,6 +194,10 @@ def test_masks(tokenizer):
     assert torch.equal(torch.where(hidden, batch["labels"], batch["input_ids"])[0], torch.tensor(rows[0]["input_ids"]))
     tiny = [{"input_ids": [2, 7, 3], "attention_mask": [1, 1, 1]}]
     assert all((collate(copy.deepcopy(tiny))["labels"] != -100).sum() == 1 for _ in range(20))
+    unknown = [{"input_ids": [2, tokenizer.unk_token_id, 3], "attention_mask": [1, 1, 1]}] * 2
+    with pytest.raises(ValueError, match="a batch of 2 texts has no token to be masked: .* unknown to the tokenizer"):
+        collate(copy.deepcopy(unknown))
+    assert (collate(copy.deepcopy([*tiny, *unknown]))["labels"] != -100).sum() == 1  # with others they may be
 
 
 def test_the_masks_of_epochs(tmp_path, tokenizer):
@@ -224,3 +249,29 @@ def test_without_a_task(tmp_path, tokenizer):
     t.train()
     found = t.evaluate()
     assert 0 <= found["eval_right"] <= 1 and found["eval_loss"] > 0
+
+
+def test_recorded_steps_are_for_gpus(tmp_path, tokenizer):
+    t = make(tmp_path, "classification", tokenizer, dense("classification"), max_steps=1, cuda_graphs=True)
+    with pytest.warns(UserWarning, match="cuda_graphs=True is for GPUs: on cpu steps run as usual"):
+        t.train()
+
+
+@pytest.mark.full
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("task", HEAD)
+def test_recorded_steps_are_the_same(tmp_path, task, tokenizer):
+    logs = []
+    for graphs in (False, True):
+        model = convert_ffn_to_fff(dense(task), "2x3", init="random", seed=0)
+        options = {"max_steps": 40, "logging_steps": 1, "dropout": False, "use_cpu": False, "cuda_graphs": graphs}
+        t = make(tmp_path, task, tokenizer, model, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "training steps are not recorded")
+            t.train()
+        logs.append([row for row in t.state.log_history if "loss" in row])
+    assert len(logs[0]) == 40
+    for plain, recorded in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "dead_nodes_0"):
+            assert plain[name] == pytest.approx(recorded[name], rel=1e-3), (plain["step"], name)

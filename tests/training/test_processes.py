@@ -307,21 +307,40 @@ def test_train_on_two_processes(classifier):
     same_weights(classifier / "alone", classifier / "two")
 
 
-@pytest.mark.full
-def test_train_sharded(classifier, monkeypatch):
-    """``hf-fff train`` under FSDP2 as Accelerate has it, on two processes: units, steps, checkpoints, evaluation, and the folder that it writes."""
-    alone = run(*train_words(classifier, classifier / "alone", 16, "cpu"))
-    assert alone.exit_code == 0, alone.output
+def on_shards(monkeypatch, *words):
+    """``sharding_on_cpu`` on two processes."""
     config = yaml.safe_load((ROOT / "examples" / "accelerate" / "gpu_8_fsdp2.yaml").read_text())["fsdp_config"]
     for name, value in config.items():  # as accelerate launch hands it on
         told = str(value).lower() if isinstance(value, bool) else str(value)
         monkeypatch.setenv(name.upper().replace("LAYER_CLS", "CLS"), told)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training")])
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = train_words(classifier, classifier / "two", 8, "cpu", save_strategy="steps", save_steps=6)
     told = subprocess.run([*command, "-m", "sharding_on_cpu", *map(str, words)], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr[-3000:]
+    return told
+
+
+@pytest.mark.full
+def test_losses_of_shards(tmp_path, monkeypatch):
+    """FSDP2 on two processes gives the losses of one, step for step."""
+    t = trainers(tmp_path / "alone", 2)["plain"]()
+    t.train()
+    told = on_shards(monkeypatch, "losses", tmp_path / "two")
+    assert re.search(r"sharded (\d\d) of \1 parameters", told.stderr), told.stderr
+    two = json.loads(next(line for line in told.stdout.splitlines() if line.startswith("[")))
+    assert len(two) == STEPS and two == pytest.approx(rate(t)["losses"], rel=1e-4)
+
+
+@pytest.mark.full
+def test_train_sharded(classifier, monkeypatch):
+    """``hf-fff train`` under FSDP2 as Accelerate has it, on two processes: units, steps, checkpoints, evaluation, and the folder that it writes."""
+    alone = run(*train_words(classifier, classifier / "alone", 16, "cpu"))
+    assert alone.exit_code == 0, alone.output
+    words = train_words(classifier, classifier / "two", 8, "cpu", save_strategy="steps", save_steps=6)
+    told = on_shards(monkeypatch, *words)
     assert re.search(r"sharded (\d\d) of \1 parameters", told.stderr), told.stderr
     one, two = json.loads(alone.stdout)["training"], json.loads(told.stdout)["training"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)

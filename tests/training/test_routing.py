@@ -46,6 +46,15 @@ def stacked(data):
     return {k: torch.stack([torch.as_tensor(row[k]) for row in data]) for k in data[0] if k != "labels"}
 
 
+def test_several_gpus_in_one_process(tmp_path):
+    """Our trainers take one of them; a bare Trainer would go on by DataParallel, whose replicas nobody can count."""
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    args._n_gpu = 2
+    with pytest.warns(UserWarning, match="does not count under DataParallel"):
+        RoutingMetrics().on_train_begin(args, None, None, model=classifier())
+    assert Plain(classifier(), args, train_dataset=rows()).args.n_gpu == 1
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_counts_are_those_of_the_rows(tmp_path, accumulated):
     """Three steps see all rows once, with or without accumulation; nothing moves."""
