@@ -3,7 +3,7 @@
     python examples/experiments/fastbert_1x2.py --model DIR --data DIR --results fastbert_1x2.jsonl            # what is not there yet
     python examples/experiments/fastbert_1x2.py --results fastbert_1x2.jsonl --report                        # page and picture
     python examples/experiments/fastbert_1x2.py --model DIR --data DIR --results try.jsonl --quick           # minutes on a CPU
-    python examples/experiments/side_by_side.py --gpus 2 --at-once 6 fastbert_1x2.py --model DIR --data DIR --results FILE --bf16
+    python examples/experiments/side_by_side.py --gpus 0 1 --at-once 6 fastbert_1x2.py --model DIR --data DIR --results FILE --bf16
 
 1x2 uses 3 of 7 neurons, 512x2 1536 of 3584; beside each stands an MLP of as many neurons as it uses, and beside all no FFN at all. What
 is converted is calibrated on the rows to train on, and then all are finetuned alike, by the preset crammed-finetune (5 epochs of batches of 16, 4e-5).

@@ -1,10 +1,10 @@
 """Processes of one experiment side by side, which share its runs: on a GPU several small trainings together do more than one after the other.
 
-    python examples/experiments/side_by_side.py --gpus 2 --at-once 5 --seconds 500 pretrain_small.py --model DIR ... --results FILE
+    python examples/experiments/side_by_side.py --gpus 0 1 --at-once 5 --seconds 500 pretrain_small.py --model DIR ... --results FILE
 
-Starts SCRIPT, a file of this folder, ``gpus * at_once`` times with the options that follow it, ``--claims`` (a fresh folder) and
+Starts SCRIPT, a file of this folder, ``at_once`` times on each GPU with the options that follow it, ``--claims`` (a fresh folder) and
 ``--seconds`` (what is left for it); what they print goes to logs, of which the end is printed where one fails. What still runs half a minute
-after the seconds are over is ended. On a machine without GPUs, ``--gpus 0`` starts ``at_once`` processes.
+after the seconds are over is ended. On a machine without GPUs, ``--gpus`` without a number starts ``at_once`` processes.
 """
 
 import argparse
@@ -21,23 +21,24 @@ GRACE = 30  # seconds
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpus", type=int, nargs="*", default=[0], help="numbers of those to use, as of run_queue.py")
     parser.add_argument("--at-once", type=int, default=4, help="processes on each GPU")
     parser.add_argument("--seconds", type=float, default=1e6)
     parser.add_argument("script")
     parser.add_argument("options", nargs=argparse.REMAINDER)
     args = parser.parse_args()
-    if min(args.at_once, args.gpus + 1) < 1:
-        parser.error(f"--gpus {args.gpus} and --at-once {args.at_once} leave nothing to start")
+    if args.at_once < 1:
+        parser.error(f"--at-once {args.at_once} leaves nothing to start")
+    if len(set(args.gpus)) < len(args.gpus) or min(args.gpus, default=0) < 0:
+        parser.error(f"--gpus {' '.join(map(str, args.gpus))} must be different numbers of at least 0")
 
     deadline = time.monotonic() + args.seconds
     folder = Path(tempfile.mkdtemp(prefix="side-by-side-"))
-    count = max(1, args.gpus) * args.at_once
+    places = (args.gpus or [None]) * args.at_once
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    threads = str(max(1, (os.cpu_count() or 1) // count))
+    threads = str(max(1, (os.cpu_count() or 1) // len(places)))
     running = []
-    for number in range(count):
-        gpu = number % args.gpus if args.gpus else None
+    for number, gpu in enumerate(places):
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) > gpu and visible[gpu] else str(gpu)

@@ -108,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--routing-gradient", type=float, default=3.0)
     parser.add_argument("--first-text-alone", action="store_true", help="calibrate on single texts, not pairs")
     parser.add_argument("--freeze", action="store_true", help="train nothing but what replaces the FFNs")
+    parser.add_argument("--held-out-rows", type=int, help="to evaluate on in the training, at most; a tenth of all by default")
     parser.add_argument("--compile", action="store_true", help="the training step")
+    parser.add_argument("--graphs", action="store_true", help="a student's training steps as CUDA graphs")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -127,7 +129,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return task.encode(rows, tokenizer, teacher.config, max_length=args.max_length, columns=columns, seed=args.seed)
 
     train_rows, chosen_on = split_rows(rows, args.seed, 0.1)
-    train, chosen_on, report = encode(train_rows), encode(chosen_on), encode(report)
+    train, chosen_on, report = encode(train_rows), encode(chosen_on[: args.held_out_rows]), encode(report)
     hidden = ("model", "teacher", "train", "report", "transfer")
     result = {k: v for k, v in vars(args).items() if k not in hidden}
     begin = time.monotonic()
@@ -183,6 +185,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     logging_steps=250,
                     disable_tqdm=True,
                     torch_compile=args.compile,
+                    cuda_graphs=args.graphs,
                     seed=args.seed,
                     **{k: v for k, v in rates.items() if v is not None},
                     **ON_GPU,

@@ -1,7 +1,7 @@
 """What MiniLM keeps of eight tasks with trees, small MLPs and no FFNs at all in the place of its FFNs, by task distillation; a line of JSON a run.
 
     python examples/experiments/tasks_table.py --model DIR --data DIR --work DIR --results tasks_table.jsonl
-    python examples/experiments/side_by_side.py --gpus 2 --at-once 6 tasks_table.py --model DIR --data DIR --work DIR --results FILE
+    python examples/experiments/side_by_side.py --gpus 0 1 --at-once 6 tasks_table.py --model DIR --data DIR --work DIR --results FILE
 
 Each seed has its own teacher, finetuned first (fff: dense), and students of it, by tasks_minilm.py with the options below; teachers lie in
 WORK. The page docs/results/quality.md has the table (quality_report.py).

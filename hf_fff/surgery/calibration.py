@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from ..modes import evaluating
 from ..ops.torch_backend import activation_functions
 from .dense import DenseNeurons
 from .initialise import balance_hyperplanes, best_neurons, solve_outputs
-from .text import Batch, as_batches, shuffled
+from .text import Batch, in_random_order
 
 _FORWARD_TOKENS = {"cpu": 4096}  # of a batch on its way through the models; elsewhere
 _MORE_TOKENS = 16_384
@@ -202,7 +202,9 @@ class _Norm:
         return 1 / size.clamp_min(1e-6)
 
 
-def _pieces(base_model: nn.Module, batches: list[Batch], c: Calibration, deadline: float) -> tuple[list[_Piece], int]:
+def _pieces(
+    base_model: nn.Module, batches: Iterable[Batch], c: Calibration, deadline: float
+) -> tuple[list[_Piece], int]:
     """As many batches as the time allows, and how many tokens they hold."""
     device = next(base_model.parameters()).device
     pieces: list[_Piece] = []
@@ -407,8 +409,9 @@ def calibrate(
     start = time.monotonic()
     seconds = float("inf") if c.steps is not None or c.budget is None else c.budget
     batch_tokens = _FORWARD_TOKENS.get(dense.device.type, _MORE_TOKENS)
-    batches = as_batches(c.data, lambda: _tokenizer(c, dense), max_length=c.max_length, batch_tokens=batch_tokens)
-    batches = shuffled(batches, c.seed)
+    batches = in_random_order(
+        c.data, lambda: _tokenizer(c, dense), max_length=c.max_length, batch_tokens=batch_tokens, seed=c.seed
+    )
     dense_layers, fast_layers = _Layers(dense.base_model, family), _Layers(fast.base_model, family)
     blocks = dense_layers.blocks
     # FFNs to fit: those of each layer, or of all layers that share them

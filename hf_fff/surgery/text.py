@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 Batch: TypeAlias = dict[str, Tensor]
+_CHUNK = 16_384  # texts that are encoded at once, of which those of similar length are batched together
 
 
 def as_batches(data: Any, tokenizer: Any, *, max_length: int, batch_tokens: int) -> list[Batch]:
@@ -33,6 +34,23 @@ def as_batches(data: Any, tokenizer: Any, *, max_length: int, batch_tokens: int)
     if isinstance(items[0], Mapping):
         return [batch for item in items for batch in _split(item, max_length, batch_tokens)]
     return list(_encode(items, tokenizer(), max_length, batch_tokens))
+
+
+def in_random_order(data: Any, tokenizer: Any, *, max_length: int, batch_tokens: int, seed: int) -> Iterator[Batch]:
+    """The batches of ``as_batches``, in a random order. Texts are encoded as they are wanted, some thousands at a time: whoever takes
+    little of much text does not wait for all of it, and takes the same as whoever takes more.
+
+    Raises:
+        ValueError, TypeError: as ``as_batches``.
+    """
+    options: Any = {"max_length": max_length, "batch_tokens": batch_tokens}
+    if not isinstance(data, Sequence) or isinstance(data, str) or not data or isinstance(data[0], Mapping):
+        yield from shuffled(as_batches(data, tokenizer, **options), seed)
+        return
+    texts = [item for item in shuffled(data, seed) if _is_text(item)] or list(data)
+    known = tokenizer()
+    for start in range(0, len(texts), _CHUNK):
+        yield from shuffled(as_batches(texts[start : start + _CHUNK], lambda: known, **options), seed + start)
 
 
 def _split(batch: Mapping[str, Tensor], max_length: int, batch_tokens: int) -> list[Batch]:

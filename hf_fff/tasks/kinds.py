@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from . import metrics
 from .data import IGNORED, Collator, Columns, Encoded, Masking, Ragged, Row
@@ -446,11 +447,14 @@ class MaskedLM(Task):
         masking = Masking(tokenizer)
         encoded = tokenised(tokenizer, [[row[name] for row in rows] for name in text], max_length)
         masked, labels = [], []
-        for number, ids in enumerate(encoded["input_ids"]):
-            draws = torch.from_numpy(np.random.default_rng((seed, number)).random(len(ids)))
-            row = masking(torch.tensor(ids), draws)
-            masked.append(row[0].tolist())
-            labels.append(row[1].tolist())
+        rows_of_ids = encoded["input_ids"]
+        for numbers in _chunks(range(len(rows_of_ids))):
+            ids = [torch.tensor(rows_of_ids[number]) for number in numbers]
+            draws = [torch.from_numpy(np.random.default_rng((seed, n)).random(rows_of_ids.lengths[n])) for n in numbers]
+            # Padded with what is never masked
+            hidden, wanted = masking(pad_sequence(ids, True, masking.mask), pad_sequence(draws, True))
+            masked += [row[: len(i)].tolist() for row, i in zip(hidden, ids, strict=True)]
+            labels += [row[: len(i)].tolist() for row, i in zip(wanted, ids, strict=True)]
         if all(i == IGNORED for row in labels for i in row):
             raise ValueError("there is no token to be masked in any row")
         return Encoded(encoded | {"input_ids": Ragged(masked), "labels": Ragged(labels)}, rows, labelled=True)

@@ -253,6 +253,7 @@ class TaskMix(Dataset[dict[str, Any]]):
         if not labelled.labelled:
             raise ValueError(f"the data to distil {task!r} on has no labels; what has none is transfer data")
         self._special = np.array(tokenizer.all_special_ids)
+        self.masked_share = Masking.share if task == "mlm" else None  # of a row's tokens, at most; one in any case
         self._masking = Masking(tokenizer) if task == "mlm" else None
         if self._masking and transfer is not None:
             raise ValueError("of 'mlm' all rows are alike, transfer rows too: give all of them as the labelled data")

@@ -165,7 +165,7 @@ class MaskingCollator(DataCollatorForLanguageModeling):
         share: of the tokens that are masked.
 
     Raises:
-        ValueError: the tokenizer has no mask token.
+        ValueError: the tokenizer has no mask token; a batch has no token to be masked.
     """
 
     def __init__(self, tokenizer: Any, share: float = 0.25) -> None:
@@ -176,9 +176,14 @@ class MaskingCollator(DataCollatorForLanguageModeling):
         self, inputs: Any, special_tokens_mask: Any = None, offset_mapping: Any = None
     ) -> tuple[Any, Any]:
         special = torch.isin(inputs, self._special)
+        if bool(special.all()):
+            raise ValueError(
+                f"a batch of {len(inputs)} texts has no token to be masked: all are special ones, or unknown to the tokenizer. "
+                "Leave such texts out, or take a tokenizer that knows their characters"
+            )
         while True:
             masked, labels = super().torch_mask_tokens(inputs.clone(), special, offset_mapping)
-            if bool((labels != IGNORED).any()) or bool(special.all()):
+            if bool((labels != IGNORED).any()):
                 return masked, labels
 
 

@@ -4,7 +4,8 @@ All is summed and counted row by row, so that batches of whatever size add up to
 indexed with them, which would wait for the GPU.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,27 @@ class _MaskedTokens(_Tokens):
         if self.labels[0] not in inputs:
             raise ValueError("the batch has no labels, which tell what is masked")
         return (inputs[self.labels[0]] != IGNORED).float()
+
+
+def masked_places(labels: Tensor, most: int) -> Tensor:
+    """``[rows, tokens] -> [rows, most]``: where the labels are, and then other places, which have none."""
+    return (labels != IGNORED).int().topk(min(most, labels.shape[1]), dim=1).indices
+
+
+@contextmanager
+def logits_at(model: Any, places: Tensor) -> Iterator[None]:
+    """Within, a masked-LM model gives logits at ``places``, ``[rows, n]``, alone, as ``[rows, n, vocabulary]``: of one in seven tokens that
+    takes a seventh of the time and memory, which at a vocabulary of thirty thousand is most of a step."""
+
+    def gathered(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *others = inputs
+        return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])), *others
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(gathered)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Spans(Objective):

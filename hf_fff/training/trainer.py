@@ -3,8 +3,10 @@
 Calibration fits one layer at a time; here all of them are trained together, attention and embeddings too.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from .arguments import DistillationArguments
 from .base import MEASURED_ROWS, FastTrainer, without_labels
 from .data import Cropping, check_rows
 from .graphs import StepGraphs
-from .objectives import OBJECTIVES, Objective, get_objective, visible
+from .objectives import OBJECTIVES, Objective, get_objective, logits_at, masked_places, visible
 from .processes import not_sharded
 
 
@@ -184,9 +186,19 @@ class DistillationTrainer(FastTrainer):
         if self.args.torch_compile:  # once for all shapes
             for value in given.values():
                 torch._dynamo.maybe_mark_dynamic(value, (0, 1))
-        with torch.no_grad(), self.accelerator.autocast():
-            want = self._watched(**given, output_hidden_states=True)
-        have = model(**given, output_hidden_states=True)
+        places = self._masked(inputs)
+        with ExitStack() as narrowed:
+            if places is not None:
+                inputs = {**inputs, "labels": inputs["labels"].gather(1, places)}
+                for one in (self.teacher, self.student):
+                    narrowed.enter_context(logits_at(one, places))
+            with torch.no_grad(), self.accelerator.autocast():
+                want = self._watched(**given, output_hidden_states=True)
+            have = model(**given, output_hidden_states=True)
+        if places is not None:
+            for out in (have, want):
+                if out["logits"].shape[1] != places.shape[1]:  # a head that does not call its output embeddings
+                    out["logits"] = out["logits"].gather(1, places[..., None].expand(-1, -1, out["logits"].shape[-1]))
         seen = visible(given)
         # All layers at once: fewer kernels to launch.
         apart = torch.stack(have.hidden_states[1:]).float() - torch.stack(want.hidden_states[1:]).float()
@@ -200,6 +212,16 @@ class DistillationTrainer(FastTrainer):
                 losses = self.objective.label_losses(have, inputs)
             rows = torch.cat([rows, distances, losses], 1)
         return rows, have
+
+    def _masked(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Where the logits of a masked-LM step are looked at; None where they are to be everywhere."""
+        share = getattr(self.train_dataset, "masked_share", None)
+        if share is None or not torch.is_grad_enabled() or self.args.torch_compile:
+            return None
+        if not all(isinstance(model.get_output_embeddings(), nn.Linear) for model in (self.teacher, self.student)):
+            return None
+        tokens = inputs["labels"].shape[1]
+        return masked_places(inputs["labels"], math.ceil(share * tokens) + 1)
 
     def _weighted(self, parts: Tensor) -> Tensor:
         args, layers = self.args, len(self._scales)

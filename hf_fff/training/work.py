@@ -107,6 +107,7 @@ def distil_folder(
             "budget": calibration.budget,
             "steps": calibration.steps,
             "max_tokens": calibration.max_tokens,
+            "batch_tokens": calibration.batch_tokens,
         },
         "max_length": max_length,
         "held_out": held_out,

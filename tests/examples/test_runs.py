@@ -62,14 +62,27 @@ sys.exit(make_runs(keys, run, args.results, claims=args.claims, seconds=args.sec
 """
 
 
-@pytest.mark.parametrize(("gpus", "bad"), [(2, -1), (0, 3)])
+@pytest.mark.parametrize(("gpus", "bad"), [((0, 1), -1), ((3,), -1), ((), 3)])
 def test_side_by_side(tmp_path, monkeypatch, gpus, bad):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     script, path = tmp_path / "script.py", tmp_path / "results.jsonl"
     script.write_text(SCRIPT.format(here=str(HERE), bad=bad))
-    command = [sys.executable, HERE / "side_by_side.py", "--gpus", gpus, "--at-once", 2, "--seconds", 50]
+    command = [sys.executable, HERE / "side_by_side.py", "--gpus", *gpus, "--at-once", 2, "--seconds", 50]
     told = subprocess.run([*map(str, command), str(script), "--results", str(path)], capture_output=True, text=True)
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted(row["number"] for row in found) == [i for i in range(20) if i != bad]
-    assert {row["gpu"] for row in found} <= ({"0", "1"} if gpus else {None})
+    assert {row["gpu"] for row in found} <= ({str(gpu) for gpu in gpus} if gpus else {None})
     assert told.returncode == int(bad >= 0) and ("ZeroDivisionError" in told.stderr) == (bad >= 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (("--gpus", 1, 1, "--at-once", 2), "--gpus 1 1 must be different numbers"),
+        (("--gpus", "--at-once", 0), "--at-once 0 leaves nothing"),
+    ],
+)
+def test_side_by_side_of_nothing(options, wrong):
+    command = [sys.executable, HERE / "side_by_side.py", *options, "script.py"]
+    told = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert told.returncode == 2 and wrong in told.stderr

@@ -173,6 +173,10 @@ def test_masks(tokenizer):
     assert torch.equal(torch.where(hidden, batch["labels"], batch["input_ids"])[0], torch.tensor(rows[0]["input_ids"]))
     tiny = [{"input_ids": [2, 7, 3], "attention_mask": [1, 1, 1]}]
     assert all((collate(copy.deepcopy(tiny))["labels"] != -100).sum() == 1 for _ in range(20))
+    unknown = [{"input_ids": [2, tokenizer.unk_token_id, 3], "attention_mask": [1, 1, 1]}] * 2
+    with pytest.raises(ValueError, match="a batch of 2 texts has no token to be masked: .* unknown to the tokenizer"):
+        collate(copy.deepcopy(unknown))
+    assert (collate(copy.deepcopy([*tiny, *unknown]))["labels"] != -100).sum() == 1  # with others they may be
 
 
 def test_the_masks_of_epochs(tmp_path, tokenizer):

@@ -7,7 +7,7 @@ import torch
 from task_rows import bare, encode, rows_of
 from test_distillation import Interrupt, oracle, rows, weights
 from test_objectives import HEAD
-from tiny import HEADS, same, tiny_bert
+from tiny import HEADS, same, tiny_bert, tiny_model
 from transformers import TrainerCallback
 
 from hf_fff import DistillationTrainer, convert_ffn_to_fff
@@ -230,6 +230,29 @@ def test_distil_task(tmp_path, task, tokenizer):
     assert "forward" not in vars(student)
     if task == "mlm":
         assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("family", ["bert", "mobilebert"])  # the latter's head does not call its output embeddings
+def test_masked_words_alone_are_looked_at(tmp_path, tokenizer, family):
+    """The same loss as with logits everywhere, of fewer logits."""
+    teacher = tiny_model(family, "ForMaskedLM")
+    t = make(tmp_path, "mlm", tokenizer, (convert_ffn_to_fff(teacher, "2x3"), copy.deepcopy(teacher)))
+    t._measure_scales()
+    batch = t.data_collator([t.train_dataset[i] for i in range(16)])
+    shapes = []
+    t.student.get_output_embeddings().register_forward_hook(lambda m, i, out: shapes.append(tuple(out.shape)))
+    some, out = t._compare(t.model, batch)
+    assert not t.student.get_output_embeddings()._forward_pre_hooks
+    assert out.logits.shape[1] < batch["labels"].shape[1] // 2
+    t.train_dataset.masked_share = None
+    everywhere, out = t._compare(t.model, batch)
+    assert out.logits.shape[1] == batch["labels"].shape[1]
+    assert torch.allclose(some, everywhere, rtol=1e-5, atol=1e-6) and everywhere[:, -5].sum() > 0
+    if family == "bert":
+        assert [shape[1] < batch["labels"].shape[1] for shape in shapes] == [True, False]
+    with torch.no_grad():
+        t.train_dataset.masked_share = 0.15
+        assert t._compare(t.model, batch)[1].logits.shape[1] == batch["labels"].shape[1]  # an evaluation may mask more
 
 
 def test_used_wrongly(tmp_path, tokenizer):
