@@ -8,6 +8,7 @@ ends in ``&&`` has to be done before those after it begin, up to the next empty 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -75,6 +76,8 @@ def main() -> None:
             options = [o.format(model=args.model, data=args.data, work=args.work) for o in options]
             log = logs / f"{len(list(logs.iterdir()))}.txt"
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(place[1]), "OMP_NUM_THREADS": "2"}
+            if importlib.util.find_spec("hf_fff") is None:  # not installed: the one that lies here
+                environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), *sys.path[1:]])
             with log.open("w") as file:
                 command = [sys.executable, str(HERE / script), *options]
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)

@@ -108,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--routing-gradient", type=float, default=3.0)
     parser.add_argument("--first-text-alone", action="store_true", help="calibrate on single texts, not pairs")
     parser.add_argument("--freeze", action="store_true", help="train nothing but what replaces the FFNs")
-    parser.add_argument("--held-out-rows", type=int, help="to evaluate on in the training, at most; a tenth of all by default")
+    parser.add_argument(
+        "--held-out-rows", type=int, help="to evaluate on in the training, at most; a tenth of all by default"
+    )
     parser.add_argument("--compile", action="store_true", help="the training step")
     parser.add_argument("--graphs", action="store_true", help="a student's training steps as CUDA graphs")
     parser.add_argument("--seed", type=int, default=0)

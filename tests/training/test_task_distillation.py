@@ -1,6 +1,7 @@
 """Distillation of tasks: is the loss what is said, is the head trained, does it go on where it stopped, what is reported?"""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -253,6 +254,21 @@ def test_masked_words_alone_are_looked_at(tmp_path, tokenizer, family):
     with torch.no_grad():
         t.train_dataset.masked_share = 0.15
         assert t._compare(t.model, batch)[1].logits.shape[1] == batch["labels"].shape[1]  # an evaluation may mask more
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", ["classification", "mlm", "qa"])
+def test_recorded_steps_are_the_same(tmp_path, task, tokenizer):
+    logs = []
+    for graphs in (False, True):
+        t = make(tmp_path, task, tokenizer, use_cpu=False, max_steps=40, logging_steps=1, cuda_graphs=graphs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "training steps are not recorded")
+            t.train()
+        logs.append([row for row in t.state.log_history if "cosine" in row])
+    for plain, recorded in zip(*logs, strict=True):
+        for name in ("loss", "hidden", "cosine", "kl", "label_loss", "grad_norm"):
+            assert plain[name] == pytest.approx(recorded[name], rel=1e-3), (plain["step"], name)
 
 
 def test_used_wrongly(tmp_path, tokenizer):
