@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from runs import on_gpu
+
 HERE = Path(__file__).parent
 
 
@@ -75,9 +77,10 @@ def main() -> None:
             script, *options = shlex.split(line)
             options = [o.format(model=args.model, data=args.data, work=args.work) for o in options]
             log = logs / f"{len(list(logs.iterdir()))}.txt"
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(place[1]), "OMP_NUM_THREADS": "2"}
+            environment = {**os.environ, **on_gpu(place[1]), "OMP_NUM_THREADS": "2"}
             if importlib.util.find_spec("hf_fff") is None:  # not installed: the one that lies here
-                environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), *sys.path[1:]])
+                paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+                environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
             with log.open("w") as file:
                 command = [sys.executable, str(HERE / script), *options]
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)

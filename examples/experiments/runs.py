@@ -86,6 +86,12 @@ def claimed(folder: Path | None, key: Iterable[Any]) -> bool:
     return True
 
 
+def on_gpu(number: int) -> dict[str, str]:
+    """What lets a process see one GPU alone, of those that this one sees."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return {"CUDA_VISIBLE_DEVICES": seen[number] if len(seen) > number and seen[number] else str(number)}
+
+
 def spread(values: list[float], digits: int = 3) -> str:
     """Mean and standard deviation, where there is more than one."""
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")

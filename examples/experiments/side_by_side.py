@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from runs import on_gpu
+
 HERE = Path(__file__).parent
 GRACE = 30  # seconds
 
@@ -35,13 +37,12 @@ def main() -> int:
     deadline = time.monotonic() + args.seconds
     folder = Path(tempfile.mkdtemp(prefix="side-by-side-"))
     places = (args.gpus or [None]) * args.at_once
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     threads = str(max(1, (os.cpu_count() or 1) // len(places)))
     running = []
     for number, gpu in enumerate(places):
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
         if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) > gpu and visible[gpu] else str(gpu)
+            environment |= on_gpu(gpu)
         command = [sys.executable, str(HERE / args.script), *args.options]
         command += ["--claims", str(folder / "claims"), "--seconds", str(args.seconds)]
         log = folder / f"{number}.txt"
