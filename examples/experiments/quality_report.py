@@ -120,8 +120,8 @@ Cosine on unseen sentences with the rows that `hf_fff.optimize` or the engine of
 rounds them, and the tokens, all the while (`hf-fff distill --rows int8`); {steps} steps of {batch_size} texts from the same calibrated model. *Lost* is what int8 rows
 take off. On a GPU the packed layers are computed by their definition.
 
-| | trained for | seeds | float32 rows | int8 | bf16 | lost | neighbours: float32 | int8 | held-out loss |
-|---|---|---|---|---|---|---|---|---|---|
+| | trained for | seeds | float32 rows | int8 | bf16 | lost | neighbours: float32 | int8 |
+|---|---|---|---|---|---|---|---|---|
 """
 
 MLM = """
@@ -179,6 +179,16 @@ milliseconds:
 
 With the Triton kernels a step of a tree costs {ratio:.2f}x a step of the dense model; level by level in PyTorch it costs {slow:.1f}x.
 At this size most of a step is launching kernels, whatever stands in the place of the FFN.
+"""
+
+LOOP = """
+## How fast the training loop is
+
+General distillation with its data, its optimizer and all, alone on one {device}, torch {torch}: steps a second, as it is and with steps that are recorded as
+CUDA graphs (`--graphs`); loss of the steps that were timed, from the same weights on the same texts.
+
+| | texts a step | as it is | recorded | times as fast | loss as it is | recorded |
+|---|---|---|---|---|---|---|
 """
 
 MODELS = """
@@ -332,7 +342,8 @@ GOALS = {"1x11": 0.924, "8x8": 0.951, "32x6": 0.967}  # cosines within 30 minute
 
 
 def recipe(row: dict) -> tuple:
-    return row["fff"], row["steps"], row["batch_size"], row.get("crop", 0.0), row.get("texts", 0)
+    rates = row["learning_rate"], row["fff_learning_rate"] if row["fff"] != "none" else 0.0
+    return row["fff"], row["steps"], row["batch_size"], row.get("crop", 0.0), row.get("texts", 0), *rates
 
 
 def by_recipe(rows: list[dict], run: str) -> list[list[dict]]:
@@ -356,10 +367,11 @@ def longer(rows: list[dict]) -> str:
     groups = by_recipe(rows, "long")
     if not groups:
         return ""
-    text, floors = LONG, {recipe(g[0])[1:]: mean(cosines(g, "short")) for g in groups if g[0]["fff"] == "none"}
+    # The rates of what replaces the FFNs differ by kind.
+    text, floors = LONG, {recipe(g[0])[1:-1]: mean(cosines(g, "short")) for g in groups if g[0]["fff"] == "none"}
     for group in groups:
         first, cosine = group[0], cosines(group, "short")
-        none, goal = floors.get(recipe(first)[1:]), GOALS.get(first["fff"])
+        none, goal = floors.get(recipe(first)[1:-1]), GOALS.get(first["fff"])
         ends = [end for end in map(at_the_end, group) if end is not None]
         passes = first["steps"] * first["batch_size"] / first["texts"] if first.get("texts") else None
         minutes = [(row["calibration_seconds"] + row["distillation_seconds"]) / 60 for row in group]
@@ -380,10 +392,10 @@ def longer(rows: list[dict]) -> str:
             f"{goal}, {'reached' if mean(cosine) >= goal else 'missed'}" if goal else "",
         ]
         text += f"| {' | '.join(cells)} |\n"
-    device = by_recipe(rows, "long")[0][0]
+    devices = " or ".join(sorted({row["device"] for group in groups for row in group}))
     return (
         text
-        + f"\nMinutes are those of calibration and distillation on one {device['device']} that was shared by several such runs.\n"
+        + f"\nMinutes are those of calibration and distillation on one {devices} that was shared by several runs.\n"
     )
 
 
@@ -420,25 +432,25 @@ def task_ablations(rows: list[dict], name: str = "mrpc", title: str = "MRPC") ->
 
 
 def packed(rows: list[dict]) -> str:
+    """Of the longest runs alone, so that those of a table are alike."""
     runs = [row for row in rows if row["run"] == "rows" and "distilled" in row]
     if not runs:
         return ""
-    text = PACKED.format(**{k: runs[0][k] for k in ("steps", "batch_size")})
-    for fff, every in grouped(runs).items():
+    recipe = max((row["steps"], row["batch_size"]) for row in runs)
+    text = PACKED.format(steps=recipe[0], batch_size=recipe[1])
+    for fff, every in grouped([row for row in runs if (row["steps"], row["batch_size"]) == recipe]).items():
         for trained_for in (None, "int8"):
             group = [row for row in every if row["rows"] == trained_for]
             if not group:
                 continue
-            kinds = {
-                kind: [row[f"distilled{kind}"]["unseen_short"] for row in group]
-                for kind in ("", "_int8_rows", "_bf16_rows")
-            }
-            plain, int8, _ = kinds.values()
+            plain, int8, bf16 = (
+                [row[f"distilled{rows_of_trees}"]["unseen_short"] for row in group]
+                for rows_of_trees in ("", "_int8_rows", "_bf16_rows")
+            )
             cells = [fff, trained_for or "float32", str(len(group))]
-            cells += [spread([score["cosine"] for score in scores], 4) for scores in kinds.values()]
+            cells += [spread([score["cosine"] for score in scores], 4) for scores in (plain, int8, bf16)]
             cells += [spread([a["cosine"] - b["cosine"] for a, b in zip(plain, int8, strict=True)], 4)]
             cells += [spread([score["neighbours"] for score in scores]) for scores in (plain, int8)]
-            cells += [spread([row["eval_loss"] for row in group])]
             text += f"| {' | '.join(cells)} |\n"
     return text
 
@@ -569,6 +581,21 @@ def step(row: dict) -> str:
     )
 
 
+def loop(rows: list[dict]) -> str:
+    done = {(row["fff"], row["batch_size"], row["way"]): row for row in rows if "steps_a_second" in row}
+    if not done:
+        return ""
+    first = next(iter(done.values()))
+    text = LOOP.format(**{k: first[k] for k in ("device", "torch")})
+    for fff, size in dict.fromkeys(key[:2] for key in done):
+        plain, graphs = (done.get((fff, size, way)) for way in ("plain", "graphs"))
+        cells = [fff, str(size), *(f"{row['steps_a_second']:.0f}" if row else "" for row in (plain, graphs))]
+        cells += [f"{graphs['steps_a_second'] / plain['steps_a_second']:.1f}x" if plain and graphs else ""]
+        cells += [f"{row['loss']:.3f}" if row else "" for row in (plain, graphs)]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
 def models(found: dict) -> str:
     timings = found["rows"]
     text = MODELS.format(
@@ -589,7 +616,8 @@ def main() -> None:
     page = HEAD + general(rows) + longer(rows) + cropped(rows) + ablation(rows) + masked_words(done)
     page += tasks(rows_of("tasks_table.jsonl") or [row for row in done if row["name"] != "mlm"])
     page += task_ablations(done) + calibrated(rows) + packed(rows)
-    page += models(speeds) + equal_time(rows, speeds) + rates(rows) + step(rows_of("step_time.jsonl")[-1]) + MISSING
+    page += models(speeds) + equal_time(rows, speeds) + rates(rows) + step(rows_of("step_time.jsonl")[-1])
+    page += loop(rows_of("trainer_time.jsonl")) + MISSING
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(page, encoding="utf-8")
 
