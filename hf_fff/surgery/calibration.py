@@ -298,6 +298,44 @@ def _dense_layer(dense: _Layers, fast: _Layers, indices: list[int], site: int, p
     return _Layer(x, y, weight / weight.square().mean().sqrt(), *statistics)
 
 
+class _Recorded:
+    """A function of one tensor on a GPU that is the same in shape each time, and what it leaves: after some calls it is recorded as a CUDA graph, and
+    then replayed. A step of a layer is launching kernels for most of its time. What cannot be recorded is called as before."""
+
+    _EAGER = 3  # calls before: libraries set themselves up, kernels are compiled
+
+    def __init__(self, function: Callable[[Tensor], None]) -> None:
+        self._function, self._calls = function, 0
+        self._stream = torch.cuda.Stream()
+        self._graph: Any = None
+        self._input: Tensor | None = None
+
+    def __call__(self, given: Tensor) -> None:
+        self._calls += 1
+        if self._calls == self._EAGER + 1:
+            self._record(given)
+        if self._graph is not None and self._input is not None:
+            self._input.copy_(given)
+            self._graph.replay()
+            return
+        # On the stream that records: autograd remembers where a parameter was first used.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._function(given)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _record(self, given: Tensor) -> None:
+        graph, static = torch.cuda.CUDAGraph(), given.clone()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._function(static)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return
+        self._graph, self._input = graph, static
+
+
 class _Fit:
     """The regression of one layer, in standardised coordinates."""
 
@@ -316,6 +354,9 @@ class _Fit:
         rate = c.learning_rate * (_MLP_RATE if isinstance(ffn, MLP) else 1)
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam([*self.ffn.parameters(), self.bias], lr=rate, betas=(0.9, 0.99), fused=fused)
+        self.gradients: Callable[[Tensor], None] = (
+            _Recorded(self._gradients) if device.type == "cuda" else self._gradients
+        )
 
     @torch.no_grad()
     def _start(self, ffn: Feedforward, dense: DenseNeurons | None) -> Feedforward:
@@ -367,16 +408,18 @@ class _Fit:
             if step % max(1, steps // 8) == 0:
                 tell(self.unexplained())
 
-    @torch.enable_grad()
     def step(self) -> None:
-        index = self._next_batch()
+        self.gradients(self._next_batch())
+        self.optimizer.step()
+
+    @torch.enable_grad()
+    def _gradients(self, index: Tensor) -> None:
         x, y = self.data.x[index].float(), self.data.y[index].float()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):  # a CPU computes as fast in float32
             fitted = self.ffn(x)
         error = (fitted + self.bias - y) * self.data.weight[index].unsqueeze(1)
         self.optimizer.zero_grad()
         error.square().mean().backward()
-        self.optimizer.step()
 
     @torch.no_grad()
     def unexplained(self) -> float:

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from transformers import AutoModel, AutoTokenizer
 from hf_fff import Calibration, convert_ffn_to_fff
 from hf_fff.models import FAMILIES
 from hf_fff.surgery import calibration
+from hf_fff.surgery import text as text_module
 from hf_fff.surgery.calibration import _dense_layer, _Layers, _pieces
-from hf_fff.surgery.text import as_batches, read_texts
+from hf_fff.surgery.text import as_batches, in_random_order, read_texts
 
 PLAN = Calibration(None, steps=60, batch_tokens=512, learning_rate=1e-2, held_out=0.3, progress=False)
 
@@ -404,3 +406,49 @@ def test_read_texts(tmp_path):
             read_texts(file)
     with pytest.raises(FileNotFoundError):
         read_texts(tmp_path / "none")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["4x4", "mlp:8", "none"])
+def test_recorded_steps_are_the_same(monkeypatch, config):
+    """On a GPU the steps of a layer are recorded as a CUDA graph."""
+    made = []
+
+    class Watched(calibration._Recorded):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    reports = []
+    for way in (Watched, lambda function: function):
+        monkeypatch.setattr(calibration, "_Recorded", way)
+        reports.append(fit(tiny_bert().cuda(), config).calibration_report)
+    assert len(made) == 3 and all((one._graph is not None) == (config != "none") for one in made)
+    for layer, unexplained in reports[0].unexplained.items():
+        assert unexplained == pytest.approx(reports[1].unexplained[layer], rel=0.02)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_little_of_much_text(tokenizer, pairs):
+    """No more is encoded than is wanted, and whoever wants less gets the beginning of what others get."""
+    texts = [f"text number {i}" for i in range(40)]
+    data, encoded = [(t, t) for t in texts] if pairs else texts, []
+
+    class Counting:
+        def __call__(self, *columns, **options):
+            encoded.extend(columns[0])
+            return tokenizer(*columns, **options)
+
+        pad = tokenizer.pad
+
+    def batches(chunk):
+        encoded.clear()
+        with mock.patch.object(text_module, "_CHUNK", chunk):
+            yield from in_random_order(data, Counting, max_length=64, batch_tokens=32, seed=3)
+
+    few = list(itertools.islice(batches(10), 2))
+    assert len(encoded) == 10
+    whole = list(batches(10))
+    assert sorted(encoded) == sorted(texts)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(few, whole, strict=False))
+    assert sum(len(b["input_ids"]) for b in whole) == sum(len(b["input_ids"]) for b in batches(100)) == 40
