@@ -102,7 +102,7 @@ class DistillationArguments(FastArguments):
     )
     cuda_graphs: bool = field(
         default=False,
-        metadata={"help": "Experimental. Record a step on a GPU once for each length of the inputs, and replay it."},
+        metadata={"help": "Record a step on a GPU once for each length of the inputs, and replay it."},
     )
     learning_rate: float = field(default=4e-4, metadata={"help": "For all but what replaced the FFNs."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the rates fall."})
