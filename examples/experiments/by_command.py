@@ -8,6 +8,7 @@ What follows ``--`` are options of the command.
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -20,8 +21,10 @@ import torch
 from quality_minilm import fidelity
 from transformers import AutoModel, AutoTokenizer
 
-import hf_fff  # noqa: F401  (registers the Fast classes)
+import hf_fff  # registers the Fast classes
 from hf_fff.surgery.text import read_texts
+
+PACKAGE = Path(hf_fff.__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -36,10 +39,23 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        texts = [option for path in args.text for option in ("--text", str(path))]
-        command = [sys.executable, "-m", "hf_fff", "distill", str(args.model), str(out), *texts, *options, "--json"]
+        texts = [option for path in args.text for option in ("--text", str(path.resolve()))]
+        command = [
+            sys.executable,
+            "-m",
+            "hf_fff",
+            "distill",
+            str(args.model.resolve()),
+            str(out),
+            *texts,
+            *options,
+            "--json",
+        ]
+        # The package that is imported here, whatever lies in the working folder
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])}
         begun = time.monotonic()
-        told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
+        told = json.loads(done.stdout)
         seconds = time.monotonic() - begun
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dense, fast = (AutoModel.from_pretrained(path, dtype=torch.float32).to(device) for path in (args.model, out))

@@ -8,6 +8,7 @@ after the seconds are over is ended. On a machine without GPUs, ``--gpus`` witho
 """
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -40,9 +41,13 @@ def main() -> int:
     threads = str(max(1, (os.cpu_count() or 1) // len(places)))
     running = []
     for number, gpu in enumerate(places):
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
+        environment = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads, **os.environ}
         if gpu is not None:
             environment |= on_gpu(gpu)
+        if importlib.util.find_spec("hf_fff") is None:  # not installed: the one that lies here
+            environment["PYTHONPATH"] = os.pathsep.join(
+                filter(None, [str(HERE.parents[1]), environment.get("PYTHONPATH")])
+            )
         command = [sys.executable, str(HERE / args.script), *args.options]
         command += ["--claims", str(folder / "claims"), "--seconds", str(args.seconds)]
         log = folder / f"{number}.txt"

@@ -114,25 +114,42 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="the training step")
     parser.add_argument("--graphs", action="store_true", help="a student's training steps as CUDA graphs")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--data-seed", type=int, help="of the rows that are held out and of what mlm masks, --seed by default"
+    )
     return parser
+
+
+_ENCODED: dict[tuple, tuple] = {}  # a process may make several runs
+
+
+def read(args: argparse.Namespace, task: Any, tokenizer: Any, config: Any) -> tuple[list, Any, Any, Any]:
+    """Rows of the training files, and encoded: those to train on, those to choose on, those to report on."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    limits = (args.limit, args.report_limit, args.held_out_rows, args.max_length)
+    key = (args.task, *map(str, args.train), "", *map(str, args.report), limits, seed)
+    if key not in _ENCODED:
+        rows = [row for path in args.train for row in read_rows(path)[: args.limit]]
+        report = [row for path in args.report for row in read_rows(path)[: args.report_limit or args.limit]]
+        train_rows, chosen_on = split_rows(rows, seed, 0.1)
+        parts = (train_rows, chosen_on[: args.held_out_rows], report)
+        encoded = (task.encode(part, tokenizer, config, max_length=args.max_length, seed=seed) for part in parts)
+        _ENCODED[key] = (rows, *encoded)
+    return _ENCODED[key]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Makes the teacher or a student; what that gave."""
     task = get_task(args.task)
-    rows = [row for path in args.train for row in read_rows(path)[: args.limit]]
-    report = [row for path in args.report for row in read_rows(path)[: args.report_limit or args.limit]]
     dense = args.fff == "dense"
     tokenizer = AutoTokenizer.from_pretrained(args.model if dense else args.teacher)
-    model = fresh_model(args, task, rows) if dense else None
-    teacher = model or task.auto_class.from_pretrained(args.teacher, dtype=torch.float32).to(DEVICE)
-
-    def encode(rows, columns=None):
-        return task.encode(rows, tokenizer, teacher.config, max_length=args.max_length, columns=columns, seed=args.seed)
-
-    train_rows, chosen_on = split_rows(rows, args.seed, 0.1)
-    train, chosen_on, report = encode(train_rows), encode(chosen_on[: args.held_out_rows]), encode(report)
-    hidden = ("model", "teacher", "train", "report", "transfer")
+    if dense:
+        few = [row for path in args.train for row in read_rows(path)[: args.limit]] if task.name != "mlm" else []
+        teacher = fresh_model(args, task, few)
+    else:
+        teacher = task.auto_class.from_pretrained(args.teacher, dtype=torch.float32).to(DEVICE)
+    rows, train, chosen_on, report = read(args, task, tokenizer, teacher.config)
+    hidden = ("model", "teacher", "train", "report", "transfer", "data_seed")
     result = {k: v for k, v in vars(args).items() if k not in hidden}
     begin = time.monotonic()
     if dense:
@@ -149,7 +166,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             unlabelled = [
                 dict(zip(names, (row[n] for n in f), strict=True)) for row, f in zip(unlabelled, found, strict=True)
             ]
-            transfer = encode(unlabelled, Columns(text=names))
+            columns = Columns(text=names)
+            transfer = task.encode(unlabelled, tokenizer, teacher.config, max_length=args.max_length, columns=columns)
         inputs = calibration_batches(task.name, train, transfer, tokenizer, args.max_tokens)
         if args.first_text_alone:
             inputs = [row[n] for row in train.rows for n in task.text_columns[0] if n in row] or [

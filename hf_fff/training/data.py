@@ -257,8 +257,9 @@ class TaskMix(Dataset[dict[str, Any]]):
         self._masking = Masking(tokenizer) if task == "mlm" else None
         if self._masking and transfer is not None:
             raise ValueError("of 'mlm' all rows are alike, transfer rows too: give all of them as the labelled data")
-        self._unigrams = np.array([i for ids in labelled.columns["input_ids"] for i in ids], dtype=np.int32)
-        self._unigrams = self._unigrams[~np.isin(self._unigrams, self._special)]
+        if not self._masking:
+            self._unigrams = np.array([i for ids in labelled.columns["input_ids"] for i in ids], dtype=np.int32)
+            self._unigrams = self._unigrams[~np.isin(self._unigrams, self._special)]
         pattern: list[tuple[str, Encoded]]  # of what row i is, by i modulo the pattern's length
         if self._masking:
             pattern = [("masked", labelled)]
