@@ -38,7 +38,9 @@ def main() -> None:
     args, options = parser.parse_args(own[:cut]), own[cut + 1 :]
 
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
+        out, source = Path(folder) / "out", Path(folder) / "model"
+        shutil.copytree(args.model, source)
+        AutoModel.from_pretrained(args.model, dtype=torch.float32).save_pretrained(source)  # it may have come as float16
         texts = [option for path in args.text for option in ("--text", str(path.resolve()))]
         command = [
             sys.executable,
