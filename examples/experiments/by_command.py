@@ -40,7 +40,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out, source = Path(folder) / "out", Path(folder) / "model"
         shutil.copytree(args.model, source)
-        AutoModel.from_pretrained(args.model, dtype=torch.float32).save_pretrained(source)  # it may have come as float16
+        AutoModel.from_pretrained(args.model, dtype=torch.float32).save_pretrained(
+            source
+        )  # it may have come as float16
         texts = [option for path in args.text for option in ("--text", str(path.resolve()))]
         command = [
             sys.executable,

@@ -84,6 +84,20 @@ not help.
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
+COMMAND = """
+## As anybody makes one
+
+```sh
+{command}
+```
+
+MODEL is the folder of the original, the texts are those that `passages.py` writes. In {minutes:.1f} minutes of one {device} that other runs shared, loading and calibration included
+(`by_command.py`); the folder opens with `AutoModel` and with `SentenceTransformer`, after `import hf_fff`.
+
+| | cosine, sentences | 5 % quantile | neighbours | cosine, passages | neighbours, passages | cosine, held-out text | goal |
+|---|---|---|---|---|---|---|---|
+"""
+
 CROP = """
 ## Cropped texts
 
@@ -400,6 +414,19 @@ def longer(rows: list[dict]) -> str:
     )
 
 
+def by_command(rows: list[dict]) -> str:
+    text = ""
+    for row in rows:
+        told = {"command": row["command"], "device": row["device"], "minutes": row["whole_seconds"] / 60}
+        short, long = (row["distilled"][f"unseen_{name}"] for name in ("short", "long"))
+        goal = GOALS.get(row["fff"])
+        cells = [row["fff"], *(f"{short[name]:.3f}" for name in ("cosine", "cosine_p5", "neighbours"))]
+        cells += [f"{value:.3f}" for value in (long["cosine"], long["neighbours"], row["cosine"])]
+        cells += [f"{goal}, {'reached' if short['cosine'] >= goal else 'missed'}" if goal else ""]
+        text += COMMAND.format(**told) + f"| {' | '.join(cells)} |\n"
+    return text
+
+
 def cropped(rows: list[dict]) -> str:
     groups, text = by_recipe(rows, "crop"), CROP
     for group in groups:
@@ -620,7 +647,15 @@ def main() -> None:
     rows = rows_of("quality_minilm.jsonl")
     speeds = rows_of("model_time.jsonl")[-1]
     done = rows_of("tasks_minilm.jsonl")
-    page = HEAD + general(rows) + longer(rows) + cropped(rows) + ablation(rows) + masked_words(done)
+    page = (
+        HEAD
+        + general(rows)
+        + by_command(rows_of("command.jsonl"))
+        + longer(rows)
+        + cropped(rows)
+        + ablation(rows)
+        + masked_words(done)
+    )
     page += tasks(rows_of("tasks_table.jsonl") or [row for row in done if row["name"] != "mlm"])
     page += task_ablations(done) + calibrated(rows) + packed(rows)
     page += models(speeds) + equal_time(rows, speeds) + rates(rows) + step(rows_of("step_time.jsonl")[-1])
