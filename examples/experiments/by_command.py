@@ -40,21 +40,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out, source = Path(folder) / "out", Path(folder) / "model"
         shutil.copytree(args.model, source)
-        AutoModel.from_pretrained(args.model, dtype=torch.float32).save_pretrained(
-            source
-        )  # it may have come as float16
+        # In float32, whatever it comes in
+        AutoModel.from_pretrained(args.model, dtype=torch.float32).save_pretrained(source)
         texts = [option for path in args.text for option in ("--text", str(path.resolve()))]
-        command = [
-            sys.executable,
-            "-m",
-            "hf_fff",
-            "distill",
-            str(args.model.resolve()),
-            str(out),
-            *texts,
-            *options,
-            "--json",
-        ]
+        command = [sys.executable, "-m", "hf_fff", "distill", str(source), str(out), *texts, *options, "--json"]
         # The package that is imported here, whatever lies in the working folder
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])}
         begun = time.monotonic()

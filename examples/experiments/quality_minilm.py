@@ -132,6 +132,7 @@ def calibrated(args, dense, tokenizer, texts):
         learning_rate=4e-3,
         seed=args.seed,
         progress=False,
+        cuda_graphs=args.graphs,
     )
     fields = {} if args.fff == "none" or args.fff.startswith("mlp") else {"routing_gradient": args.routing_gradient}
     config = FFFConfig.from_shorthand(args.fff, **fields)

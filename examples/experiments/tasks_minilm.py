@@ -183,6 +183,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             learning_rate=4e-3,
             seed=args.seed,
             progress=False,
+            cuda_graphs=args.graphs,
         )
         tree = "x" in args.fff
         config = FFFConfig.from_shorthand(args.fff, **({"routing_gradient": args.routing_gradient} if tree else {}))

@@ -179,6 +179,7 @@ def distill(
         learning_rate=4e-3 if calibration_batch >= 4096 else 2e-3,  # both measured
         seed=seed,
         progress=not as_json,
+        cuda_graphs=graphs,
     )
     with working(), resumable(work):
         folder = ModelFolder.find(source)

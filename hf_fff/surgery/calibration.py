@@ -58,6 +58,8 @@ class Calibration:
         held_out: share of the tokens on which the unexplained variance is measured.
         seed: of everything random.
         progress: whether to show a bar.
+        cuda_graphs: whether the steps of a layer are recorded on a GPU, once, and replayed. Experimental: it has run on a GPU, and what it
+            gave there is not measured.
     """
 
     data: Any
@@ -71,6 +73,7 @@ class Calibration:
     held_out: float = 0.04
     seed: int = 0
     progress: bool = True
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is None and (self.budget is None or not self.budget > 0):
@@ -354,9 +357,8 @@ class _Fit:
         rate = c.learning_rate * (_MLP_RATE if isinstance(ffn, MLP) else 1)
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam([*self.ffn.parameters(), self.bias], lr=rate, betas=(0.9, 0.99), fused=fused)
-        self.gradients: Callable[[Tensor], None] = (
-            _Recorded(self._gradients) if device.type == "cuda" else self._gradients
-        )
+        recorded = c.cuda_graphs and device.type == "cuda"
+        self.gradients: Callable[[Tensor], None] = _Recorded(self._gradients) if recorded else self._gradients
 
     @torch.no_grad()
     def _start(self, ffn: Feedforward, dense: DenseNeurons | None) -> Feedforward:

@@ -422,7 +422,7 @@ def test_recorded_steps_are_the_same(monkeypatch, config):
     reports = []
     for way in (Watched, lambda function: function):
         monkeypatch.setattr(calibration, "_Recorded", way)
-        reports.append(fit(tiny_bert().cuda(), config).calibration_report)
+        reports.append(fit(tiny_bert().cuda(), config, cuda_graphs=True).calibration_report)
     assert len(made) == 3 and all((one._graph is not None) == (config != "none") for one in made)
     for layer, unexplained in reports[0].unexplained.items():
         assert unexplained == pytest.approx(reports[1].unexplained[layer], rel=0.02)
