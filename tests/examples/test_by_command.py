@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from task_rows import tiny_tokenizer
 from tiny import tiny_bert
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples" / "experiments"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "experiments"))
 
 import by_command
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_from_a_float32_copy(tmp_path, monkeypatch, capsys):
@@ -47,4 +48,6 @@ def test_from_a_float32_copy(tmp_path, monkeypatch, capsys):
         {"unseen": {"cosine": 0.6}},
     )
     kept = load_file(tmp_path / "kept" / "model.safetensors")
-    assert {weight.dtype for weight in kept.values()} == {torch.float16} and (tmp_path / "kept" / "vocab.txt").exists()
+    assert {weight.dtype for weight in kept.values()} == {torch.float16} and (
+        tmp_path / "kept" / "tokenizer_config.json"
+    ).exists()
