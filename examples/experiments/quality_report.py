@@ -419,11 +419,12 @@ def by_command(rows: list[dict]) -> str:
     text = ""
     for row in rows:
         told = {"command": row["command"], "device": row["device"], "minutes": row["whole_seconds"] / 60}
-        short, long = (row["distilled"][f"unseen_{name}"] for name in ("short", "long"))
-        goal = GOALS.get(row["fff"])
-        cells = [row["fff"], *(f"{short[name]:.3f}" for name in ("cosine", "cosine_p5", "neighbours"))]
-        cells += [f"{value:.3f}" for value in (long["cosine"], long["neighbours"], row["cosine"])]
-        cells += [f"{goal}, {'reached' if short['cosine'] >= goal else 'missed'}" if goal else ""]
+        goal, cells = GOALS.get(row["fff"]), [row["fff"]]
+        for kind, names in (("short", ("cosine", "cosine_p5", "neighbours")), ("long", ("cosine", "neighbours"))):
+            found = row["distilled"].get(f"unseen_{kind}", {})
+            cells += [f"{found[name]:.3f}" if name in found else "" for name in names]
+        reached = goal is not None and row["distilled"]["unseen_short"]["cosine"] >= goal
+        cells += [f"{row['cosine']:.3f}", f"{goal}, {'reached' if reached else 'missed'}" if goal else ""]
         text += COMMAND.format(**told) + f"| {' | '.join(cells)} |\n"
     return text
 

@@ -38,6 +38,21 @@ def test_longer_trainings():
     assert report.longer([]) == ""
 
 
+def test_the_model_of_the_command():
+    row = {
+        "command": "hf-fff distill MODEL OUT",
+        "device": "a GPU",
+        "whole_seconds": 90.0,
+        "fff": "8x8",
+        "cosine": 0.94,
+    }
+    text = report.by_command([{**row, "distilled": scores(0.951)}])
+    assert "\nhf-fff distill MODEL OUT\n" in text and "In 1.5 minutes of one a GPU" in text
+    assert cells(text, "8x8")[0][1:] == ["0.951", "0.851", "0.700", "0.951", "0.700", "0.940", "0.951, reached"]
+    row |= {"fff": "2x3", "distilled": {"unseen_short": {"cosine": 0.5, "neighbours": 0.4}}}
+    assert cells(report.by_command([row]), "2x3")[0][1:] == ["0.500", "", "0.400", "", "", "0.940", ""]
+
+
 def test_packed_rows():
     """Of the longest runs alone; what rounding takes off, of each run by itself."""
 
