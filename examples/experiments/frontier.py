@@ -2,8 +2,8 @@
 
     python examples/experiments/frontier.py
 
-Qualities are those of quality_minilm.jsonl and tasks_minilm.jsonl; times those of docs/results/serve-minilm.json (`make bench-serve`) and of
-model_time.jsonl (`hf-fff bench model --size minilm`). What is not there is left out.
+Qualities are those of quality_minilm.jsonl and tasks_minilm.jsonl; times those of serve-minilm.json in docs/results (`make bench-serve`) and in the
+folders there, and of model_time.jsonl (`hf-fff bench model --size minilm`). What is not there is left out.
 """
 
 import json
@@ -80,8 +80,7 @@ def qualities(rows: Iterable[Mapping]) -> tuple[str, dict[str, list[float]]]:
 
 def times() -> list[Timed]:
     found = []
-    serve = RESULTS / "serve-minilm.json"
-    if serve.exists():
+    for serve in sorted(RESULTS.rglob("serve-minilm.json")):  # of a kind of machine in a folder
         told = json.loads(serve.read_text())
         machine = f"{told['cpu']}, {told['isa']}, {told['threads']} threads"
         took: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
@@ -107,7 +106,14 @@ def between(tree: float, took: Mapping[str, float], cosines: Mapping[str, float]
     return None
 
 
-def verdict(tree: str, timed: Timed, cosines: Mapping[str, float]) -> tuple[str, float | None]:
+def noise(some: Iterable[Timed]) -> float:
+    """Of times on a machine: by how much something was faster than no FFN at all, which nothing can be."""
+    return max(
+        [LEVEL, *(t.took["none"] / fastest - 1 for t in some if "none" in t.took for fastest in [min(t.took.values())])]
+    )
+
+
+def verdict(tree: str, timed: Timed, cosines: Mapping[str, float], level: float = LEVEL) -> tuple[str, float | None]:
     """A cell, and how many times as long what keeps as much as the tree takes; None where nothing measured does."""
     known = {kind: t for kind, t in timed.took.items() if kind in cosines}
     good = {kind: known[kind] for kind in rivals(known) if cosines[kind] >= cosines[tree]}
@@ -118,11 +124,18 @@ def verdict(tree: str, timed: Timed, cosines: Mapping[str, float]) -> tuple[str,
     ratio, same = good[name] / known[tree], between(cosines[tree], known, cosines)
     equal = ratio if same is None else min(ratio, same / known[tree])
     cell = f"{equal:.2f}x ({name} {ratio:.2f}x)"
-    return (f"**{cell}**" if equal > 1 + LEVEL else cell), equal
+    return (f"**{cell}**" if equal > 1 + level else cell), equal
 
 
 def order(kind: str) -> tuple[int, str]:
     return (10**9 if kind == "dense" else FFFConfig.from_shorthand(kind).active_nodes, kind)
+
+
+def timed_cell(took: Mapping[str, float], kind: str) -> str:
+    """Microseconds, and how many times as fast as the original, where an engine runs that."""
+    if kind not in took:
+        return ""
+    return f"{took[kind]:.1f}" + (f" ({took['dense'] / took[kind]:.2f}x)" if "dense" in took else "")
 
 
 def table(timed: list[Timed], cosines: Mapping[str, list[float]], masked: Mapping[str, float]) -> str:
@@ -130,7 +143,7 @@ def table(timed: list[Timed], cosines: Mapping[str, list[float]], masked: Mappin
     names = [t.workload for t in timed]
     text = f"\n| | {' | '.join(names)} | cosine | masked words: of what the FFNs give |\n|---|{'---|' * len(names)}---|---|\n"
     for kind in sorted({kind for t in timed for kind in t.took}, key=order):
-        cells = [f"{t.took[kind]:.1f} ({t.took['dense'] / t.took[kind]:.2f}x)" if kind in t.took else "" for t in timed]
+        cells = [timed_cell(t.took, kind) for t in timed]
         kept = "1" if kind == "dense" else spread(cosines[kind]) if kind in cosines else "not measured"
         share = "100 %" if kind == "dense" else f"{100 * masked[kind]:.0f} %" if kind in masked else ""
         text += f"| {kind} | {' | '.join(cells)} | {kept} | {share} |\n"
@@ -179,19 +192,26 @@ def main() -> None:
         some.sort(key=lambda t: WORKLOADS.index(t.workload))
     page, ahead, cells = HEAD.format(recipe=recipe) + VERDICT, [], 0
     page += f"| engine | tree | {' | '.join(WORKLOADS)} |\n|---|---|{'---|' * len(WORKLOADS)}\n"
-    for (engine, _), some in groups.items():
+    noises = {
+        machine: noise(t for (_, of), some in groups.items() if of == machine for t in some) for _, machine in groups
+    }
+    noisy = [f"{100 * level:.0f} % on the {machine}" for machine, level in noises.items() if level > LEVEL]
+    for (engine, machine), some in groups.items():
+        level = noises[machine]
         trees = sorted({kind for t in some for kind in t.took if "x" in kind and kind in cosines}, key=order)
         for tree in trees:
-            by_name = {t.workload: verdict(tree, t, cosines) for t in some if tree in t.took}
+            by_name = {t.workload: verdict(tree, t, cosines, level) for t in some if tree in t.took}
             cells += sum(ratio is not None for _, ratio in by_name.values())
             ahead += [
-                f"{tree} in {engine} at {name}" for name, (_, ratio) in by_name.items() if (ratio or 0) > 1 + LEVEL
+                f"{tree} in {engine} at {name}" for name, (_, ratio) in by_name.items() if (ratio or 0) > 1 + level
             ]
             page += f"| {engine} | {tree} | {' | '.join(by_name.get(name, ('',))[0] for name in WORKLOADS)} |\n"
     page += (
         f"\nA tree is ahead of every MLP of equal or better quality in {len(ahead)} of the {cells} cells that have one"
     )
     page += f": {'; '.join(ahead)}.\n" if ahead else ".\n"
+    if noisy:
+        page += f"No FFN at all cannot be slower than anything else. Where it was, times are known to no more than that ({', '.join(noisy)}), and less than that counts for nothing.\n"
     for (engine, machine), some in groups.items():
         page += f"\n## {engine}\n\n{machine}.\n" + table(some, kept, masked)
     PAGE.write_text(page, encoding="utf-8")

@@ -38,9 +38,9 @@ def fidelity(dense, fast, tokenizer, unseen):
 
 
 def packed(args, name, dense, fast, tokenizer, unseen):
-    """The fidelity with packed rows, of trees: by the packed layers, which are for a CPU, or as those compute."""
+    """The fidelity with packed rows, of trees, in the runs that are about them: by the packed layers, which are for a CPU, or as those compute."""
     found = {}
-    for rows in ROWS if "x" in args.fff else ():
+    for rows in ROWS if "x" in args.fff and args.run == "rows" else ():
         on_cpu = dense.device.type == "cpu"
         with nullcontext() if on_cpu else rounded_rows(fast, rows):
             model = optimize(fast, rows) if on_cpu else fast
@@ -57,6 +57,44 @@ def at_random(self, x):
         visited.scatter_(-1, node, 1.0)
         node = 2 * node + 1 + torch.randint_like(node, 2)
     return (F.gelu(F.linear(x, self.weight_in, self.bias_in)) * visited.flatten(-2)) @ self.weight_out
+
+
+class Orthogonal(torch.optim.AdamW):
+    """AdamW, but square matrices, those of attention, take steps whose directions count all alike (Muon: arXiv 2502.16982), about as long as
+    Adam's."""
+
+    _momentum = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        square = [
+            (group, p)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.ndim == 2 and p.shape[0] == p.shape[1] and p.grad is not None
+        ]
+        gradients = [p.grad for _, p in square]
+        for _, p in square:
+            p.grad = None
+        step = torch.optim.AdamW.step
+        getattr(step, "__wrapped__", step)(self)  # hooks are called around this one already
+        for (_, p), gradient in zip(square, gradients, strict=True):
+            p.grad = gradient
+        now = torch.stack(gradients)
+        self._momentum = torch.zeros_like(now) if self._momentum is None else self._momentum
+        self._momentum.lerp_(now, 0.05)
+        x = now.lerp(self._momentum, 0.95).bfloat16()
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):  # Newton and Schulz: singular values go to about 1
+            a = x @ x.mT
+            x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
+        for (group, p), direction in zip(square, x.float(), strict=True):
+            p.add_(direction, alpha=-0.2 * len(p) ** 0.5 * group["lr"])
+
+
+def orthogonal(get):
+    """An optimizer in the place of the one that ``Trainer.get_optimizer_cls_and_kwargs`` gives."""
+    return lambda *args: (Orthogonal, get(*args)[1])
 
 
 @contextmanager
@@ -94,6 +132,7 @@ def calibrated(args, dense, tokenizer, texts):
         learning_rate=4e-3,
         seed=args.seed,
         progress=False,
+        cuda_graphs=args.graphs,
     )
     fields = {} if args.fff == "none" or args.fff.startswith("mlp") else {"routing_gradient": args.routing_gradient}
     config = FFFConfig.from_shorthand(args.fff, **fields)
@@ -113,7 +152,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--unseen", type=Path, nargs="+", required=True)
-    parser.add_argument("--run", default="general", help="the table: general, calibration, rates, crop or long")
+    parser.add_argument(
+        "--run",
+        default="general",
+        help="the table: general, calibration, rates, crop, optimizer, long, or rows, which looks at packed rows, too",
+    )
     parser.add_argument("--fff", default="8x8")
     parser.add_argument("--calibration-steps", type=int, default=1000)
     parser.add_argument("--calibration-batch", type=int, default=4096, help="tokens a step")
@@ -131,6 +174,7 @@ def main() -> None:
     parser.add_argument(
         "--plain-steps", action="store_true", help="what replaced the FFNs trains in no units of its own"
     )
+    parser.add_argument("--muon", action="store_true", help="for the matrices of attention")
     parser.add_argument("--compile", action="store_true", help="the training step")
     parser.add_argument("--graphs", action="store_true", help="training steps as CUDA graphs")
     parser.add_argument("--eval-steps", type=int, default=0, help="steps after which held-out text is looked at")
@@ -184,6 +228,13 @@ def main() -> None:
                 curve() as result["curve"],
                 mock.patch.object(DistillationTrainer, "_measure_units", lambda self: None)
                 if args.plain_steps
+                else nullcontext(),
+                mock.patch.object(
+                    DistillationTrainer,
+                    "get_optimizer_cls_and_kwargs",
+                    staticmethod(orthogonal(DistillationTrainer.get_optimizer_cls_and_kwargs)),
+                )
+                if args.muon
                 else nullcontext(),
             ):
                 distil_texts(fast, dense, texts, tokenizer, training)

@@ -31,6 +31,16 @@ def test_verdict(tree, microseconds, cell, ratio):
     assert found[0] == cell and found[1] == pytest.approx(ratio)
 
 
+def test_what_noise_makes_counts_for_nothing():
+    """None was measured at 44, and a tree, which has more to do, at 42."""
+    noisy = frontier.Timed("an engine", "a machine", "1x16", timed(**{"1x11": 42.0}).took | {"none": 44.0})
+    assert (
+        frontier.noise([noisy, timed()]) == pytest.approx(44 / 42 - 1) and frontier.noise([timed()]) == frontier.LEVEL
+    )
+    cell, ratio = frontier.verdict("1x11", timed(**{"1x11": 44.0}), COSINES, level=0.05)
+    assert cell == "1.02x (mlp:72 1.14x)" and ratio == pytest.approx(45 / 44)
+
+
 def run(kind, steps, cosine, loss, **fields):
     usual = {"run": "general", "fff": kind, "steps": steps, "batch_size": 192, "calibration_steps": 1000}
     usual |= {"learning_rate": 4e-4, "fff_learning_rate": 3e-4, "eval_loss": loss}
