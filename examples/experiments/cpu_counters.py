@@ -2,7 +2,7 @@
 
     python examples/experiments/cpu_counters.py --out cpu_counters.jsonl
 
-kernels/benchmarks/loop.cpp is compiled with the C++ core and run on one thread. *layer*: valgrind's cachegrind counts instructions and lines that the first- and the
+loop.cpp is compiled with the C++ core and run on one thread. *layer*: valgrind's cachegrind counts instructions and lines that the first- and the
 second-level cache of this machine miss (64 bytes each, caches simulated without prefetching, which changes when a line comes but not whether); two numbers of calls,
 subtracted, so that making the layer does not count. Times are the least of a few runs without valgrind. *rows*: dot products with rows of 3 KB in any order, out of
 more and more memory, the best of short runs. A line of JSON each. perf is used where the machine lets it count (most virtual ones do not).
@@ -31,7 +31,7 @@ EVENTS = ("instructions", "L1-dcache-load-misses", "cache-misses")
 def built(folder: Path) -> Path:
     """The loop; the driver alone may reorder sums, the core is compiled as it always is."""
     common = ["g++", "-std=c++20", "-O3", "-g", f"-I{KERNELS}"]
-    sources = [*sorted((KERNELS / "cpu").glob("*.cpp")), KERNELS / "benchmarks" / "loop.cpp"]
+    sources = [*sorted((KERNELS / "cpu").glob("*.cpp")), Path(__file__).with_name("loop.cpp")]
     for source in sources:
         own = ["-march=native", "-ffast-math"] if source.stem == "loop" else []
         subprocess.run([*common, *own, "-c", source, "-o", folder / f"{source.stem}.o"], check=True)

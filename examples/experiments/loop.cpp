@@ -1,5 +1,5 @@
 // A layer in a loop on one thread, without torch: for counters of valgrind or perf; and rows in any order, as a tree reads them, for what
-// the machine gives. `examples/experiments/cpu_counters.py` compiles and runs it.
+// the machine gives. `cpu_counters.py` compiles and runs it.
 //
 //   loop layer f32|bf16|int8 TREES DEPTH HIDDEN TOKENS CALLS     random weights and inputs -> microseconds a call
 //   loop rows ROW_BYTES BYTES AHEAD SECONDS                      dot products with rows out of so many bytes, fetched AHEAD rows before -> GB/s
