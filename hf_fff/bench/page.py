@@ -983,7 +983,7 @@ def write_pages(folder: Path) -> list[Path]:
     for name, sources in made.items():
         page = folder / f"{name}.md"
         maker = _CPU.get(name, "`make bench-cuda` (or the command below)")
-        source = f"Made by `python -m hf_fff.bench.page` from {' and '.join(f'`{n}.json`' for n in sources)}, which {maker} writes."
+        source = f"Made by `python -m hf_fff.bench.page` from {', '.join(f'`{n}.json`' for n in sources)}, which {maker} writes."
         first, *more = (json.loads(files[n].read_text(encoding="utf-8")) for n in sources)
         lines = writers[name](first, more) if name in writers else cuda_page(first)
         figure = page.with_suffix(".png")
