@@ -18,10 +18,7 @@ from pathlib import Path
 from hf_fff.bench.machine import caches, summary
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-LAYERS = [
-    *((1, 11, 768, tokens) for tokens in (1, 8, 128, 512, 4096)),
-    *((trees, depth, 768, tokens) for trees, depth in ((8, 8), (32, 6)) for tokens in (1, 128, 1024)),
-]
+LAYERS = [*((1, 11, 768, tokens) for tokens in (1, 8, 128, 512, 4096)), (8, 8, 768, 1024), (32, 6, 768, 1024)]
 ROW = 3072
 SIZES_MB = (0.024, 0.384, 1, 4, 12, 24, 64)
 AHEAD = (0, 2)
