@@ -160,6 +160,7 @@ def main():
                 plan = Calibration(train, budget=options.budget, progress=False)
                 model, how = convert_ffn_to_fff(dense, kind, calibration=plan), "calibrated"
             inner = next(m for m in model.modules() if hasattr(m, "base_model_prefix"))
+            has_trees = any(isinstance(module, FFF) for module in inner.modules())
             want = torch.from_numpy(model.encode(held_out))
             batch = dict(model.tokenizer(held_out[:64], padding=True, return_tensors="pt"))
             tasks = Tasks(options, model)
@@ -174,7 +175,7 @@ def main():
             told["fidelity"] = float(cosines(want, original).mean())  # of the model in torch, float32, to the original
             told["float32"] = tasks.scores(model.encode)
             for precision in options.precisions:
-                for rows in options.rows if kind != "dense" else options.rows[:1]:
+                for rows in options.rows if has_trees else options.rows[:1]:
                     of_int8 = {"keep": options.keep, "vnni": has_vnni() if options.vnni is None else options.vnni}
                     of_int8 = of_int8 if precision == "int8" else {}
                     threads = {"INFERENCE_NUM_THREADS": options.threads}
