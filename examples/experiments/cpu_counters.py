@@ -4,7 +4,7 @@
 
 loop.cpp is compiled with the C++ core and run on one thread. *layer*: valgrind's cachegrind counts instructions and lines that the first- and the
 second-level cache of this machine miss (64 bytes each, caches simulated without prefetching, which changes when a line comes but not whether); two numbers of calls,
-subtracted, so that making the layer does not count. Times are the least of a few runs without valgrind. *rows*: dot products with rows of 3 KB in any order, out of
+subtracted, so that making the layer does not count; what it takes, `hf-fff bench layer` tells. *rows*: dot products with rows of 3 KB in any order, out of
 more and more memory, the best of short runs. A line of JSON each. perf is used where the machine lets it count (most virtual ones do not).
 """
 
@@ -97,7 +97,6 @@ def main() -> None:
                 calls = max(1, 1024 // tokens)
                 few, many = (counted(loop, layer, n) for n in (calls, 3 * calls))
                 a_token = {name: (many[name] - few[name]) / (2 * calls * tokens) for name in few}
-                times = [told([loop, "layer", *layer, str(max(4, 8192 // tokens))])["microseconds"] for _ in range(5)]
                 line = {
                     "run": "layer",
                     "fff": f"{size[0]}x{size[1]}",
@@ -106,8 +105,8 @@ def main() -> None:
                     "tokens": tokens,
                 }
                 line |= {"instructions": a_token["instructions"], "l1_miss_kb": a_token["L1"] * 64 / 1000}
-                line |= {"l2_miss_kb": a_token["L2"] * 64 / 1000, "microseconds": min(map(float, times)) / tokens}
-                write({**line, "perf": perf_counts(loop, layer, calls)})
+                line |= {"l2_miss_kb": a_token["L2"] * 64 / 1000, "perf": perf_counts(loop, layer, calls)}
+                write(line)
 
 
 if __name__ == "__main__":
