@@ -109,6 +109,7 @@ def main() -> None:
         def write(line):
             print(line, flush=True)
             file.write(json.dumps({**summary(), **line}) + "\n")
+            file.flush()
 
         for tokens in (1, 8, 128, 512):
             for measure in (changed_in_place, two_models):

@@ -85,6 +85,7 @@ def main() -> None:
         def write(line: dict[str, object]) -> None:
             print(line, flush=True)
             file.write(json.dumps({**summary(), "caches": caches(), **line}) + "\n")
+            file.flush()
 
         for ahead in AHEAD:
             for mb in SIZES_MB:
