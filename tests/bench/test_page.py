@@ -136,8 +136,37 @@ def test_remaking_a_page_changes_nothing(tmp_path):
 
 
 def test_nothing_to_make_a_page_of(tmp_path):
+    (tmp_path / "cpu-layer-trained.json").write_text(json.dumps(LAYER))  # has no page of its own
     with pytest.raises(FileNotFoundError, match="has no cpu-layer.json"):
         page.write_pages(tmp_path)
+
+
+TRAIN = {
+    **MACHINE, "command": "train", "size": "bert-base", "bf16": False, "rounds": 5, "rows": [
+        {"model": "dense", "workload": "16x128", "milliseconds": 15335.0, "tokens_per_second": 133.6, "times_as_fast": 1.0, "peak_mb": 4466.0, "dead": None},
+        {"model": "1x11 + routing", "workload": "16x128", "milliseconds": 6358.0, "tokens_per_second": 322.1, "times_as_fast": 2.41, "peak_mb": None, "dead": 0.634},
+    ],
+}  # fmt: skip
+
+
+def test_pages_of_what_is_there(tmp_path, monkeypatch, capsys):
+    """One measurement is enough, and what is missing is told."""
+    (tmp_path / "train.json").write_text(json.dumps(TRAIN))
+    monkeypatch.setattr(page.sys, "argv", ["page", str(tmp_path)])
+    page.main()
+    out, err = capsys.readouterr()
+    assert out.split() == [str(tmp_path / "train.md")]
+    assert [line.rpartition(": ")[2] for line in err.splitlines()] == [
+        f"{name}.md was not made" for name in ("cpu-layer", "cpu-frontier", "cpu-scaling", "cpu-model", "serve")
+    ]
+    text = (tmp_path / "train.md").read_text()
+    assert text.startswith("# What a step of training takes: bert-base, Some CPU, AVX-512\n")
+    assert "| 16x128 | dense | 15.3 s | 134 | 1.00x | 4466 | - |" in text
+    assert "| 16x128 | 1x11 + routing | 6.36 s | 322 | 2.41x | - | 63% |" in text
+    (tmp_path / "cpu-layer.json").write_text(json.dumps(LAYER))
+    page.main()
+    out, err = capsys.readouterr()
+    assert len(out.split()) == 2 and "cpu-layer" not in err and "cpu-model.json" in err
 
 
 @pytest.mark.parametrize(

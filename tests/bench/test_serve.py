@@ -91,7 +91,7 @@ def test_what_distilled_models_keep(tmp_path):
             serve.fidelities(tmp_path / "lines")
 
 
-def test_page_of_equal_fidelity():
+def test_page_of_equal_fidelity(tmp_path):
     """A tree against the smallest MLP that keeps as much, or the one that keeps most; random weights are marked in every row."""
     quality = {"mlp:72": 0.92, "mlp:224": 0.94, "8x8": 0.93, "32x6": 0.95, "1x11": 0.91}
     seconds = {"mlp:72": 0.02, "mlp:224": 0.04, "8x8": 0.025, "32x6": 0.08, "1x11": 0.016}
@@ -103,7 +103,11 @@ def test_page_of_equal_fidelity():
         "date": "a day", "load": {"before": 0, "after": 0, "others": 0}, "seconds": 7, "versions": {}, "size": "minilm", "tree_rows": "int8",
         "rounds": 3, "left_out": {}, "rows": rows,
     }  # fmt: skip
-    lines = page.serve_page([told])
+    (tmp_path / "serve-minilm.json").write_text(json.dumps({**told, "command": "serve"}))  # no serve.json beside it
+    (written,) = page.write_pages(tmp_path)
+    assert written.name == "serve.md"
+    lines = written.read_text().splitlines()
+    assert "from `serve-minilm.json`" in lines[2] and (tmp_path / "serve.png").is_file()
     assert "| openvino-int8 | 8x8 | random: speed alone | 25 ms, **4.00x** | 0.930 | 0.465 |" in lines
     assert "| openvino-int8 | dense | random: speed alone | 100 ms, **1.00x** | - | - |" in lines
     assert "| openvino-int8 | 8x8 (0.930) | mlp:224 (0.940) | 1.60x ahead |" in lines

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -273,7 +275,7 @@ def int8(kind="2x3", **options):
 @pytest.fixture(scope="module")
 def quantised_model():
     torch.manual_seed(0)
-    return int8()[1]
+    return int8(rows="int8")[1]
 
 
 def types_of(made):
@@ -364,13 +366,25 @@ def test_rows(precision, rows, want):
         close_where_visible(made(**batch), outputs(like, batch), batch["attention_mask"])
 
 
+@pytest.mark.parametrize(("vnni", "want"), [(True, "int8"), (False, "bf16")])
+def test_rows_that_go_with_int8_attention(vnni, want, monkeypatch, tmp_path):
+    """By the CPU that will run it, which is this one where none is named; and as they were named."""
+    _, made = int8(vnni=vnni)
+    made.save_pretrained(tmp_path / "m")
+    assert made.rows == want and json.loads((tmp_path / "m" / "fff_openvino.json").read_text())["rows"] == want
+    assert {packed_rows(node).rows for node in graphs.operations(made._graph)} == {want}
+    monkeypatch.setattr(model_module, "has_vnni", lambda: vnni)
+    assert int8()[1].rows == want and int8(rows="f32")[1].rows == "f32"
+
+
+def packed_rows(node):
+    return packed_backend.read_header(torch.tensor(node.input_value(1).get_node().get_data()), whole=True)
+
+
 def test_int8_attention_with_rows_of_int8(quantised_model):
-    """Which are what they are without being named."""
     nodes = graphs.operations(quantised_model._graph)
     assert quantised_model.rows == "int8" and len(nodes) == 3
-    headers = [
-        packed_backend.read_header(torch.tensor(n.input_value(1).get_node().get_data()), whole=True) for n in nodes
-    ]
+    headers = [packed_rows(node) for node in nodes]
     assert {(h.rows, h.n_trees, h.depth) for h in headers} == {("int8", 2, 3)}
 
 
@@ -436,6 +450,20 @@ def test_threads_call_at_once(quantised_model):
     for t in threads:
         t.join()
     assert all(same(found[i], want[i]) for i in range(len(batches)))
+
+
+@pytest.mark.parametrize("calls", [3000, pytest.param(100_000, marks=pytest.mark.full)])
+def test_calls_use_no_memory(calls, quantised_model):
+    """The same shapes again and again, and results that nobody keeps."""
+    batches = [tiny_inputs(tiny_bert(), rows, 16) for rows in (1, 8)]
+
+    def resident(count):
+        for i in range(count):
+            quantised_model(**batches[i % 2])
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident(200)
+    assert resident(calls) - before < 8 << 20  # 3000 results are 27 MB
 
 
 def test_encode_is_that_of_sentence_transformers(minilm_path):
