@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -23,6 +24,11 @@ inline std::string text(const torch::stable::Tensor& t) {  // its shape, for mes
 struct Sizes {
   int64_t tokens, hidden, trees, depth;
 };
+
+inline void check_visits(int64_t tokens, int64_t trees, int64_t depth) {
+  STD_TORCH_CHECK(tokens <= std::numeric_limits<int64_t>::max() / trees / (depth + 1), "fff: x has ", tokens, " tokens; times ", trees,
+                  " trees of ", depth + 1, " levels these are more visits than an int64 counts");
+}
 
 // Of a call, once its arguments are known to fit each other. `beside_x` says whether a tensor is on x's device; `dtype` is the weights',
 // without it x's.
@@ -48,6 +54,7 @@ Sizes sizes_of(const torch::stable::Tensor& x, const torch::stable::Tensor& weig
     STD_TORCH_CHECK(t->scalar_type() == dtype.value_or(x.scalar_type()), "fff: x, weight_in, bias_in and weight_out must have one dtype");
     STD_TORCH_CHECK(beside_x(*t), "fff: x, weight_in, bias_in and weight_out must be on one device");
   }
+  check_visits(x.numel() / hidden, n_trees, depth);
   return {x.numel() / hidden, hidden, n_trees, depth};
 }
 

@@ -146,13 +146,15 @@ Tensor fff_packed(Tensor x, Tensor packed, Text activation) {
   STD_TORCH_CHECK(!hf_fff::isa_error(), hf_fff::isa_error());
   STD_TORCH_CHECK(packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_cpu(),
                   "fff_packed: packed is ", text(packed), "; hf_fff::pack makes a uint8 [bytes] on the CPU");
-  const Tensor xd = dense(x), pd = dense(packed);
+  const Tensor pd = dense(packed);
   hf_fff::Rows rows;
   hf_fff::Shape shape;
   const char* error = hf_fff::read_packed(in<uint8_t>(pd), pd.numel(), false, &rows, &shape);
   STD_TORCH_CHECK(!error, "fff_packed: the packed layer cannot be used: ", error);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == shape.hidden, "fff_packed: x is ", text(x), "; it must be [..., ",
                   shape.hidden, "], as the packed layer is");
+  hf_fff_torch::check_visits(x.numel() / shape.hidden, shape.trees, shape.depth);
+  const Tensor xd = dense(x);
   const auto act = activation_of(activation.value);
   Tensor y = empty_like_dense(x);
   const auto run = [&](auto type) {
