@@ -27,7 +27,7 @@ EVENTS = ("instructions", "L1-dcache-load-misses", "cache-misses")
 
 def built(folder: Path) -> Path:
     """The loop; the driver alone may reorder sums, the core is compiled as it always is."""
-    common = ["g++", "-std=c++20", "-O3", "-g", f"-I{KERNELS}"]
+    common = ["g++", "-std=c++20", "-O3", "-ffp-contract=off", "-g", f"-I{KERNELS}"]
     sources = [*sorted((KERNELS / "cpu").glob("*.cpp")), Path(__file__).with_name("loop.cpp")]
     for source in sources:
         own = ["-march=native", "-ffast-math"] if source.stem == "loop" else []

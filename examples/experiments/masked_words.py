@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runs import append, claimed, make_runs
+from runs import BEGIN, OutOfTime, append, claimed, make_runs
 from tasks_table import wait_for
 
 STUDENTS = (
@@ -42,7 +42,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="no run is begun that would not end by then")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    make_teacher(args)
+    try:
+        make_teacher(args)
+    except OutOfTime:
+        return
     keys = [
         {"name": "mlm", "fff": fff, "seed": int(seed), "teacher_steps": args.teacher_steps}
         for fff, _, seed in (student.rpartition("-") for student in args.students)
@@ -77,7 +80,7 @@ def make_teacher(args: argparse.Namespace) -> None:
 
     tokenizer, config = (auto.from_pretrained(args.model) for auto in (AutoTokenizer, AutoConfig))
     tasks_minilm.read(options(args, "none", 0), get_task("mlm"), tokenizer, config)
-    wait_for(made, failed, args.claims is not None)
+    wait_for(made, failed, args.claims is not None, BEGIN + args.seconds)
 
 
 def teacher_of(args: argparse.Namespace) -> Path:

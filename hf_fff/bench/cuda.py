@@ -252,7 +252,10 @@ def bench_cuda(
 def _no_mask() -> Iterator[None]:
     """While something is recorded, some versions of transformers make a mask even where there is no padding; attention with one is several times as slow."""
     masks: Any = masking_utils
-    before = masks.is_tracing
+    before = getattr(masks, "is_tracing", None)
+    if before is None:
+        yield
+        return
     masks.is_tracing = lambda *_: False
     try:
         yield

@@ -58,8 +58,8 @@ class Calibration:
         held_out: share of the tokens on which the unexplained variance is measured.
         seed: of everything random.
         progress: whether to show a bar.
-        cuda_graphs: whether the steps of a layer are recorded on a GPU, once, and replayed. Experimental: it has run on a GPU, and what it
-            gave there is not measured.
+        cuda_graphs: whether the steps of a layer are recorded on a GPU, once, and replayed. Experimental: it has run on a GPU, and
+            how much faster it is there is not measured.
     """
 
     data: Any
@@ -223,7 +223,7 @@ def _pieces(
             base_model(**inputs)
             each = _PASSES * (time.monotonic() - start)
         tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-        if tokens >= c.max_tokens or start + len(pieces) * each > deadline:
+        if tokens >= c.max_tokens or max(start + len(pieces) * each, time.monotonic()) > deadline:
             break
     return pieces, tokens
 
@@ -302,21 +302,21 @@ def _dense_layer(dense: _Layers, fast: _Layers, indices: list[int], site: int, p
 
 
 class _Recorded:
-    """A function of one tensor on a GPU that is the same in shape each time, and what it leaves: after some calls it is recorded as a CUDA graph, and
-    then replayed. A step of a layer is launching kernels for most of its time. What cannot be recorded is called as before."""
+    """Calls of a function of one tensor on a GPU, of the same shape each time: after some it is recorded as a CUDA graph, and then replayed. A step
+    of a layer is launching kernels for most of its time. What cannot be recorded is called as before."""
 
     _EAGER = 3  # calls before: libraries set themselves up, kernels are compiled
 
-    def __init__(self, function: Callable[[Tensor], None]) -> None:
-        self._function, self._calls = function, 0
+    def __init__(self) -> None:
+        self._calls = 0
         self._stream = torch.cuda.Stream()
         self._graph: Any = None
         self._input: Tensor | None = None
 
-    def __call__(self, given: Tensor) -> None:
+    def __call__(self, function: Callable[[Tensor], None], given: Tensor) -> None:
         self._calls += 1
         if self._calls == self._EAGER + 1:
-            self._record(given)
+            self._record(function, given)
         if self._graph is not None and self._input is not None:
             self._input.copy_(given)
             self._graph.replay()
@@ -324,14 +324,14 @@ class _Recorded:
         # On the stream that records: autograd remembers where a parameter was first used.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._function(given)
+            function(given)
         torch.cuda.current_stream().wait_stream(self._stream)
 
-    def _record(self, given: Tensor) -> None:
+    def _record(self, function: Callable[[Tensor], None], given: Tensor) -> None:
         graph, static = torch.cuda.CUDAGraph(), given.clone()
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._function(static)
+                function(static)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -357,8 +357,7 @@ class _Fit:
         rate = c.learning_rate * (_MLP_RATE if isinstance(ffn, MLP) else 1)
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam([*self.ffn.parameters(), self.bias], lr=rate, betas=(0.9, 0.99), fused=fused)
-        recorded = c.cuda_graphs and device.type == "cuda"
-        self.gradients: Callable[[Tensor], None] = _Recorded(self._gradients) if recorded else self._gradients
+        self._recorded = _Recorded() if c.cuda_graphs and device.type == "cuda" else None
 
     @torch.no_grad()
     def _start(self, ffn: Feedforward, dense: DenseNeurons | None) -> Feedforward:
@@ -411,7 +410,11 @@ class _Fit:
                 tell(self.unexplained())
 
     def step(self) -> None:
-        self.gradients(self._next_batch())
+        index = self._next_batch()
+        if self._recorded:
+            self._recorded(self._gradients, index)
+        else:
+            self._gradients(index)
         self.optimizer.step()
 
     @torch.enable_grad()

@@ -37,7 +37,7 @@ def as_batches(data: Any, tokenizer: Any, *, max_length: int, batch_tokens: int)
 
 
 def in_random_order(data: Any, tokenizer: Any, *, max_length: int, batch_tokens: int, seed: int) -> Iterator[Batch]:
-    """The batches of ``as_batches``, in a random order. Texts are encoded as they are wanted, some thousands at a time: whoever takes
+    """The batches of ``as_batches``, in a random order. Texts are encoded as they are wanted, 16,384 at a time: whoever takes
     little of much text does not wait for all of it, and takes the same as whoever takes more.
 
     Raises:

@@ -67,9 +67,8 @@ class SafeCheckpoints(Trainer):
 
     def __init__(self, model: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
         check_processes(args)
-        if (
-            args is not None
-        ):  # else DataParallel, slower than one GPU and blind to hooks; several are for accelerate launch
+        if args is not None:
+            # Not DataParallel, which is slower than one GPU and blind to hooks: several are for accelerate launch.
             args._n_gpu = min(args.n_gpu, 1)
         super().__init__(model, args, *more, **kwargs)
         self._training: dict[str, Any] = {}

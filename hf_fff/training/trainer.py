@@ -181,7 +181,8 @@ class DistillationTrainer(FastTrainer):
         if not all(isinstance(model.get_output_embeddings(), nn.Linear) for model in (self.teacher, self.student)):
             return None
         tokens = inputs["labels"].shape[1]
-        return masked_places(inputs["labels"], math.ceil(share * tokens) + 1)
+        most = math.ceil(share * tokens) + 1
+        return masked_places(inputs["labels"], most) if most < tokens else None
 
     def _weighted(self, parts: Tensor) -> Tensor:
         args, layers = self.args, len(self._scales)

@@ -48,6 +48,7 @@ template <class T> struct Forest {
 
 // ---- upper ---------------------------------------------------------------------------------------------------------------
 
+// GROUPS, and what follows from it, is true of the code for a GPU alone: the host, for which it is never set, may look at BYTES.
 template <int TOKENS> struct Upper {
   static constexpr bool GROUPS = kWarpgroups && TOKENS == 128;
   static constexpr int WARPS = GROUPS ? 8 : TOKENS == 128 ? 2 : 1, SIDE = 8 / WARPS;  // warps along the tokens, and along nodes and columns

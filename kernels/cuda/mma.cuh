@@ -150,7 +150,8 @@ template <int M, int NODES, int STRIDE> __device__ inline void spill(const float
 
 // ---- products of warpgroups ----------------------------------------------------------------------------------------------
 // On GPUs of 9.0, of code compiled for them alone (sm_90a), four warps multiply 64 rows from shared memory by 256 columns there, while they do
-// something else (-DHF_FFF_NO_WARPGROUPS leaves it out, to compare). The same layout of rows serves: `piece_at` is what the hardware calls a swizzle of 128 bytes, of memory at a multiple of 1024.
+// something else (-DHF_FFF_NO_WARPGROUPS leaves it out, to compare). The same layout of rows serves: `piece_at` is what the hardware calls a
+// swizzle of 128 bytes, of memory at a multiple of 1024.
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(HF_FFF_NO_WARPGROUPS)
 constexpr bool kWarpgroups = true;
