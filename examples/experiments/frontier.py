@@ -20,7 +20,7 @@ from hf_fff import FFFConfig
 
 RESULTS = HERE.parents[1] / "docs" / "results"
 PAGE = RESULTS / "quality-frontier.md"
-WORKLOADS = ("1x16", "1x128", "8x128", "mixed")
+WORKLOADS = ("1x16", "1x128", "8x128", "32x128", "1x512", "mixed")
 LEVEL = 0.005  # of times: nearer than that is a draw
 
 HEAD = """# Quality at equal time, engine by engine
