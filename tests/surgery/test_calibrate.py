@@ -1,6 +1,8 @@
 """Calibration: does it fit, is it reproducible, what does it take, and does the report tell the truth?"""
 
+import gc
 import itertools
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -11,6 +13,7 @@ from tiny import HEADS, same, tiny_bert
 from transformers import AutoModel, AutoTokenizer
 
 from hf_fff import Calibration, convert_ffn_to_fff
+from hf_fff.layers import FFF
 from hf_fff.models import FAMILIES
 from hf_fff.surgery import calibration
 from hf_fff.surgery import text as text_module
@@ -420,12 +423,28 @@ def test_recorded_steps_are_the_same(monkeypatch, config):
             made.append(self)
 
     reports = []
-    for way in (Watched, lambda function: function):
+    for way in (Watched, lambda: lambda function, given: function(given)):
         monkeypatch.setattr(calibration, "_Recorded", way)
         reports.append(fit(tiny_bert().cuda(), config, cuda_graphs=True).calibration_report)
     assert len(made) == 3 and all((one._graph is not None) == (config != "none") for one in made)
     for layer, unexplained in reports[0].unexplained.items():
         assert unexplained == pytest.approx(reports[1].unexplained[layer], rel=0.02)
+
+
+def test_the_data_of_a_layer_is_freed_at_once():
+    """It may be gigabytes, and nobody says when the garbage collector comes."""
+    tokens, hidden = 300, 8
+    x, y, one, zero = torch.randn(tokens, hidden), torch.randn(tokens, hidden), torch.ones(hidden), torch.zeros(hidden)
+    data = calibration._Layer(x, y, torch.ones(tokens), zero, one, zero, one)
+    fit = calibration._Fit(data, FFF(hidden, "2x3"), None, Calibration(["a text"], batch_tokens=64))
+    fit.run(2, lambda unexplained: None)
+    seen = weakref.ref(data.x)
+    gc.disable()
+    try:
+        del x, data, fit
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("pairs", [False, True])
