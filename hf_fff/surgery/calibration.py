@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from ..config import FFFConfig
+from ..graphs import StepGraphs
 from ..layers import FFF, MLP, Feedforward, NoFFN, OutputBias, feedforward
 from ..models import FFNInterface
 from ..modes import evaluating
@@ -301,44 +302,6 @@ def _dense_layer(dense: _Layers, fast: _Layers, indices: list[int], site: int, p
     return _Layer(x, y, weight / weight.square().mean().sqrt(), *statistics)
 
 
-class _Recorded:
-    """Calls of a function of one tensor on a GPU, of the same shape each time: after some it is recorded as a CUDA graph, and then replayed. A step
-    of a layer is launching kernels for most of its time. What cannot be recorded is called as before."""
-
-    _EAGER = 3  # calls before: libraries set themselves up, kernels are compiled
-
-    def __init__(self) -> None:
-        self._calls = 0
-        self._stream = torch.cuda.Stream()
-        self._graph: Any = None
-        self._input: Tensor | None = None
-
-    def __call__(self, function: Callable[[Tensor], None], given: Tensor) -> None:
-        self._calls += 1
-        if self._calls == self._EAGER + 1:
-            self._record(function, given)
-        if self._graph is not None and self._input is not None:
-            self._input.copy_(given)
-            self._graph.replay()
-            return
-        # On the stream that records: autograd remembers where a parameter was first used.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            function(given)
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def _record(self, function: Callable[[Tensor], None], given: Tensor) -> None:
-        graph, static = torch.cuda.CUDAGraph(), given.clone()
-        try:
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                function(static)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            return
-        self._graph, self._input = graph, static
-
-
 class _Fit:
     """The regression of one layer, in standardised coordinates."""
 
@@ -356,8 +319,9 @@ class _Fit:
         self._order = torch.empty(0, dtype=torch.long)
         rate = c.learning_rate * (_MLP_RATE if isinstance(ffn, MLP) else 1)
         fused = device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam([*self.ffn.parameters(), self.bias], lr=rate, betas=(0.9, 0.99), fused=fused)
-        self._recorded = _Recorded() if c.cuda_graphs and device.type == "cuda" else None
+        parameters = [*self.ffn.parameters(), self.bias]
+        self.optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99), fused=fused)
+        self._graphs = StepGraphs(parameters) if c.cuda_graphs and device.type == "cuda" else None
 
     @torch.no_grad()
     def _start(self, ffn: Feedforward, dense: DenseNeurons | None) -> Feedforward:
@@ -411,20 +375,21 @@ class _Fit:
 
     def step(self) -> None:
         index = self._next_batch()
-        if self._recorded:
-            self._recorded(self._gradients, index)
+        if self._graphs:
+            self._graphs.step({"tokens": index}, lambda given: self._gradients(given["tokens"]))
         else:
             self._gradients(index)
         self.optimizer.step()
 
     @torch.enable_grad()
-    def _gradients(self, index: Tensor) -> None:
+    def _gradients(self, index: Tensor) -> tuple[Tensor, ...]:
         x, y = self.data.x[index].float(), self.data.y[index].float()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):  # a CPU computes as fast in float32
             fitted = self.ffn(x)
         error = (fitted + self.bias - y) * self.data.weight[index].unsqueeze(1)
         self.optimizer.zero_grad()
         error.square().mean().backward()
+        return ()
 
     @torch.no_grad()
     def unexplained(self) -> float:

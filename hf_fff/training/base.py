@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graphs import StepGraphs
 from ..layers import FFF, MLP, NoFFN, OutputBias
 from ..modes import rounded_rows
 from ..tasks.data import IGNORED
@@ -16,7 +17,7 @@ from ..tasks.evaluate import on_device
 from .arguments import FastArguments
 from .checkpoints import SafeCheckpoints, _SeededCollator
 from .data import ByLength, check_rows
-from .graphs import StepGraphs
+from .lengths import FewLengths
 from .objectives import OBJECTIVES
 from .routing import RoutingMetrics
 
@@ -50,7 +51,7 @@ class FastTrainer(SafeCheckpoints):
         self.model_accepts_loss_kwargs = False  # some heads take them, and do not heed them
         self._units: dict[nn.Parameter, Tensor] = {}
         self._seen: list[tuple[int, Tensor]] = []  # since the last log
-        self._graphs: StepGraphs | None = None
+        self._graphs: tuple[FewLengths, StepGraphs] | None = None
         self._graphed = False  # whether steps are to be recorded
 
     # Training
@@ -79,27 +80,24 @@ class FastTrainer(SafeCheckpoints):
         inputs = self._prepare_inputs(inputs)
         if self._graphs is None:
             self._graphs = self._new_graphs(inputs)
-
+        pad, graphs = self._graphs
         before = len(self._seen)
 
         def run(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             loss: Tensor = super(FastTrainer, self).training_step(model, given, num_items_in_batch)
             return loss, self._seen[-1][1]
 
-        loss, parts = self._graphs.step(inputs, run)
+        loss, parts = graphs.step(pad(inputs), run)
         self._seen[before:] = [(self.state.global_step + 1, parts)]
         return loss
 
-    def _new_graphs(self, inputs: Mapping[str, Tensor]) -> StepGraphs:
+    def _new_graphs(self, inputs: Mapping[str, Tensor]) -> tuple[FewLengths, StepGraphs]:
         trained: Any = self.model
         config = trained.config
         longest = max(getattr(self.train_dataset, "lengths", None) or [inputs["input_ids"].shape[1]])
-        return StepGraphs(
-            [p for p in trained.parameters() if p.requires_grad],
-            {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": IGNORED},
-            longest,
-            getattr(config, "max_position_embeddings", None),
-        )
+        padding = {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": IGNORED}
+        lengths = FewLengths(padding, longest, getattr(config, "max_position_embeddings", None))
+        return lengths, StepGraphs(p for p in trained.parameters() if p.requires_grad)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.evaluation_loop``, with rounded rows where there are any in training."""

@@ -24,7 +24,7 @@ from .objectives import get_objective
 
 
 class FinetuningTrainer(FastTrainer):
-    """A ``Trainer`` for dense and converted models, by the loss that their head gives.
+    """A ``Trainer`` for dense and converted models, by the loss that their head gives; of "qa" by the same over what is not padding.
 
     What replaced the FFNs has a rate of its own (``args.fff_learning_rate``), in units of its inputs and outputs. With a task,
     batches are made by its collator (of "mlm" with fresh masks in every epoch), and ``evaluate`` gives the metrics of
@@ -75,6 +75,9 @@ class FinetuningTrainer(FastTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
         given = {**inputs, "output_hidden_states": True}
         loss, out = super().compute_loss(model, given, True, num_items_in_batch)
+        if self.task is not None and self._objective.padding_counts:
+            total, labels = self._objective.label_losses(out, inputs).sum(0)
+            loss = total / labels.clamp_min(1)
         sums = [h.detach().sum(dtype=torch.float32) for h in out.get("hidden_states") or ()]
         self._seen.append((self.state.global_step + 1, torch.stack([*sums, loss.detach().float()])))
         return (loss, out) if return_outputs else loss

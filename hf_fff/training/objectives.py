@@ -35,6 +35,7 @@ class Objective:
         missing: what stands there for no label.
         per_token: whether a row has a label for each token.
         distance: what the distance of the logits is called.
+        padding_counts: whether a head's own loss depends on how far a batch is padded, so that ``label_losses`` takes its place.
     """
 
     logits: tuple[str, ...] = ("logits",)
@@ -42,6 +43,7 @@ class Objective:
     missing: float = IGNORED
     per_token: bool = False
     distance: str = "kl"
+    padding_counts: bool = False
 
     def unlabelled(self, tokens: int) -> dict[str, Any]:
         """What a row of so many tokens has in the place of its labels."""
@@ -160,7 +162,10 @@ OBJECTIVES: dict[str, Objective] = {
     "regression": _Number(missing=float("nan"), distance="squared_error"),
     "tokens": _Tokens(per_token=True),
     "mlm": _MaskedTokens(per_token=True),
-    "qa": _Spans(logits=("start_logits", "end_logits"), labels=("start_positions", "end_positions")),
+    # transformers' heads let spans start and end in the padding.
+    "qa": _Spans(
+        logits=("start_logits", "end_logits"), labels=("start_positions", "end_positions"), padding_counts=True
+    ),
 }
 
 

@@ -12,8 +12,10 @@ from tiny import HEADS, tiny_bert
 from hf_fff import FinetuningArguments, FinetuningTrainer, convert_ffn_to_fff
 from hf_fff.layers import FFF
 from hf_fff.tasks import evaluate, get_task
+from hf_fff.tasks.data import IGNORED
 from hf_fff.training import MaskingCollator, StreamedPieces, TextPieces, set_routing_gradient
 from hf_fff.training.base import _take_steps_in
+from hf_fff.training.lengths import pad_to_multiple
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
 
@@ -249,6 +251,24 @@ def test_without_a_task(tmp_path, tokenizer):
     t.train()
     found = t.evaluate()
     assert 0 <= found["eval_right"] <= 1 and found["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("task", HEAD)
+def test_padding_leaves_the_loss_as_it_is(tmp_path, task, tokenizer):
+    t = make(tmp_path, task, tokenizer, dense(task), dropout=False, max_steps=1)
+    batch = next(iter(t.get_train_dataloader()))
+    longer = pad_to_multiple(batch, 64, {"labels": IGNORED})
+    assert longer["input_ids"].shape[1] == 64 > batch["input_ids"].shape[1]
+    model = t.model.eval()
+    losses = [float(t.compute_loss(model, given).detach()) for given in (batch, longer)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    row = {
+        name: value[:1, : int(batch["attention_mask"][0].sum())] if value.ndim > 1 else value[:1]
+        for name, value in batch.items()
+    }
+    assert float(t.compute_loss(model, row).detach()) == pytest.approx(
+        float(model(**row).loss), rel=1e-5
+    )  # without padding it is the head's
 
 
 def test_recorded_steps_are_for_gpus(tmp_path, tokenizer):

@@ -6,26 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from hf_fff.training import graphs
-from hf_fff.training.graphs import StepGraphs, pad_to_multiple
+from hf_fff import graphs
+from hf_fff.graphs import StepGraphs
 
 
 def batch(tokens, rows=2):
     ids = torch.arange(5, 5 + rows * tokens).view(rows, tokens)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(rows, dtype=torch.long)}
-
-
-@pytest.mark.parametrize(("tokens", "wanted"), [(1, 16), (15, 16), (16, 16), (17, 32), (39, 40), (40, 40)])
-def test_padding(tokens, wanted):
-    """To a multiple of 16, or to the 40 tokens that the model takes."""
-    given = batch(tokens)
-    padded = pad_to_multiple(given, 16, {"input_ids": 7}, most=40)
-    assert padded["input_ids"].shape == padded["attention_mask"].shape == (2, wanted)
-    assert torch.equal(padded["input_ids"][:, :tokens], given["input_ids"])
-    assert (padded["input_ids"][:, tokens:] == 7).all() and (padded["attention_mask"][:, tokens:] == 0).all()
-    assert padded["labels"] is given["labels"]
-    alone = {"input_ids": given["input_ids"]}
-    assert pad_to_multiple(alone, 16, {})["input_ids"] is alone["input_ids"]  # nothing would tell the padding
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 class Recorder:
@@ -74,7 +61,7 @@ def cuda(monkeypatch):
 def test_what_is_recorded_gives_what_was_run(cuda):
     """Each shape is run twice, then recorded; inputs, outputs and gradients are those of the step."""
     p, calls = nn.Parameter(torch.tensor(2.0)), []
-    steps = StepGraphs([p], {"input_ids": 0}, longest=100)
+    steps = StepGraphs([p])
 
     def run(inputs):
         calls.append(tuple(inputs["input_ids"].shape))
@@ -93,20 +80,20 @@ def test_what_is_recorded_gives_what_was_run(cuda):
         return out
 
     kept = []
-    for number, tokens in enumerate((10, 12, 20, 16, 9, 30, 11)):
+    for number, tokens in enumerate((16, 16, 32, 16, 16, 32, 16)):
         given = {k: v + number * (k == "input_ids") for k, v in batch(tokens).items()}
         p.grad = None
         loss, seen = steps.step(given, run)
         total = given["input_ids"].sum().float()
         assert loss == p.detach() * total and p.grad == total and seen == 2 * tokens
         kept.append((loss, float(loss)))
-    assert calls == [(2, 16), (2, 16), (2, 32), (2, 16), (2, 32)]  # 9 and 11 tokens were replayed
+    assert calls == [(2, 16), (2, 16), (2, 32), (2, 16), (2, 32)]  # the others were replayed
     assert all(float(loss) == then for loss, then in kept)  # the next replay leaves them alone
 
 
 def test_a_step_that_cannot_be_recorded_is_run(cuda):
     p, cuda.broken = nn.Parameter(torch.tensor(2.0)), True
-    steps = StepGraphs([p], {}, longest=16)
+    steps = StepGraphs([p])
 
     def run(inputs):
         (p * 3).backward()

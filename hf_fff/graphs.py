@@ -4,16 +4,13 @@ A step of a small model is mostly Python that launches kernels: MiniLM at 8x8 ma
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 _EAGER = 2  # steps of a shape before it is recorded: libraries set themselves up, kernels are compiled
-_LENGTHS = 8  # recorded at most, of inputs up to the longest
-_ALIGNED = 16  # tokens
 
 
 class Recorded(NamedTuple):
@@ -26,22 +23,19 @@ class Recorded(NamedTuple):
 class StepGraphs:
     """Runs forward and backward of training steps; gradients are in ``p.grad`` afterwards, as if ``run`` had been called.
 
-    Inputs are padded to one of few lengths. Where a step cannot be recorded, a warning says why, and steps are run as they are.
+    Where a step cannot be recorded, a warning says why, and steps are run as they are.
 
     Args:
         parameters: that get gradients. They must stay where they are in memory.
-        padding: what a padded token has, by the name of the input; 0 where nothing is told.
-        longest: tokens of the longest input.
-        most: tokens that the model takes.
+
+    Attributes:
+        recorded: what was recorded, by names, shapes and types of the inputs.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], padding: Mapping[str, int], longest: int, most: int | None = None
-    ) -> None:
-        self._parameters, self._padding, self._most = list(parameters), dict(padding), most
-        self._multiple = _ALIGNED * -(-longest // (_ALIGNED * _LENGTHS))
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self.recorded: dict[Any, Recorded] = {}
         self._seen: dict[Any, int] = {}
-        self._recorded: dict[Any, Recorded] = {}
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
         self._failed = False
@@ -52,18 +46,17 @@ class StepGraphs:
         """What ``run`` gives.
 
         Args:
-            inputs: on the GPU; ``input_ids`` is ``[rows, tokens]``.
+            inputs: on the GPU.
             run: forward and backward; must not wait for the GPU while it is recorded.
         """
-        padded = pad_to_multiple(inputs, self._multiple, self._padding, self._most)
-        key = tuple((name, tuple(value.shape), value.dtype) for name, value in padded.items())
+        key = tuple((name, tuple(value.shape), value.dtype) for name, value in inputs.items())
         self._seen[key] = self._seen.get(key, 0) + 1
-        if key not in self._recorded and self._seen[key] > _EAGER and not self._failed:
-            self._record(key, padded, run)
-        if key not in self._recorded:
-            return list(self._eagerly(padded, run))
-        recorded = self._recorded[key]
-        for name, value in padded.items():
+        if key not in self.recorded and self._seen[key] > _EAGER and not self._failed:
+            self._record(key, inputs, run)
+        if key not in self.recorded:
+            return list(self._eagerly(dict(inputs), run))
+        recorded = self.recorded[key]
+        for name, value in inputs.items():
             recorded.inputs[name].copy_(value)
         recorded.graph.replay()
         for p, gradient in zip(self._parameters, recorded.gradients, strict=True):
@@ -78,7 +71,7 @@ class StepGraphs:
         torch.cuda.current_stream().wait_stream(self._stream)
         return outputs
 
-    def _record(self, key: Any, inputs: dict[str, Tensor], run: Callable[..., tuple[Tensor, ...]]) -> None:
+    def _record(self, key: Any, inputs: Mapping[str, Tensor], run: Callable[..., tuple[Tensor, ...]]) -> None:
         static = {name: value.clone() for name, value in inputs.items()}
         for p in self._parameters:
             p.grad = None  # so that it gets a place among what is recorded
@@ -96,22 +89,4 @@ class StepGraphs:
             for p in self._parameters:
                 p.grad = None
             return
-        self._recorded[key] = Recorded(graph, static, outputs, [p.grad for p in self._parameters])
-
-
-def pad_to_multiple(
-    inputs: Mapping[str, Tensor], multiple: int, padding: Mapping[str, int], most: int | None = None
-) -> dict[str, Tensor]:
-    """Inputs of a batch, those that are ``[rows, tokens]`` padded on the right to a multiple of so many tokens, or to as many as the model takes.
-
-    Without an attention mask they stay as they are: nothing would tell the padding.
-    """
-    tokens = inputs["input_ids"].shape[1]
-    wanted = -(-tokens // multiple) * multiple
-    wanted = max(tokens, wanted if most is None else min(wanted, most))
-    if wanted == tokens or "attention_mask" not in inputs:
-        return dict(inputs)
-    return {
-        name: F.pad(value, (0, wanted - tokens), value=padding.get(name, 0)) if value.shape[1:] == (tokens,) else value
-        for name, value in inputs.items()
-    }
+        self.recorded[key] = Recorded(graph, static, outputs, [p.grad for p in self._parameters])
