@@ -1,4 +1,4 @@
-"""The ways of the CUDA kernels against each other and against dense layers, on one GPU: ``python cuda_ways.py OUT.jsonl [forward] [backward]``.
+"""The ways of the CUDA kernels against each other and against dense layers, on one GPU: ``python cuda_ways.py OUT.jsonl [forward] [backward] [few]``.
 
 Medians of interleaved calls, the second-level cache overwritten before each, in microseconds. `hf-fff bench cuda` measures what users
 get, and checks it; this is for choosing between ways (docs/kernel-cuda.md). ``HF_FFF_CUDA_WAY`` forces one.
@@ -29,6 +29,14 @@ FORWARD = [
 BACKWARD = [
     *((k, d, BF16, t) for t in TOKENS for k, d in LADDER),
     *((k, d, F32, 131072) for k, d in ((1, 11), (8, 8))),
+]
+# Batches of short texts, as in finetuning
+FEW = [
+    (hidden, k, d, dtype, t)
+    for hidden in (HIDDEN, 384)
+    for k, d in ((8, 8), (32, 6), (128, 4), (512, 2))
+    for dtype in (BF16, F32)
+    for t in (16, 64, 256, 1024)
 ]
 
 
@@ -74,13 +82,13 @@ def by(way, call):
     return run
 
 
-def layer(n_trees, depth, dtype):
+def layer(n_trees, depth, dtype, hidden=HIDDEN):
     nodes = n_trees * (2 ** (depth + 1) - 1)
     options = {"device": "cuda", "dtype": dtype}
     return (
-        torch.randn(nodes, HIDDEN, **options) / 28,
+        torch.randn(nodes, hidden, **options) / 28,
         torch.randn(nodes, **options),
-        torch.randn(nodes, HIDDEN, **options),
+        torch.randn(nodes, hidden, **options),
     )
 
 
@@ -126,15 +134,31 @@ def main(path, sections=("forward", "backward")):
             if dtype == F32 or not serves_tiles(n_trees, depth):
                 del calls["tiles"], calls["tiles, routing"]
             tell(file, "backward", n_trees, depth, dtype, tokens, medians(calls))
+        for hidden, n_trees, depth, dtype, tokens in FEW if "few" in sections else ():
+            x, g = torch.randn(2, tokens, hidden, device="cuda", dtype=dtype)
+            given = (*layer(n_trees, depth, dtype, hidden), n_trees, "gelu")
+            _, tree_path, logits = torch.ops.hf_fff.fff_train(x, *given)
+            back = (g, x, *given[:3], tree_path, logits, *given[3:])
+            ops_of = {
+                "forward": lambda x=x, a=given: torch.ops.hf_fff.fff(x, *a),
+                "backward": lambda a=back: torch.ops.hf_fff.fff_backward(*a),
+                "backward, routing": lambda a=back: torch.ops.hf_fff.fff_backward(*a, 3.0, 1.0),
+            }
+            calls = {
+                f"{name}, {way}": by(way, call)
+                for name, call in ops_of.items()
+                for way in ("automatic", "gather" if name == "forward" else "tiles", "dense")
+            }
+            tell(file, "few", n_trees, depth, dtype, tokens, medians(calls, limit=0.05), hidden)
 
 
 def serves_tiles(n_trees, depth):
     return depth < 12 and n_trees << max(0, depth - 5) <= 256
 
 
-def tell(file, section, n_trees, depth, dtype, tokens, us):
+def tell(file, section, n_trees, depth, dtype, tokens, us, hidden=HIDDEN):
     about = {"section": section, "fff": f"{n_trees}x{depth}", "dtype": str(dtype)[6:], "tokens": tokens, "us": us}
-    line = json.dumps(about | {"hidden": HIDDEN, "device": torch.cuda.get_device_name(), "torch": torch.__version__})
+    line = json.dumps(about | {"hidden": hidden, "device": torch.cuda.get_device_name(), "torch": torch.__version__})
     print(line, flush=True)
     file.write(line + "\n")
 

@@ -435,13 +435,16 @@ template <class T> const char* run(const Backward& b, cudaStream_t stream) {
 namespace {
 
 // What was measured on an H100, in microseconds for 131072 tokens of 768 numbers: the conditional pass costs so much for each visit,
-// with the routing gradient so much more for each node; the masked one for each node, and at least kDenseStart.
+// with the routing gradient so much more for each node; the masked one for each node, and at least kDenseStart. Few tokens leave a GPU
+// half empty: however few there are, a visit takes kVisitStart (H200), and all of the masked pass kDenseCall.
 bool masked_is_faster(const Problem& p, bool routing) {
-  if (p.type == Type::float64 || p.shape.tokens < 1024) return false;
+  if (p.type == Type::float64 || p.shape.tokens < kFewestMasked) return false;
   const bool single = p.type == Type::float32;
-  const double visit = single ? 99 : 77, routing_node = single ? 8.1 : 0.8, dense_node = single ? 22 : 2.75, kDenseStart = 600, kMargin = 1.25;
-  const double nodes = double(p.shape.nodes()), conditional = visit * double(p.shape.walk()) + (routing ? routing_node * nodes : 0);
-  return (dense_node * nodes + kDenseStart) * kMargin < conditional;
+  const double visit = single ? 99 : 77, routing_node = single ? 8.1 : 0.8, dense_node = single ? 22 : 2.75;
+  constexpr double kDenseStart = 600, kDenseCall = 50, kVisitStart = 1.3, kMargin = 1.25;
+  const double nodes = double(p.shape.nodes()), walk = double(p.shape.walk()), scale = double(p.shape.tokens) / 131072;
+  const double conditional = kVisitStart * walk + scale * (visit * walk + (routing ? routing_node * nodes : 0));
+  return (kDenseCall + scale * (dense_node * nodes + kDenseStart)) * kMargin < conditional;
 }
 
 constexpr int64_t kTilesFrom = 256;  // tokens

@@ -15,6 +15,7 @@ using float16 = __half;
 
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
+constexpr int64_t kFewestMasked = 256;  // tokens from which dense matrix products with a mask are chosen where they are faster
 
 template <class T> struct accumulator { using type = float; };
 template <> struct accumulator<double> { using type = double; };

@@ -416,8 +416,8 @@ Way forward_way(const Problem& p, Way wanted) {
   Way best = serves(p, Way::gather) ? Way::gather : Way::plain;
   if (s.trees == 1 && best == Way::gather) return best;
   const Costs& cost = p.type == Type::float32 ? kSingle : kHalf;
-  const double scale = double(s.tokens) / 131072 * double(s.hidden) / 768;
-  double least = scale * cost.gather * double(s.walk()) + kGatherCall;
+  const double share = double(s.tokens) / 131072, scale = share * double(s.hidden) / 768;
+  double least = std::max(share, scale) * cost.gather * double(s.walk()) + kGatherCall;  // a visit of fewer numbers takes as long
   if (best == Way::plain) least *= 2;  // nobody measured it
   if (s.tokens >= 8192 && serves(p, Way::columns)) {
     const double columns = scale * cost.columns * double(s.walk()) + kColumnsCall;
@@ -428,7 +428,7 @@ Way forward_way(const Problem& p, Way wanted) {
     if (forest < least) least = forest, best = Way::forest;
   }
   const double dense = scale * (kDenseStart + cost.dense * double(s.nodes())) + kDenseCall;
-  return s.tokens >= 2048 && serves(p, Way::dense) && dense * kMargin < least ? Way::dense : best;
+  return s.tokens >= kFewestMasked && serves(p, Way::dense) && dense * kMargin < least ? Way::dense : best;
 }
 
 // A thread: VEC numbers.

@@ -634,6 +634,10 @@ def test_what_is_said_about_the_way():
     assert ops.way(1, 11, 768, 131072, torch.bfloat16, backward=True) == "tiles"
     assert ops.way(1, 11, 768, 131072, torch.float32, backward=True) == "conditional"
     assert ops.way(32, 6, 768, 131072, torch.bfloat16, backward=True) == "dense"
+    for backward, few in ((False, "gather"), (True, "conditional")):  # a batch of short sentences; and one of them
+        assert ops.way(512, 2, 384, 512, torch.bfloat16, backward=backward) == "dense"
+        assert ops.way(512, 2, 384, 512, torch.float32, backward=backward) == "dense"
+        assert ops.way(512, 2, 384, 32, torch.bfloat16, backward=backward) == few
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
