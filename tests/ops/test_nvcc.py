@@ -15,6 +15,10 @@ TARGETS = ("80", "90")
 CUDA = loader.LIBRARIES["cuda"]
 
 
+# Whether they compile, not how fast they are: most of nvcc's time goes into optimising.
+QUICK = "-Xcicc -O0 -Xptxas -O1 -Xcompiler -O0"
+
+
 @pytest.fixture(scope="module")
 def nvcc():
     try:
@@ -23,8 +27,11 @@ def nvcc():
         pytest.skip(str(error))
 
 
-def test_the_library(nvcc):
+@pytest.mark.parametrize("flags", [QUICK, pytest.param(None, marks=pytest.mark.full)])
+def test_the_library(nvcc, flags, monkeypatch):
     """In the cache, as ``hf-fff build --cuda --arch 80,90`` leaves it: what did not change is not compiled again."""
+    if flags:
+        monkeypatch.setenv("HF_FFF_NVCCFLAGS", flags)
     built = loader.build("cuda", targets=TARGETS)
     assert built.path is not None, built.reason
     assert json.loads(built.path.with_suffix(".json").read_text())["targets"] == list(TARGETS)
@@ -37,7 +44,8 @@ def test_the_library(nvcc):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is loaded where there is a GPU")
-def test_the_command(nvcc, tmp_path):
+def test_the_command(nvcc, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_FFF_NVCCFLAGS", QUICK)
     told = run("build", "--cuda", "--arch", ",".join(TARGETS), "--output", tmp_path)
     assert told.exit_code == 0 and told.stdout.startswith(str(tmp_path / "libhf_fff_cuda.so"))
     assert "built, and not loaded here: there is no GPU" in told.stderr
@@ -49,8 +57,9 @@ def other_sources():
     return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.cu")) if path not in CUDA.files()]
 
 
+@pytest.mark.parametrize("flags", [QUICK, pytest.param("", marks=pytest.mark.full)])
 @pytest.mark.parametrize("source", other_sources())
-def test_the_sources_that_are_no_part_of_it(nvcc, source, tmp_path):
+def test_the_sources_that_are_no_part_of_it(nvcc, source, flags, tmp_path):
     root = loader.kernels_root()
     codes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in ("80", "90a")]
     command = [
@@ -59,6 +68,7 @@ def test_the_sources_that_are_no_part_of_it(nvcc, source, tmp_path):
         "--extended-lambda",
         f"-I{root}",
         *codes,
+        *flags.split(),
         "-c",
         str(root / source),
         "-o",
