@@ -139,15 +139,21 @@ def test_several_sources_are_compiled_each_by_itself_and_linked(root, compiler, 
 @pytest.fixture
 def two_libraries(root):
     """A loader of "tiny" and "more", that share a source; their hosts need other flags."""
-    (root / "core.cpp").write_text('#include "tiny.h"\n#ifdef OF\n#error of a host\n#endif\nint core() { return TINY; }\n')
+    (root / "core.cpp").write_text(
+        '#include "tiny.h"\n#ifdef OF\n#error of a host\n#endif\nint core() { return TINY; }\n'
+    )
     for name in ("tiny", "more"):
-        (root / f"{name}.cpp").write_text(f"{SOURCE}int core();\nstatic_assert(OF == sizeof({name!r}));\n".replace("'", '"'))
+        (root / f"{name}.cpp").write_text(
+            f"{SOURCE}int core();\nstatic_assert(OF == sizeof({name!r}));\n".replace("'", '"')
+        )
 
     def make():
         loader, rows = fresh_loader(root), {}
         for name in ("tiny", "more"):
             host = dataclasses.replace(loader._torch(), flags=(f"-DOF={len(name) + 1}",))
-            rows[name] = loader.Library(name, (f"{name}.cpp", "core.cpp"), core=("core.cpp",), host=lambda host=host: host)
+            rows[name] = loader.Library(
+                name, (f"{name}.cpp", "core.cpp"), core=("core.cpp",), host=lambda host=host: host
+            )
         loader.LIBRARIES = rows
         return loader
 
