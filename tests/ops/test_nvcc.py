@@ -26,14 +26,10 @@ def nvcc():
 
 
 @pytest.fixture(params=[QUICK, pytest.param("as it is used", marks=pytest.mark.full)])
-def flags(nvcc, request, monkeypatch):
+def flags(request, monkeypatch):
     """What else nvcc is told, for the loader too. Most of its time goes into optimising, which says nothing of whether the sources are right;
     what optimising alone could break, such as the registers that are there, the full tests find."""
-    told = ""
-    if request.param == QUICK:
-        known = subprocess.run([*nvcc, "--help"], capture_output=True, text=True, check=True).stdout
-        told = "-Ofc max" if "--Ofast-compile" in known else "-Xcicc -O0 -Xptxas -O1"
-        told += " -Xcompiler -O0"
+    told = "-Xcicc -O0 -Xptxas -O1 -Xcompiler -O0" if request.param == QUICK else ""
     monkeypatch.setenv("HF_FFF_NVCCFLAGS", f"{os.environ.get('HF_FFF_NVCCFLAGS', '')} {told}")
     return told.split()
 
