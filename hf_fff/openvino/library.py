@@ -58,7 +58,9 @@ def _open(path: Path) -> None:
         raise BuildError(f"{path} was compiled for OpenVINO {made_for}, and {installed} is installed")
 
 
-loader.LIBRARIES[_NAME] = Library(_NAME, ("openvino/extension.cpp", *loader.CORE), host=_host, required=True)
+loader.LIBRARIES[_NAME] = Library(
+    _NAME, ("openvino/extension.cpp", *loader.CORE), core=loader.CORE, host=_host, required=True
+)
 
 
 def extension() -> Path:

@@ -128,6 +128,7 @@ class Library:
     name: str
     sources: tuple[str, ...]  # relative to kernels_root(); may be patterns
     operator: str | None = None
+    core: tuple[str, ...] = ()  # those of the sources that know no host: their objects serve other libraries too
     dispatch_key: str = "CPU"
     compiler: str = "c++"
     host: Callable[[], Host] = _torch
@@ -164,15 +165,15 @@ CORE = tuple(
 LIBRARIES = {
     row.name: row
     for row in (
-        Library("cpu", ("torch-ext/torch_binding_cpu.cpp", *CORE), "hf_fff::fff"),
-        Library("bench", ("torch-ext/bench_cpu.cpp", *CORE), "hf_fff_bench::fff_loop"),
+        Library("cpu", ("torch-ext/torch_binding_cpu.cpp", *CORE), "hf_fff::fff", CORE),
+        Library("bench", ("torch-ext/bench_cpu.cpp", *CORE), "hf_fff_bench::fff_loop", CORE),
         Library(
             "cuda",
             ("torch-ext/torch_binding_cuda.cpp", "cuda/*.cu"),
             "hf_fff::fff",
-            "CUDA",
-            "nvcc",
-            _torch_cuda,
+            dispatch_key="CUDA",
+            compiler="nvcc",
+            host=_torch_cuda,
             otherwise="Triton kernels or PyTorch code are",
         ),
     )
@@ -532,7 +533,7 @@ def _cached_or_built(
     try:
         folder = Path(tempfile.mkdtemp(prefix="hf_fff-"))
         atexit.register(_remove, folder, os.getpid())
-        built = _build_in(folder, library, compiler)
+        built = _build_in(folder, library, compiler, force)
     except OSError as error:
         raise BuildError(f"{problem}, nor can a temporary folder ({error}). {advice}") from error
     reason = f"{problem}; compiled the {library.name} library for this process alone. {advice}"
@@ -554,10 +555,10 @@ def _cached_or_built_in(folder: Path, library: Library, compiler: _Compiler, for
             path.unlink(missing_ok=True)
         elif not force:  # another process built it while this one waited
             return _open_here(library, path, "cache", compiler)
-        return _build_in(folder, library, compiler)
+        return _build_in(folder, library, compiler, force)
 
 
-def _build_in(folder: Path, library: Library, compiler: _Compiler) -> Status:
+def _build_in(folder: Path, library: Library, compiler: _Compiler, force: bool) -> Status:
     if hasattr(os, "ST_NOEXEC") and os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise OSError(f"{folder} is on a file system mounted noexec")
     path = folder / library.file_name
@@ -565,7 +566,7 @@ def _build_in(folder: Path, library: Library, compiler: _Compiler) -> Status:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as work:
         fresh = Path(work) / library.file_name
-        _compile(library, compiler, fresh)
+        _compile(library, compiler, fresh, force)
         # A library counts only together with its manifest: a process that dies anywhere here leaves nothing that loads.
         # Renamed before it is loaded, since the dynamic linker knows libraries by the name they had then.
         _manifest(path).unlink(missing_ok=True)
@@ -582,15 +583,11 @@ def _build_in(folder: Path, library: Library, compiler: _Compiler) -> Status:
     return built
 
 
-def _compile(library: Library, compiler: _Compiler, target: Path) -> None:
+def _compile(library: Library, compiler: _Compiler, target: Path, force: bool = False) -> None:
+    """``force``: objects of the core that another library left are not taken."""
     host, tools, sources = library.host(), library.tools, library.files()
-    flags = [
-        *tools.flags,
-        *host.flags,
-        *_words(tools.flags_variable),
-        f"-I{host.home / 'include'}",
-        f"-I{kernels_root()}",
-    ]
+    flags = [*tools.flags, *_words(tools.flags_variable), f"-I{kernels_root()}"]
+    for_host = [*host.flags, f"-I{host.home / 'include'}"]
     codes = []
     for gpu in compiler.targets:
         number = gpu.removesuffix(_PTX)
@@ -598,16 +595,51 @@ def _compile(library: Library, compiler: _Compiler, target: Path) -> None:
         codes.append(f"arch=compute_{machine},code=sm_{machine}")
         if gpu.endswith(_PTX):
             codes.append(f"arch=compute_{number},code=compute_{number}")
-    compile_ = [*compiler.command, *flags, *(f"-gencode={code}" for code in dict.fromkeys(codes))]
+    plain = [*compiler.command, *flags, *(f"-gencode={code}" for code in dict.fromkeys(codes))]
+    compile_ = [*plain, *for_host]
     inputs, link = list(map(str, sources)), [f"-L{host.home / host.lib}", *tools.link, *host.libraries]
     if len(sources) > 1:  # each by itself, as many at a time as there are cores
-        objects = [str(target.with_name(f"{i}.o")) for i in range(len(sources))]
-        commands = [[*compile_, "-c", s, "-o", o] for s, o in zip(inputs, objects, strict=True)]
+        core, kept = {kernels_root() / name for name in library.core}, _kept_objects(library, compiler)
+        objects = [target.with_name(f"{i}.o") for i in range(len(sources))]
+        commands, fresh = [], []
+        for i, source in enumerate(sources):
+            own = kept / f"{source.stem}.o" if kept and source in core else None
+            if own and not force and _is_whole(own):
+                objects[i] = own
+                continue
+            commands.append([*(plain if own else compile_), "-c", str(source), "-o", str(objects[i])])
+            fresh += [(objects[i], own)] if own else []
         _run(compiler, commands, target, tools.timeout)
-        inputs = objects
+        for made, own in fresh:
+            _keep(made, own)
+        inputs = list(map(str, objects))
     _run(compiler, [[*compile_, *inputs, "-o", str(target), *link]], target, tools.timeout)
     if not _looks_whole(target):
         raise BuildError(f"{compiler.command[0]} reported success and wrote no usable library")
+
+
+def _kept_objects(library: Library, compiler: _Compiler) -> Path | None:
+    """Where objects of the core lie for the next library; None where there is no place."""
+    tools = library.tools
+    parts = (tools.flags, _words(tools.flags_variable), compiler.command, compiler.version, _cpu_flags())
+    key = hashlib.sha256(repr((_source_digest(library), parts)).encode(errors="surrogateescape")).hexdigest()[:16]
+    try:
+        return cache_dir() / f"core-{key}"
+    except OSError:
+        return None
+
+
+def _keep(made: Path, place: Path) -> None:
+    """Copies an object, with a manifest as libraries have; without room for it, it is compiled again next time."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as work:
+            fresh, manifest = Path(shutil.copy(made, work)), Path(work) / "manifest"
+            manifest.write_text(json.dumps(_fingerprint(fresh)))
+            os.replace(fresh, place)
+            os.replace(manifest, _manifest(place))
+    except OSError as error:
+        logger.debug("hf_fff: %s is not kept: %s", place, error)
 
 
 def _run(compiler: _Compiler, commands: list[list[str]], target: Path, timeout: float) -> None:

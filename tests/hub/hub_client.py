@@ -40,6 +40,8 @@ for line in sys.stdin:
     sys.stderr.flush()
     print(json.dumps([failed, told[0] if told else None]), file=answers, flush=True)
 """
+# Without an answer transformers takes it that code is not trusted: after fifteen seconds, of which one is enough here.
+SOON = "import transformers.dynamic_module_utils as asks\nasks.TIME_OUT_REMOTE_CODE = 1\n"
 CLI = "from hf_fff.cli.app import app\napp(prog_name='hf-fff')"
 
 

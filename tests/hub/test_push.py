@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from hub_client import CLI, LOAD, Client, logits_of
+from hub_client import CLI, LOAD, SOON, Client, logits_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -96,7 +96,9 @@ def test_remote_code_goes_along(hub, client, folder, tmp_path):
     assert "trust_remote_code=True" in hub.files("me/model")["README.md"].decode()
     cache = json.dumps({"cache_dir": str(tmp_path / "cache")})
     alone = tmp_path / "alone.py"
-    alone.write_text(WITHOUT_HF_FFF + "\nsys.argv = ['', *sys.argv[1:]]\n" + LOAD.replace("torch, hf_fff", "torch"))
+    alone.write_text(
+        WITHOUT_HF_FFF + "\nsys.argv = ['', *sys.argv[1:]]\n" + SOON + LOAD.replace("torch, hf_fff", "torch")
+    )
     run = f"exec(compile(open({str(alone)!r}).read(), 'alone', 'exec'), globals())"
     fresh = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     told = _in_new_process(client, hub, tmp_path, run, cache, fresh, fails=True)

@@ -4,7 +4,7 @@ import json
 import pickle
 
 import pytest
-from hub_client import CLI
+from hub_client import CLI, SOON
 from safetensors.torch import load_file
 
 EVIL = "open({marker!r}, 'w').close()\n"
@@ -63,8 +63,8 @@ def _open_all(client, tmp_path):
     places = {"OUT": str(tmp_path / "out"), "DATA": str(tmp_path / "rows.jsonl")}
     for words in COMMANDS:
         given = [places.get(word, word) for word in words]
-        client("import sys\ntry:\n    exec(" + repr(CLI) + ")\nexcept SystemExit:\n    pass\ntell(None)", *given)
-    client("try:\n    exec(" + repr(OPEN) + ")\nexcept Exception:\n    pass\ntell(None)")
+        client(SOON + "import sys\ntry:\n    exec(" + repr(CLI) + ")\nexcept SystemExit:\n    pass\ntell(None)", *given)
+    client(SOON + "try:\n    exec(" + repr(OPEN) + ")\nexcept Exception:\n    pass\ntell(None)")
 
 
 def test_a_pickle_does_not_run(hub, client, dense, marker, tmp_path):

@@ -1,6 +1,7 @@
 """Every CUDA source compiles for two kinds of GPUs, where there is nvcc; no GPU is needed."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ from hf_fff.ops import loader
 
 TARGETS = ("80", "90")
 CUDA = loader.LIBRARIES["cuda"]
+QUICK = "quick"
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,16 @@ def nvcc():
         pytest.skip(str(error))
 
 
-def test_the_library(nvcc):
+@pytest.fixture(params=[QUICK, pytest.param("as it is used", marks=pytest.mark.full)])
+def flags(request, monkeypatch):
+    """What else nvcc is told, for the loader too. Most of its time goes into optimising, which says nothing of whether the sources are right;
+    what optimising alone could break, such as the registers that are there, the full tests find."""
+    told = "-Xcicc -O0 -Xptxas -O1 -Xcompiler -O0" if request.param == QUICK else ""
+    monkeypatch.setenv("HF_FFF_NVCCFLAGS", f"{os.environ.get('HF_FFF_NVCCFLAGS', '')} {told}")
+    return told.split()
+
+
+def test_the_library(nvcc, flags):
     """In the cache, as ``hf-fff build --cuda --arch 80,90`` leaves it: what did not change is not compiled again."""
     built = loader.build("cuda", targets=TARGETS)
     assert built.path is not None, built.reason
@@ -37,7 +48,8 @@ def test_the_library(nvcc):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is loaded where there is a GPU")
-def test_the_command(nvcc, tmp_path):
+@pytest.mark.usefixtures("flags")
+def test_the_command(tmp_path):
     told = run("build", "--cuda", "--arch", ",".join(TARGETS), "--output", tmp_path)
     assert told.exit_code == 0 and told.stdout.startswith(str(tmp_path / "libhf_fff_cuda.so"))
     assert "built, and not loaded here: there is no GPU" in told.stderr
@@ -50,7 +62,7 @@ def other_sources():
 
 
 @pytest.mark.parametrize("source", other_sources())
-def test_the_sources_that_are_no_part_of_it(nvcc, source, tmp_path):
+def test_the_sources_that_are_no_part_of_it(nvcc, source, flags, tmp_path):
     root = loader.kernels_root()
     codes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in ("80", "90a")]
     command = [
@@ -59,6 +71,7 @@ def test_the_sources_that_are_no_part_of_it(nvcc, source, tmp_path):
         "--extended-lambda",
         f"-I{root}",
         *codes,
+        *flags,
         "-c",
         str(root / source),
         "-o",
