@@ -102,7 +102,7 @@ def distill(
         bool,
         typer.Option(
             "--graphs",
-            help="Record steps on a GPU as CUDA graphs, the calibration's too. Experimental: small models train two to three times as fast.",
+            help="Record steps on a GPU as CUDA graphs, the calibration's too: small models train two to three times as fast.",
         ),
     ] = False,
     device: OnDevice = None,

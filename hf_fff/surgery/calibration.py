@@ -59,8 +59,8 @@ class Calibration:
         held_out: share of the tokens on which the unexplained variance is measured.
         seed: of everything random.
         progress: whether to show a bar.
-        cuda_graphs: whether the steps of a layer are recorded on a GPU, once, and replayed. Experimental: it has run on a GPU, and
-            how much faster it is there is not measured.
+        cuda_graphs: whether the steps of a layer are recorded on a GPU, once, and replayed. How much faster that is, is not
+            measured.
     """
 
     data: Any

@@ -40,7 +40,7 @@ class FastArguments(TrainingArguments):
     )
     cuda_graphs: bool = field(
         default=False,
-        metadata={"help": "Experimental. Record a step on a GPU once for each length of the inputs, and replay it."},
+        metadata={"help": "Record a step on a GPU once for each length of the inputs, and replay it."},
     )
     report_to: Any = field(default="none", metadata={"help": "Where to report to."})
     # The filter would hide a loss that is not finite, and wait for the GPU at every step to do so.
