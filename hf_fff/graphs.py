@@ -13,7 +13,9 @@ from torch import Tensor, nn
 _EAGER = 2  # steps of a shape before it is recorded: libraries set themselves up, kernels are compiled
 
 
-class Recorded(NamedTuple):
+class _Recorded(NamedTuple):
+    """A step of one shape."""
+
     graph: Any
     inputs: dict[str, Tensor]
     outputs: tuple[Tensor, ...]
@@ -34,7 +36,7 @@ class StepGraphs:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = list(parameters)
-        self.recorded: dict[Any, Recorded] = {}
+        self.recorded: dict[Any, _Recorded] = {}
         self._seen: dict[Any, int] = {}
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
@@ -85,8 +87,8 @@ class StepGraphs:
                 raise
             self._failed = True
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(f"training steps are not recorded as CUDA graphs: {why}", stacklevel=4)
+            warnings.warn(f"steps are not recorded as CUDA graphs: {why}", stacklevel=4)
             for p in self._parameters:
                 p.grad = None
             return
-        self.recorded[key] = Recorded(graph, static, outputs, [p.grad for p in self._parameters])
+        self.recorded[key] = _Recorded(graph, static, outputs, [p.grad for p in self._parameters])

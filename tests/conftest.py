@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With ``-n`` alone, tests of a file stay in one process: what they share is made once."""
+    """With ``-n``, unless another ``--dist`` is asked for, tests of a file stay in one process: what they share is made once."""
     if config.getvalue("dist") != "load":
         return None
     from xdist.scheduler import LoadFileScheduling

@@ -48,7 +48,7 @@ TAIL = """
 ![Scores by what stands in the place of the FFNs]({picture})
 
 {device}, torch {torch}; a run took {seconds}, calibration included, beside others on the same GPU. A score that the model without any FFN
-has too says nothing about trees. {missing}
+has too says nothing about trees.{missing}
 """
 
 

@@ -586,8 +586,11 @@ def _build_in(folder: Path, library: Library, compiler: _Compiler, force: bool) 
 def _compile(library: Library, compiler: _Compiler, target: Path, force: bool = False) -> None:
     """``force``: objects of the core that another library left are not taken."""
     host, tools, sources = library.host(), library.tools, library.files()
-    flags = [*tools.flags, *_words(tools.flags_variable), f"-I{kernels_root()}"]
     for_host = [*host.flags, f"-I{host.home / 'include'}"]
+    own_flags = [
+        *_words(tools.flags_variable),
+        f"-I{kernels_root()}",
+    ]  # the user's behind all others, which they may override
     codes = []
     for gpu in compiler.targets:
         number = gpu.removesuffix(_PTX)
@@ -595,11 +598,13 @@ def _compile(library: Library, compiler: _Compiler, target: Path, force: bool = 
         codes.append(f"arch=compute_{machine},code=sm_{machine}")
         if gpu.endswith(_PTX):
             codes.append(f"arch=compute_{number},code=compute_{number}")
-    plain = [*compiler.command, *flags, *(f"-gencode={code}" for code in dict.fromkeys(codes))]
-    compile_ = [*plain, *for_host]
+    own_flags += [f"-gencode={code}" for code in dict.fromkeys(codes)]
+    of_core = [*compiler.command, *tools.flags, *own_flags]
+    compile_ = [*compiler.command, *tools.flags, *for_host, *own_flags]
     inputs, link = list(map(str, sources)), [f"-L{host.home / host.lib}", *tools.link, *host.libraries]
     if len(sources) > 1:  # each by itself, as many at a time as there are cores
-        core, kept = {kernels_root() / name for name in library.core}, _kept_objects(library, compiler)
+        core = {kernels_root() / name for name in library.core}
+        kept = _kept_objects(library, compiler) if core else None
         objects = [target.with_name(f"{i}.o") for i in range(len(sources))]
         commands, fresh = [], []
         for i, source in enumerate(sources):
@@ -607,7 +612,7 @@ def _compile(library: Library, compiler: _Compiler, target: Path, force: bool = 
             if own and not force and _is_whole(own):
                 objects[i] = own
                 continue
-            commands.append([*(plain if own else compile_), "-c", str(source), "-o", str(objects[i])])
+            commands.append([*(of_core if own else compile_), "-c", str(source), "-o", str(objects[i])])
             fresh += [(objects[i], own)] if own else []
         _run(compiler, commands, target, tools.timeout)
         for made, own in fresh:

@@ -71,15 +71,15 @@ class FinetuningTrainer(FastTrainer):
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """As ``Trainer.compute_loss``; in training it keeps by what a loss that is not finite is told, without waiting for it."""
-        if not torch.is_grad_enabled():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
-        given = {**inputs, "output_hidden_states": True}
+        training = torch.is_grad_enabled()
+        given = {**inputs, "output_hidden_states": True} if training else dict(inputs)
         loss, out = super().compute_loss(model, given, True, num_items_in_batch)
         if self.task is not None and self._objective.padding_counts:
             total, labels = self._objective.label_losses(out, inputs).sum(0)
             loss = total / labels.clamp_min(1)
-        sums = [h.detach().sum(dtype=torch.float32) for h in out.get("hidden_states") or ()]
-        self._seen.append((self.state.global_step + 1, torch.stack([*sums, loss.detach().float()])))
+        if training:
+            sums = [h.detach().sum(dtype=torch.float32) for h in out.get("hidden_states") or ()]
+            self._seen.append((self.state.global_step + 1, torch.stack([*sums, loss.detach().float()])))
         return (loss, out) if return_outputs else loss
 
     def _described(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class FewLengths:
         self._multiple = _ALIGNED * -(-longest // (_ALIGNED * _LENGTHS))
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs, of which ``input_ids`` is ``[rows, tokens]``, padded as ``pad_to_multiple`` does it."""
         return pad_to_multiple(inputs, self._multiple, self._padding, self._most)
 
 

@@ -138,18 +138,18 @@ def test_several_sources_are_compiled_each_by_itself_and_linked(root, compiler, 
 
 @pytest.fixture
 def two_libraries(root):
-    """A loader of "tiny" and "more", that share a source; their hosts need other flags."""
+    """A loader of "tiny" and "other", that share a source; their hosts need other flags."""
     (root / "core.cpp").write_text(
         '#include "tiny.h"\n#ifdef OF\n#error of a host\n#endif\nint core() { return TINY; }\n'
     )
-    for name in ("tiny", "more"):
+    for name in ("tiny", "other"):
         (root / f"{name}.cpp").write_text(
             f"{SOURCE}int core();\nstatic_assert(OF == sizeof({name!r}));\n".replace("'", '"')
         )
 
     def make():
         loader, rows = fresh_loader(root), {}
-        for name in ("tiny", "more"):
+        for name in ("tiny", "other"):
             host = dataclasses.replace(loader._torch(), flags=(f"-DOF={len(name) + 1}",))
             rows[name] = loader.Library(
                 name, (f"{name}.cpp", "core.cpp"), core=("core.cpp",), host=lambda host=host: host
@@ -164,15 +164,25 @@ def test_the_core_is_compiled_once_for_all_libraries(root, two_libraries, compil
     compiler()
     assert two_libraries().load("tiny").origin == "built" and compiler.count() == 3  # two sources, and linked
     (kept,) = (tmp_path / "cache").rglob("*.o")
-    assert two_libraries().load("more").origin == "built" and compiler.count() == 5
+    assert two_libraries().load("other").origin == "built" and compiler.count() == 5
     assert two_libraries().build("tiny", force=True).origin == "built" and compiler.count() == 8
     kept.write_bytes(kept.read_bytes()[:-1])
-    assert two_libraries().build("more", force=False).origin == "cache" and compiler.count() == 8
-    shutil.rmtree(two_libraries().load("more").path.parent)
-    assert two_libraries().load("more").loaded and compiler.count() == 11, "a damaged object was linked"
+    assert two_libraries().build("other", force=False).origin == "cache" and compiler.count() == 8
+    shutil.rmtree(two_libraries().load("other").path.parent)
+    assert two_libraries().load("other").loaded and compiler.count() == 11, "a damaged object was linked"
     (root / "tiny.h").write_text("#define TINY 2\n")
-    assert two_libraries().load("more").loaded and compiler.count() == 14
+    assert two_libraries().load("other").loaded and compiler.count() == 14
     assert len(list((tmp_path / "cache").rglob("*.o"))) == 2 and not list((tmp_path / "cache").rglob("tmp*"))
+
+
+def test_our_libraries_share_one_core():
+    pytest.importorskip("openvino")
+    import hf_fff.openvino.library  # noqa: F401  # has a row of its own
+    from hf_fff.ops import loader
+
+    rows = [loader.LIBRARIES[name] for name in ("cpu", "bench", "openvino")]
+    assert len({loader._kept_objects(row, loader._compiler(row)) for row in rows}) == 1
+    assert all(len(row.core) > 3 and set(row.core) < set(row.sources) for row in rows)
 
 
 def test_where_the_core_cannot_be_kept(two_libraries, compiler, tmp_path, monkeypatch):
@@ -181,7 +191,7 @@ def test_where_the_core_cannot_be_kept(two_libraries, compiler, tmp_path, monkey
     place = loader._kept_objects(loader.LIBRARIES["tiny"], loader._compiler(loader.LIBRARIES["tiny"]))
     place.parent.mkdir()
     place.write_text("a file in its place")
-    for name in ("tiny", "more"):
+    for name in ("tiny", "other"):
         assert two_libraries().load(name).origin == "built"
     assert compiler.count() == 6 and not list((tmp_path / "cache").rglob("*.o"))
 

@@ -35,7 +35,7 @@ def flags(request, monkeypatch):
 
 
 def test_the_library(nvcc, flags):
-    """In the cache, as ``hf-fff build --cuda --arch 80,90`` leaves it: what did not change is not compiled again."""
+    """As ``hf-fff build --cuda --arch 80,90`` makes it: what did not change is not compiled again."""
     built = loader.build("cuda", targets=TARGETS)
     assert built.path is not None, built.reason
     assert json.loads(built.path.with_suffix(".json").read_text())["targets"] == list(TARGETS)

@@ -288,7 +288,7 @@ def test_recorded_steps_are_the_same(tmp_path, task, tokenizer):
         options = {"max_steps": 40, "logging_steps": 1, "dropout": False, "use_cpu": False, "cuda_graphs": graphs}
         t = make(tmp_path, task, tokenizer, model, **options)
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", "training steps are not recorded")
+            warnings.filterwarnings("error", "steps are not recorded")
             t.train()
         logs.append([row for row in t.state.log_history if "loss" in row])
     assert len(logs[0]) == 40
