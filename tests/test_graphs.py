@@ -26,19 +26,23 @@ class Recorder:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A torch.cuda whose graphs are ``Recorder``; ``broken`` ones raise."""
-    state = SimpleNamespace(graph=None, broken=False)
+    """A torch.cuda whose graphs are ``Recorder``; ``broken`` ones raise before or after the step."""
+    state = SimpleNamespace(graph=None, broken="")
 
     class Recording:
         def __init__(self, graph, **_):
             state.graph = graph
 
         def __enter__(self):
-            if state.broken:
-                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            self.fail("before")
 
         def __exit__(self, *_):
             state.graph = None
+            self.fail("after")
+
+        def fail(self, when):
+            if state.broken == when:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     class Stream:
         def wait_stream(self, other):
@@ -91,8 +95,9 @@ def test_what_is_recorded_gives_what_was_run(cuda):
     assert all(float(loss) == then for loss, then in kept)  # the next replay leaves them alone
 
 
-def test_a_step_that_cannot_be_recorded_is_run(cuda):
-    p, cuda.broken = nn.Parameter(torch.tensor(2.0)), True
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_step_that_cannot_be_recorded_is_run(cuda, when):
+    p, cuda.broken = nn.Parameter(torch.tensor(2.0)), when
     steps = StepGraphs([p])
 
     def run(inputs):
