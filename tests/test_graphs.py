@@ -1,13 +1,17 @@
 """Recorded training steps: what can be looked at without a GPU."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny_bert
 from torch import nn
+from transformers import TrainerCallback
 
-from hf_fff import graphs
+from hf_fff import Calibration, DistillationArguments, DistillationTrainer, convert_ffn_to_fff, graphs
 from hf_fff.graphs import StepGraphs
+from hf_fff.surgery import calibration
 
 
 def batch(tokens, rows=2):
@@ -26,19 +30,23 @@ class Recorder:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A torch.cuda whose graphs are ``Recorder``; ``broken`` ones raise."""
-    state = SimpleNamespace(graph=None, broken=False)
+    """A torch.cuda whose graphs are ``Recorder``; ``broken`` ones raise before or after the step."""
+    state = SimpleNamespace(graph=None, broken="")
 
     class Recording:
         def __init__(self, graph, **_):
             state.graph = graph
 
         def __enter__(self):
-            if state.broken:
-                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            self.fail("before")
 
         def __exit__(self, *_):
             state.graph = None
+            self.fail("after")
+
+        def fail(self, when):
+            if state.broken == when:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     class Stream:
         def wait_stream(self, other):
@@ -54,7 +62,7 @@ def cuda(monkeypatch):
         Stream=Stream, current_stream=Stream, stream=lambda s: s, graph=Recording, CUDAGraph=Recorder,
         graph_pool_handle=lambda: None,
     )  # fmt: skip
-    monkeypatch.setattr(graphs.torch, "cuda", fake)
+    monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=fake, OutOfMemoryError=torch.OutOfMemoryError))
     return state
 
 
@@ -91,8 +99,9 @@ def test_what_is_recorded_gives_what_was_run(cuda):
     assert all(float(loss) == then for loss, then in kept)  # the next replay leaves them alone
 
 
-def test_a_step_that_cannot_be_recorded_is_run(cuda):
-    p, cuda.broken = nn.Parameter(torch.tensor(2.0)), True
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_step_that_cannot_be_recorded_is_run(cuda, when):
+    p, cuda.broken = nn.Parameter(torch.tensor(2.0)), when
     steps = StepGraphs([p])
 
     def run(inputs):
@@ -109,3 +118,62 @@ def test_a_step_that_cannot_be_recorded_is_run(cuda):
         assert steps.step(batch(8), run)[0] == 6 and p.grad == 3
     p.grad = None
     assert steps.step(batch(8), run)[0] == 6 and p.grad == 3
+
+
+def fails_once(run):
+    with pytest.warns(UserWarning, match="steps are not recorded") as told:
+        result = run()
+    assert sum("not recorded" in str(warning.message) for warning in told) == 1
+    return result
+
+
+@pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
+def test_a_training_that_cannot_be_recorded_is_as_any(cuda, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    rows = [
+        {"input_ids": torch.randint(5, 120, (12,), generator=g), "attention_mask": torch.ones(12, dtype=torch.long)}
+        for _ in range(32)
+    ]
+    cuda.broken, options = "after", {"max_steps": 6, "per_device_train_batch_size": 8, "logging_steps": 3}
+    teacher = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+    def logged(graphed):
+        class OnAGpu(TrainerCallback):
+            def on_train_begin(self, args, state, control, **_):
+                trainer._graphed = graphed
+
+        arguments = DistillationArguments(str(tmp_path), **options, save_strategy="no", disable_tqdm=True, use_cpu=True)
+        student = convert_ffn_to_fff(copy.deepcopy(teacher), "2x3", init="random", seed=0)
+        trainer = DistillationTrainer(
+            student, arguments, teacher=teacher, train_dataset=rows, eval_dataset=rows, callbacks=[OnAGpu()]
+        )
+        trainer.train()
+        names = (
+            "loss",
+            "grad_norm",
+            "hidden",
+            "cosine",
+        )  # paths are counted twice here: a GPU does not run what it records
+        return [{name: row[name] for name in names} for row in trainer.state.log_history if "loss" in row]
+
+    plain, fallen_back = logged(False), fails_once(lambda: logged(True))
+    assert len(plain) == len(fallen_back) == 2
+    assert all(a == pytest.approx(b, rel=1e-4) for a, b in zip(plain, fallen_back, strict=True))
+
+
+def test_a_calibration_that_cannot_be_recorded_is_as_any(cuda, monkeypatch):
+    cuda.broken, made = "after", calibration._Fit.__init__
+
+    def on_a_gpu(self, *args):
+        made(self, *args)
+        self._graphs = StepGraphs([*self.ffn.parameters(), self.bias])
+
+    def unexplained():
+        ids = torch.randint(5, 120, (100, 16), generator=torch.Generator().manual_seed(0))
+        plan = Calibration(ids, steps=20, progress=False)
+        return convert_ffn_to_fff(model, {1: "2x3"}, calibration=plan).calibration_report.unexplained
+
+    model = tiny_bert()
+    plain = unexplained()
+    monkeypatch.setattr(calibration._Fit, "__init__", on_a_gpu)
+    assert fails_once(unexplained) == plain

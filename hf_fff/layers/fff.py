@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import ConfigLike, FFFConfig, as_config
+from ..ops import add_bias
 from .rounding import rounded_fff
 
 
@@ -112,4 +113,4 @@ class OutputBias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden_size] -> [..., hidden_size]``."""
-        return ops.add_bias(x, self.bias)
+        return add_bias(x, self.bias)

@@ -52,7 +52,9 @@ except ImportError:
 
     class ops:
         fff = staticmethod(fff_in_torch)
-        add_bias = staticmethod(torch.add)
+
+
+add_bias = getattr(ops, "add_bias", torch.add)  # an hf_fff that is older than this file may have none
 """
 
 # What the classes of FastCrammedBert refer to, and need not do there.

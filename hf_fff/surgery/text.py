@@ -33,7 +33,7 @@ def as_batches(data: Any, tokenizer: Any, *, max_length: int, batch_tokens: int)
         raise ValueError("the calibration data is empty: give some texts")
     if isinstance(items[0], Mapping):
         return [batch for item in items for batch in _split(item, max_length, batch_tokens)]
-    return list(_encode(items, tokenizer(), max_length, batch_tokens))
+    return list(_encode(_texts(items), tokenizer(), max_length, batch_tokens))
 
 
 def in_random_order(data: Any, tokenizer: Any, *, max_length: int, batch_tokens: int, seed: int) -> Iterator[Batch]:
@@ -43,14 +43,13 @@ def in_random_order(data: Any, tokenizer: Any, *, max_length: int, batch_tokens:
     Raises:
         ValueError, TypeError: as ``as_batches``.
     """
-    options: Any = {"max_length": max_length, "batch_tokens": batch_tokens}
     if not isinstance(data, Sequence) or isinstance(data, str) or not data or isinstance(data[0], Mapping):
-        yield from shuffled(as_batches(data, tokenizer, **options), seed)
+        yield from shuffled(as_batches(data, tokenizer, max_length=max_length, batch_tokens=batch_tokens), seed)
         return
-    texts = [item for item in shuffled(data, seed) if _is_text(item)] or list(data)
-    known = tokenizer()
+    texts, known = _texts(shuffled(data, seed)), tokenizer()
     for start in range(0, len(texts), _CHUNK):
-        yield from shuffled(as_batches(texts[start : start + _CHUNK], lambda: known, **options), seed + start)
+        batches = _encode(texts[start : start + _CHUNK], known, max_length, batch_tokens)
+        yield from shuffled(list(batches), seed + start)
 
 
 def _split(batch: Mapping[str, Tensor], max_length: int, batch_tokens: int) -> list[Batch]:
@@ -71,10 +70,16 @@ def _is_text(item: Any) -> bool:
     raise TypeError(f"calibration data must be texts, pairs of texts or tensors, found {type(item).__name__}")
 
 
-def _encode(items: Sequence[Any], tokenizer: Any, max_length: int, batch_tokens: int) -> Iterator[Batch]:
+def _texts(items: Sequence[Any]) -> list[Any]:
+    """Those that are not blank."""
     texts = [item for item in items if _is_text(item)]
     if not texts:
         raise ValueError("the calibration data is empty: all of its texts are blank")
+    return texts
+
+
+def _encode(texts: Sequence[Any], tokenizer: Any, max_length: int, batch_tokens: int) -> Iterator[Batch]:
+    """The batches of texts that are not blank."""
     encoded: list[tuple[int, dict[str, list[int]]]] = []
     for start in range(0, len(texts), 1024):
         part = texts[start : start + 1024]

@@ -129,7 +129,7 @@ def test_wrong_use():
         pass
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.gpu
 def test_on_a_gpu():
     fff, x = layer("8x8", 64), tokens(300, 64)
     with torch.no_grad(), rounded_rows(fff):

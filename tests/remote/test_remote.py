@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -156,6 +157,18 @@ def test_kernels_where_hf_fff_is_installed(tmp_path):
     got = open_all(folder, block=False)["bert"]
     assert got["ops"] == "hf_fff.ops"
     assert torch.equal(got["out"], model(**batch)[0])  # the same kernels, so the same bits
+
+
+def test_an_older_hf_fff_has_no_kernel_for_the_bias(monkeypatch):
+    """The file may be newer than the package that is installed."""
+    module = types.ModuleType("modeling_fastbert")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look
+    monkeypatch.delattr(hf_fff.ops, "add_bias")
+    exec(remote_code(convert(tiny_bert())), module.__dict__)
+    assert module.ops is hf_fff.ops
+    layer, x = module.OutputBias(5), torch.randn(3, 5)
+    torch.nn.init.normal_(layer.bias)
+    assert torch.equal(layer(x), x + layer.bias)
 
 
 def test_with_hf_fff_imported_nothing_changes(tmp_path):

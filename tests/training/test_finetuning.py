@@ -279,7 +279,6 @@ def test_recorded_steps_are_for_gpus(tmp_path, tokenizer):
 
 @pytest.mark.full
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("task", HEAD)
 def test_recorded_steps_are_the_same(tmp_path, task, tokenizer):
     logs = []
