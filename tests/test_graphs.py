@@ -148,12 +148,8 @@ def test_a_training_that_cannot_be_recorded_is_as_any(cuda, tmp_path):
             student, arguments, teacher=teacher, train_dataset=rows, eval_dataset=rows, callbacks=[OnAGpu()]
         )
         trainer.train()
-        names = (
-            "loss",
-            "grad_norm",
-            "hidden",
-            "cosine",
-        )  # paths are counted twice here: a GPU does not run what it records
+        # Of paths more are counted here: a GPU does not run what it records.
+        names = ("loss", "grad_norm", "hidden", "cosine")
         return [{name: row[name] for name in names} for row in trainer.state.log_history if "loss" in row]
 
     plain, fallen_back = logged(False), fails_once(lambda: logged(True))
