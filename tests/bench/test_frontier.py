@@ -36,6 +36,7 @@ class Engine:
         return 0.001 * question[2]  # seconds: as many milliseconds as there are threads
 
 
+@torch.no_grad()
 def test_rows(monkeypatch):
     monkeypatch.setattr(frontier, "tree_loops", lambda fff, x, packed: {"fff": lambda repeats: 2e-6})
     server, fff = Engine(), layer.random_layer(FFFConfig(2, 3), 16)
