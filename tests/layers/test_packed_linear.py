@@ -118,7 +118,7 @@ def test_a_small_network(kind):
 def test_machines_without_such_products(monkeypatch):
     linear.why_not.cache_clear()
     monkeypatch.setattr(PackedLinear, "product", lambda self, x: x[:, :16] * 0)
-    assert linear.why_not("int8") == "wrong numbers"
+    assert "products of int8 are wrong on this CPU" in linear.why_not("int8")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert "no bfloat16 products" in linear.why_not("bf16")
     linear.why_not.cache_clear()
