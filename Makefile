@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_COMPAT ?= .venv-compat
+JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 BENCH_THREADS ?= 1,2
@@ -53,7 +54,7 @@ $(VENV_COMPAT)/.stamp: pyproject.toml constraints.txt
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
-	@echo "Variables: PYTHON=python3.12, VENV=folder, VENV_COMPAT=folder, PYTEST_ARGS=\"-n 2 -k name\", BENCH_ARGS=\"--rounds 3\""
+	@echo "Variables: PYTHON=python3.12, VENV=folder, VENV_COMPAT=folder, JOBS=4, PYTEST_ARGS=\"-k name\", BENCH_ARGS=\"--rounds 3\""
 
 venv: $(VENV)/.stamp ## make or refresh the environment
 	@:
@@ -64,8 +65,8 @@ demo: $(VENV)/.stamp ## convert and calibrate a real model, compare and time it;
 publish-example: $(VENV)/.stamp ## the demo's model converted, measured, carded, pushed to a hub on this machine and loaded back; CARD=file keeps the card
 	@"$(VENV)/bin/python" examples/publish.py $(if $(CARD),--card "$(CARD)")
 
-test: $(VENV)/.stamp ## the fast tests
-	@"$(VENV)/bin/python" $(PYTEST) $(FAST) $(PYTEST_ARGS)
+test: $(VENV)/.stamp ## the fast tests, JOBS files at a time
+	@"$(VENV)/bin/python" $(PYTEST) $(FAST) -n $(JOBS) $(PYTEST_ARGS)
 
 test-full: $(VENV)/.stamp ## all tests
 	@"$(VENV)/bin/python" $(PYTEST) $(PYTEST_ARGS)
