@@ -134,16 +134,17 @@ def test_the_page(tmp_path, monkeypatch):
     append(path, row("dense", None, 0, 1.0, run="rates"))  # by which something was chosen
     append(path, row("1x3", 3.0, 1, 4.9, run="otherwise", zero_outputs=True, rate=1e-4))
     for fff, routing, ms in (("dense", None, 25.0), ("1x3", 3.0, 40.0), ("none", None, 20.0)):
-        append(path, row(fff, routing, 0, 0.0, run="time", milliseconds=ms))
+        append(path, row(fff, routing, 0, 0.0, run="time", milliseconds=ms, windows=[0.9 * ms, 1.1 * ms]))
     call(monkeypatch, "--results", path, "--report", "--page", page)
     lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     assert lines[1:4] == [  # none makes all of its 100 steps in 2 s, dense 80 and 1x3 50
-        "| dense | - | 1536 (100.0 %) | 20.0 M | - | 2 | 4.050 ± 0.071 | 100 % | 25.0 | 4.840 ± 0.057 | 100 % | - |",
-        "| none | - | 0 (0.0 %) | 20.0 M | - | 2 | 6.050 ± 0.071 | 0 % | 20.0 | 6.050 ± 0.071 | 0 % | - |",
-        "| 1x3 | 3 | 4 (0.3 %) | 20.0 M | 0.00075, in units | 2 | 5.050 ± 0.071 | 50 % | 40.0 | 6.525 ± 0.035 | -39 % | 25.0 % |",
+        "| dense | - | 1536 (100.0 %) | 20.0 M | - | 2 | 4.050 ± 0.071 | 100 % | 25.0 | 4.840 ± 0.057 | - |",
+        "| none | - | 0 (0.0 %) | 20.0 M | - | 2 | 6.050 ± 0.071 | 0 % | 20.0 | 6.050 ± 0.071 | - |",
+        "| 1x3 | 3 | 4 (0.3 %) | 20.0 M | 0.00075, in units | 2 | 5.050 ± 0.071 | 50 % | 40.0 | 6.525 ± 0.035 | 25.0 % |",
     ]
+    assert "windows of one model differ by up to 22 % here" in page.read_text()
     assert lines[5:7] == [
-        "| 1x3, as above | 3 | 0.00075 | yes | random | 5.100 |",
+        "| 1x3, seed 1 of the above | 3 | 0.00075 | yes | random | 5.100 |",
         "| 1x3 | 3 | 0.0001 | yes | at zero | 5.000 |",
     ]
     assert lines[8:] == ["| norms before, rotary positions | dense | 100 x 8 | 0.001 | - | - | 1.000 |"]
