@@ -193,7 +193,7 @@ def bench_serve(
                 "source": str(folders[system.model]),
                 "made": str(root / "made" / str(i)),
             }
-            if not system.engine.startswith("torch"):
+            if not system.engine.startswith("torch"):  # which is made of the folder as it is
                 _finish(own, system.name)
             servers[system] = stack.enter_context(process.served(_command(own, "serve"), system.name))
         found = [Served(s, cold_start=servers[s].cold_start) for s in systems]

@@ -626,10 +626,9 @@ def _compile(library: Library, compiler: _Compiler, target: Path, force: bool = 
 def _kept_objects(library: Library, compiler: _Compiler) -> Path | None:
     """Where objects of the core lie for the next library; None where there is no place."""
     tools = library.tools
-    parts = (tools.flags, _words(tools.flags_variable), compiler.command, compiler.version, _cpu_flags())
-    key = hashlib.sha256(repr((_source_digest(library), parts)).encode(errors="surrogateescape")).hexdigest()[:16]
+    parts = (tools.flags, _words(tools.flags_variable), compiler.command, compiler.version)
     try:
-        return cache_dir() / f"core-{key}"
+        return cache_dir() / f"core-{_digest(library, *parts)}"
     except OSError:
         return None
 
@@ -787,9 +786,13 @@ def _words(variable: str) -> list[str]:
 def _key(library: Library, compiler: _Compiler) -> str:
     host, tools = library.host(), library.tools
     flags = (*tools.flags, *host.flags, *tools.link, *host.libraries, *_words(tools.flags_variable))
-    machine = (platform.machine(), _cpu_flags(), host.version)
-    parts = (library.sources, _source_digest(library), flags, compiler.command, compiler.version, machine)
-    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:16]
+    return _digest(library, library.sources, flags, compiler.command, compiler.version, host.version)
+
+
+def _digest(library: Library, *parts: Any) -> str:
+    """Of its sources, this machine, and what else what is compiled depends on."""
+    all_parts = (_source_digest(library), platform.machine(), _cpu_flags(), parts)
+    return hashlib.sha256(repr(all_parts).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _source_digest(library: Library) -> str:

@@ -436,7 +436,8 @@ namespace {
 
 // What was measured on an H100, in microseconds for 131072 tokens of 768 numbers: the conditional pass costs so much for each visit,
 // with the routing gradient so much more for each node; the masked one for each node, and at least kDenseStart. Few tokens leave a GPU
-// half empty: however few there are, a visit takes kVisitStart (H200), and all of the masked pass kDenseCall. Fewer numbers a row make both cheaper, so that only their ratio counts.
+// half empty: however few there are, a visit takes kVisitStart (H200), and all of the masked pass kDenseCall.
+// Fewer numbers a row make both cheaper, so that only their ratio counts.
 bool masked_is_faster(const Problem& p, bool routing) {
   if (p.type == Type::float64 || p.shape.tokens < kFewestMasked) return false;
   const bool single = p.type == Type::float32;
