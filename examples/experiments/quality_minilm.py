@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from hf_fff import FFF, Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff, optimize, rounded_rows
+from hf_fff import ops
 from hf_fff.files import atomic_folder
 from hf_fff.ops import ROWS
 from hf_fff.surgery.text import read_texts
@@ -59,42 +60,41 @@ def at_random(self, x):
     return (F.gelu(F.linear(x, self.weight_in, self.bias_in)) * visited.flatten(-2)) @ self.weight_out
 
 
-class Orthogonal(torch.optim.AdamW):
-    """AdamW, but square matrices, those of attention, take steps whose directions count all alike (Muon: arXiv 2502.16982), about as long as
-    Adam's."""
+@contextmanager
+def routing_gradient_of_inputs(alpha):
+    """What a layer's input, and so the layers below, are told of decisions; the trees themselves have their own routing gradient."""
+    usual = FFF.forward
 
-    _momentum = None
+    def forward(self, x):
+        c, weights = self.config, (self.weight_in, self.bias_in, self.weight_out)
+        if not (x.requires_grad and self.watch is None and self.rows is None):
+            return usual(self, x)
+        y = ops.fff(x.detach(), *weights, c.n_trees, c.activation, c.routing_gradient, c.routing_temperature)
+        fixed = [w.detach() for w in weights]
+        again = ops.fff(x, *fixed, c.n_trees, c.activation, alpha, c.routing_temperature)
+        return y + (again - again.detach())
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        square = [
-            (group, p)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.ndim == 2 and p.shape[0] == p.shape[1] and p.grad is not None
-        ]
-        gradients = [p.grad for _, p in square]
-        for _, p in square:
-            p.grad = None
-        step = torch.optim.AdamW.step
-        getattr(step, "__wrapped__", step)(self)  # hooks are called around this one already
-        for (_, p), gradient in zip(square, gradients, strict=True):
-            p.grad = gradient
-        now = torch.stack(gradients)
-        self._momentum = torch.zeros_like(now) if self._momentum is None else self._momentum
-        self._momentum.lerp_(now, 0.05)
-        x = now.lerp(self._momentum, 0.95).bfloat16()
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        for _ in range(5):  # Newton and Schulz: singular values go to about 1
-            a = x @ x.mT
-            x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
-        for (group, p), direction in zip(square, x.float(), strict=True):
-            p.add_(direction, alpha=-0.2 * len(p) ** 0.5 * group["lr"])
+    with mock.patch.object(FFF, "forward", forward):
+        yield
 
 
-def orthogonal(get):
-    """An optimizer in the place of the one that ``Trainer.get_optimizer_cls_and_kwargs`` gives."""
-    return lambda *args: (Orthogonal, get(*args)[1])
+@contextmanager
+def steps_by_depth(exponent, routing):
+    """Steps of a node of a tree at depth ``d`` are ``2 ** (-exponent * d)`` times as long, those that turn its decision ``routing`` times, too. A node
+    at a depth sees a share ``2 ** -d`` of the tokens, so that its gradients are noisier, and Adam's steps are of one length."""
+    measure = DistillationTrainer._measure_units
+
+    def measured(self):
+        measure(self)
+        for layer in (m for m in self.model.modules() if isinstance(m, FFF)):
+            depth = torch.arange(1, layer.config.tree_nodes + 1, device=layer.bias_in.device).log2().floor()
+            times = torch.exp2(-exponent * depth).repeat(layer.config.n_trees)
+            self._units[layer.weight_in] = self._units[layer.weight_in] * (routing * times[:, None])
+            self._units[layer.weight_out] = self._units[layer.weight_out] * times[:, None]
+            self._units[layer.bias_in] = routing * times
+
+    with mock.patch.object(DistillationTrainer, "_measure_units", measured):
+        yield
 
 
 @contextmanager
@@ -168,6 +168,15 @@ def main() -> None:
     parser.add_argument("--hidden-weight", type=float, default=0.5)
     parser.add_argument("--embedding-weight", type=float, default=10.0)
     parser.add_argument("--routing-gradient", type=float, default=3.0)
+    parser.add_argument(
+        "--input-routing-gradient", type=float, help="of what a layer's input is told, --routing-gradient by default"
+    )
+    parser.add_argument(
+        "--depth-steps", type=float, default=0.0, help="steps at depth d are 2**(-this * d) times as long"
+    )
+    parser.add_argument(
+        "--routing-steps", type=float, default=1.0, help="how many times as long those of decisions are"
+    )
     parser.add_argument("--crop", type=float, default=0.0, help="share of the batches that are cropped at random")
     parser.add_argument("--rows", choices=("int8", "bf16"), help="that the distillation trains the trees for")
     parser.add_argument("--freeze-embeddings", action="store_true")
@@ -217,6 +226,7 @@ def main() -> None:
                 bf16=device == "cuda",
                 torch_compile=args.compile,
                 cuda_graphs=args.graphs,
+                muon=args.muon,
                 seed=args.seed,
             )
             if args.fff != "dense":
@@ -226,15 +236,12 @@ def main() -> None:
                 fast.embeddings.requires_grad_(False)
             with (
                 curve() as result["curve"],
+                steps_by_depth(args.depth_steps, args.routing_steps),
+                nullcontext()
+                if args.input_routing_gradient is None
+                else routing_gradient_of_inputs(args.input_routing_gradient),
                 mock.patch.object(DistillationTrainer, "_measure_units", lambda self: None)
                 if args.plain_steps
-                else nullcontext(),
-                mock.patch.object(
-                    DistillationTrainer,
-                    "get_optimizer_cls_and_kwargs",
-                    staticmethod(orthogonal(DistillationTrainer.get_optimizer_cls_and_kwargs)),
-                )
-                if args.muon
                 else nullcontext(),
             ):
                 distil_texts(fast, dense, texts, tokenizer, training)

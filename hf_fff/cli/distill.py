@@ -81,13 +81,22 @@ def distill(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="For all but what replaces the FFNs; 4e-4 by default, 2e-4 with a task, less in under 500 steps."
+            help="For all but what replaces the FFNs; 4e-4 by default, 2e-4 with a task, twice that with --muon, less in under 500 steps."
         ),
     ] = None,
     fff_learning_rate: Annotated[
         float | None,
-        typer.Option(help="For what replaces the FFNs; by default 0.75 times the other for trees, 2.5 times for MLPs."),
+        typer.Option(
+            help="For what replaces the FFNs; by default 0.75 times the other for trees, 2.5 times for MLPs, half of that with --muon."
+        ),
     ] = None,
+    muon: Annotated[
+        bool,
+        typer.Option(
+            "--muon",
+            help="Take the steps of attention's matrices by Muon: further in as many steps.",
+        ),
+    ] = False,
     rows: Annotated[
         PackedRows | None,
         typer.Option(help="Train trees with rows rounded as they are packed later, which is meant to lose less."),
@@ -158,6 +167,7 @@ def distill(
         "max_steps": steps,
         "crop": crop,
         "cuda_graphs": graphs,
+        "muon": muon,
         "bf16": bf16,
         "seed": seed,
         "save_steps": save_steps,

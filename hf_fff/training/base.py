@@ -1,7 +1,7 @@
 """What all trainers share: rates of their own for what replaced the FFNs, steps in its units, and an end where a loss is not finite."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -18,6 +18,7 @@ from .arguments import FastArguments
 from .checkpoints import SafeCheckpoints, _SeededCollator
 from .data import ByLength, check_rows
 from .lengths import FewLengths
+from .muon import take_orthogonal_steps
 from .objectives import OBJECTIVES
 from .routing import RoutingMetrics
 
@@ -33,7 +34,7 @@ class FastTrainer(SafeCheckpoints):
     ``lengths`` are batched by length, unless ``train_sampling_strategy`` asks for another order.
 
     Raises:
-        ValueError: a data set is empty, ``args.packed_rows`` and a model without trees; as ``SafeCheckpoints``.
+        ValueError: a data set is empty, ``args.packed_rows`` and a model without trees, ``args.muon`` and shards; as ``SafeCheckpoints``.
         FloatingPointError: from ``train``: the loss is not finite. This is looked at when something is logged or saved, and at
             the end; the last checkpoint is from before.
     """
@@ -46,6 +47,8 @@ class FastTrainer(SafeCheckpoints):
         with rounded_rows(model, args.packed_rows):
             pass  # raises where there are no trees
         super().__init__(model, args, **kwargs)
+        if args.muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("muon=True needs whole matrices: train without FSDP and DeepSpeed, or with muon=False")
         if not any(isinstance(callback, RoutingMetrics) for callback in self.callback_handler.callbacks):
             self.add_callback(RoutingMetrics())
         self.model_accepts_loss_kwargs = False  # some heads take them, and do not heed them
@@ -136,7 +139,15 @@ class FastTrainer(SafeCheckpoints):
                 **options,
             )
             _take_steps_in(self._units, self.optimizer)
+            if self.args.muon:
+                take_orthogonal_steps(self.optimizer, self._matrices(own))
         return self.optimizer
+
+    def _matrices(self, others: Collection[nn.Parameter]) -> set[nn.Parameter]:
+        """The weights of linear layers, without the head's, which is not hidden, and without what replaced the FFNs, whose rows are nodes."""
+        trained: Any = self.model
+        linear = {m.weight for m in trained.base_model.modules() if isinstance(m, nn.Linear)}
+        return {p for p in linear.difference(others) if p.requires_grad}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss."""
@@ -148,7 +159,7 @@ class FastTrainer(SafeCheckpoints):
         super().log(logs, start_time)
 
     def _described(self) -> dict[str, Any]:
-        own = {name: getattr(self.args, name) for name in ("fff_learning_rate", "fff_units", "packed_rows")}
+        own = {name: getattr(self.args, name) for name in ("fff_learning_rate", "fff_units", "packed_rows", "muon")}
         return {**super()._described(), **own}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
