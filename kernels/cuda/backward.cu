@@ -434,18 +434,28 @@ template <class T> const char* run(const Backward& b, cudaStream_t stream) {
 
 namespace {
 
+constexpr int64_t kMostMaskedLevels = 12;  // that Triton holds (triton_backend.py): deeper trees are left to PyTorch's operations there
+constexpr int64_t kFewestVisits = 64;      // of a token, with few tokens: nobody measured narrower layers there
+
 // What was measured on an H100, in microseconds for 131072 tokens of 768 numbers: the conditional pass costs so much for each visit,
 // with the routing gradient so much more for each node; the masked one for each node, and at least kDenseStart. Few tokens leave a GPU
 // half empty: however few there are, a visit takes kVisitStart (H200), and all of the masked pass kDenseCall.
-// Fewer numbers a row make both cheaper, so that only their ratio counts.
+// Fewer numbers a row make both cheaper, so that only their ratio counts. With few tokens (H200, 16 and 64) both take at least kFewCall,
+// the conditional pass kFewVisit a visit beside, the masked one few_node for each node of 768 numbers, whose gradients it writes.
 bool masked_is_faster(const Problem& p, bool routing) {
-  if (p.type == Type::float64 || p.shape.tokens < kFewestMasked) return false;
+  if (p.type == Type::float64 || p.shape.tokens < kFewestMasked || p.shape.levels() > kMostMaskedLevels) return false;
   const bool single = p.type == Type::float32;
-  const double visit = single ? 99 : 77, routing_node = single ? 8.1 : 0.8, dense_node = single ? 22 : 2.75;
-  constexpr double kDenseStart = 600, kDenseCall = 50, kVisitStart = 1.3, kMargin = 1.25;
+  const double visit = single ? 99 : 77, routing_node = single ? 8.1 : 0.8, dense_node = single ? 22 : 2.75, few_node = single ? 0.016 : 0.01;
+  constexpr double kDenseStart = 600, kDenseCall = 50, kVisitStart = 1.3, kFewVisit = 1.5, kFewCall = 60, kMargin = 1.25;
   const double nodes = double(p.shape.nodes()), walk = double(p.shape.walk()), scale = double(p.shape.tokens) / 131072;
-  const double conditional = kVisitStart * walk + scale * (visit * walk + (routing ? routing_node * nodes : 0));
-  return (kDenseCall + scale * (dense_node * nodes + kDenseStart)) * kMargin < conditional;
+  double conditional = kVisitStart * walk + scale * (visit * walk + (routing ? routing_node * nodes : 0));
+  double masked = kDenseCall + scale * (dense_node * nodes + kDenseStart);
+  if (p.shape.tokens < kFew) {
+    if (p.shape.walk() < kFewestVisits) return false;
+    conditional = std::max(conditional, kFewVisit * walk + kFewCall);
+    masked = std::max(masked, few_node * nodes * double(p.shape.hidden) / 768 + kFewCall);
+  }
+  return masked * kMargin < conditional;
 }
 
 constexpr int64_t kTilesFrom = 256;  // tokens

@@ -15,7 +15,8 @@ using float16 = __half;
 
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int64_t kFewestMasked = 256;  // tokens from which dense matrix products with a mask are chosen where they are faster
+constexpr int64_t kFewestMasked = 16;  // tokens from which dense matrix products with a mask are chosen where they are faster: the fewest that were measured
+constexpr int64_t kFew = 256;          // tokens below which a GPU is half empty, and what a pass takes hardly depends on them
 
 template <class T> struct accumulator { using type = float; };
 template <> struct accumulator<double> { using type = double; };

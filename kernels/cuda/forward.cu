@@ -400,11 +400,14 @@ bool serves(const Problem& p, Way way) {
 
 // What was measured on an H200 (float32: on an H100), in microseconds for 131072 tokens of 768 numbers: of gathering and of columns
 // for each visit, of a forest for each tree, of dense matrix products for each node; where they start; and what a call costs beside.
+// With few tokens (H200, 16 and 64) gathering takes at least kFewVisit a visit and kFewCall beside, dense products `few` and the time in
+// which all weights are read, kRead bytes a microsecond.
 struct Costs {
-  double gather, columns, forest, dense;
+  double gather, columns, forest, dense, few;
 };
-constexpr Costs kHalf{62, 37, 70, 0.56}, kSingle{71, 0, 0, 8.8};
+constexpr Costs kHalf{62, 37, 70, 0.56, 20}, kSingle{71, 0, 0, 8.8, 35};
 constexpr double kForestStart = 680, kDenseStart = 500, kGatherCall = 15, kColumnsCall = 25, kForestCall = 40, kDenseCall = 20;
+constexpr double kFewVisit = 0.12, kFewCall = 8, kRead = 4.15e6;
 constexpr double kMargin = 1.25;  // by which dense must be better: it rounds 16-bit logits, and turns elsewhere near ties
 
 Way forward_way(const Problem& p, Way wanted) {
@@ -415,20 +418,24 @@ Way forward_way(const Problem& p, Way wanted) {
   if (p.type == Type::float64) return Way::plain;
   Way best = serves(p, Way::gather) ? Way::gather : Way::plain;
   if (s.trees == 1 && best == Way::gather) return best;
+  if (s.tokens < (best == Way::gather ? kFewestMasked : kFew)) return best;  // nobody measured others there
   const Costs& cost = p.type == Type::float32 ? kSingle : kHalf;
   const double share = double(s.tokens) / 131072, scale = share * double(s.hidden) / 768;
-  double least = std::max(share, scale) * cost.gather * double(s.walk()) + kGatherCall;  // a visit of fewer numbers takes as long
+  const double walk = double(s.walk()), nodes = double(s.nodes());
+  double least = std::max(share, scale) * cost.gather * walk + kGatherCall;  // a visit of fewer numbers takes as long
+  if (s.tokens < kFew) least = std::max(least, kFewVisit * walk + kFewCall);
   if (best == Way::plain) least *= 2;  // nobody measured it
   if (s.tokens >= 8192 && serves(p, Way::columns)) {
-    const double columns = scale * cost.columns * double(s.walk()) + kColumnsCall;
+    const double columns = scale * cost.columns * walk + kColumnsCall;
     if (columns < least) least = columns, best = Way::columns;
   }
   if (s.tokens >= 2048 && serves(p, Way::forest)) {
     const double forest = scale * (kForestStart + cost.forest * double(s.trees)) + kForestCall;
     if (forest < least) least = forest, best = Way::forest;
   }
-  const double dense = scale * (kDenseStart + cost.dense * double(s.nodes())) + kDenseCall;
-  return s.tokens >= kFewestMasked && serves(p, Way::dense) && dense * kMargin < least ? Way::dense : best;
+  double dense = scale * (kDenseStart + cost.dense * nodes) + kDenseCall;
+  if (s.tokens < kFew) dense = std::max(dense, cost.few + 2 * nodes * double(s.hidden) * (p.type == Type::float32 ? 4 : 2) / kRead);
+  return serves(p, Way::dense) && dense * kMargin < least ? Way::dense : best;
 }
 
 // A thread: VEC numbers.

@@ -135,6 +135,22 @@ def test_several_trees_on_tensor_cores(shape, dtype, bound):
     assert relative(oracle.array(y[some]), want.numpy()) <= bound
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("tokens", [16, 70])
+def test_wide_layers_take_masked_products_from_few_tokens_on(tokens, dtype, bound):
+    args = there(random_layer(128, 2, 64, tokens, dtype=dtype))
+    results = []
+    for way in ("automatic", "dense"):
+        with by(way):
+            y, path, logits = OPS.fff_train(*args, 128, "gelu")
+            grads = OPS.fff_backward(args[0].flip(0), *args, path, logits, 128, "gelu", 3.0, 0.7)
+        results.append((y, path, logits, *grads))
+    assert all(map(torch.equal, *results))
+    want, _ = along(args, 128, path)
+    assert relative(oracle.array(y), want.numpy()) <= bound
+    assert is_a_path(path, logits, 0)
+
+
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3), (torch.float64, 1e-12)]
@@ -191,7 +207,7 @@ GRADIENTS = [
         (1, 11, 64, 5000),
         (1, 13, 24, 900),
     ],
-    *[(4, 9, 128, 300), (2, 3, 1100, 70), (64, 0, 8, 20), (1, 2, 8, 20000), (1, 4, 768, 9000)],
+    *[(4, 9, 128, 300), (2, 3, 1100, 70), (64, 0, 8, 20), (1, 2, 8, 20000), (1, 4, 768, 9000), (128, 2, 64, 16)],
 ]
 
 
@@ -634,10 +650,17 @@ def test_what_is_said_about_the_way():
     assert ops.way(1, 11, 768, 131072, torch.bfloat16, backward=True) == "tiles"
     assert ops.way(1, 11, 768, 131072, torch.float32, backward=True) == "conditional"
     assert ops.way(32, 6, 768, 131072, torch.bfloat16, backward=True) == "dense"
-    for backward, few in ((False, "gather"), (True, "conditional")):  # a batch of short sentences; and one of them
-        assert ops.way(512, 2, 384, 512, torch.bfloat16, backward=backward) == "dense"
-        assert ops.way(512, 2, 384, 512, torch.float32, backward=backward) == "dense"
-        assert ops.way(512, 2, 384, 32, torch.bfloat16, backward=backward) == few
+    for backward, few in ((False, "gather"), (True, "conditional")):
+        for tokens in (512, 32, 16):  # a batch of short sentences; and one of them
+            assert ops.way(512, 2, 384, tokens, torch.bfloat16, backward=backward) == "dense"
+            assert ops.way(512, 2, 384, tokens, torch.float32, backward=backward) == "dense"
+        assert ops.way(512, 2, 384, 15, torch.bfloat16, backward=backward) == few
+    for dtype in (torch.bfloat16, torch.float32):  # with few visits, rows are quicker forward
+        assert ops.way(8, 8, 768, 32, dtype) == "gather" and ops.way(8, 8, 768, 32, dtype, backward=True) == "dense"
+        assert ops.way(4, 9, 384, 32, dtype, backward=True) == "conditional"  # nobody measured this
+        assert ops.way(512, 2, 33, 32, dtype) == "plain"  # nor this
+        assert ops.way(8, 12, 64, 32, dtype, backward=True) == "conditional"  # too deep for Triton
+    assert ops.way(32, 6, 768, 32, torch.bfloat16) == "dense" and ops.way(32, 6, 768, 32, torch.float32) == "gather"
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
