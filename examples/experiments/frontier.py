@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
-from quality_report import HERE, masked_words_kept, rows_of, spread
+from quality_report import HERE, masked_words_kept, rows_of, runs, spread
 
 from hf_fff import FFFConfig
 
@@ -60,7 +60,8 @@ def qualities(rows: Iterable[Mapping]) -> tuple[str, dict[str, list[float]]]:
     )
     for row in rows:
         if row["run"] in ("general", "long") and "distilled" in row:
-            recipe = (row["steps"] * row["batch_size"], row["steps"], row["batch_size"], row.get("crop", 0.0))
+            muon = bool(row.get("muon"))
+            recipe = (row["steps"] * row["batch_size"], row["steps"], row["batch_size"], row.get("crop", 0.0), muon)
             way = (row.get("plain_steps"), row["learning_rate"], row["fff_learning_rate"], row["calibration_steps"])
             recipes[recipe][row["fff"]][way].append(row)
     complete = {
@@ -68,14 +69,15 @@ def qualities(rows: Iterable[Mapping]) -> tuple[str, dict[str, list[float]]]:
         for recipe, kinds in recipes.items()
         if "none" in kinds and any("x" in k for k in kinds) and sum(k.startswith("mlp") for k in kinds) > 1
     }
-    (_, steps, batch, crop), kinds = max(complete.items(), key=lambda item: item[0])
+    (_, steps, batch, crop, muon), kinds = max(complete.items(), key=lambda item: item[0])
     found = {}
     for kind, ways in kinds.items():
         best = min(
             ways.values(), key=lambda group: mean(row["eval_loss"] for row in group)
         )  # on held-out training text
         found[kind] = [row["distilled"]["unseen_short"]["cosine"] for row in best]
-    return f"{steps} steps of {batch} texts" + (f", {100 * crop:.0f} % of the batches cropped" if crop else ""), found
+    told = f"{steps} steps of {batch} texts" + (f", {100 * crop:.0f} % of the batches cropped" if crop else "")
+    return told + (", Muon for attention" if muon else ""), found
 
 
 def times() -> list[Timed]:
@@ -182,7 +184,7 @@ def draw(groups: Mapping[tuple[str, str], list[Timed]], cosines: Mapping[str, fl
 
 
 def main() -> None:
-    recipe, kept = qualities(rows_of("quality_minilm.jsonl"))
+    recipe, kept = qualities(runs())
     cosines = {kind: mean(values) for kind, values in kept.items()}
     masked = masked_words_kept(rows_of("tasks_minilm.jsonl"))
     groups: dict[tuple[str, str], list[Timed]] = defaultdict(list)

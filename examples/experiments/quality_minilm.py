@@ -18,8 +18,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from hf_fff import FFF, Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff, optimize, rounded_rows
-from hf_fff import ops
+from hf_fff import FFF, Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff, ops, optimize, rounded_rows
 from hf_fff.files import atomic_folder
 from hf_fff.ops import ROWS
 from hf_fff.surgery.text import read_texts

@@ -143,11 +143,11 @@ class FastTrainer(SafeCheckpoints):
                 take_orthogonal_steps(self.optimizer, self._matrices(own))
         return self.optimizer
 
-    def _matrices(self, others: Collection[nn.Parameter]) -> set[nn.Parameter]:
+    def _matrices(self, others: Collection[nn.Parameter]) -> list[nn.Parameter]:
         """The weights of linear layers, without the head's, which is not hidden, and without what replaced the FFNs, whose rows are nodes."""
         trained: Any = self.model
         linear = {m.weight for m in trained.base_model.modules() if isinstance(m, nn.Linear)}
-        return {p for p in linear.difference(others) if p.requires_grad}
+        return [p for p in trained.parameters() if p.requires_grad and p in linear and p not in others]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss."""

@@ -4,7 +4,7 @@
 are made together here, and by hooks around an optimizer, which keeps its groups, its rates and its state in one place.
 """
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the iteration that takes singula
 _ITERATIONS = 5
 
 
-def take_orthogonal_steps(optimizer: torch.optim.Optimizer, matrices: Collection[nn.Parameter]) -> None:
-    """From now on an optimizer takes steps of these of its parameters by Muon, as long as Adam's (so that one rate does for both), with the rates and weight decays of
-    their groups; momentum is in the optimizer's state, as ``"momentum_buffer"``."""
+def take_orthogonal_steps(optimizer: torch.optim.Optimizer, matrices: Iterable[nn.Parameter]) -> None:
+    """From now on an optimizer takes the steps of these of its parameters by Muon, with the rates and weight decays of their groups. They are about as long as
+    Adam's at the same rate. Momenta are in the optimizer's state, as ``"momentum_buffer"``."""
     chosen = set(matrices)
     places = [
         (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"]) if p in chosen
@@ -25,29 +25,23 @@ def take_orthogonal_steps(optimizer: torch.optim.Optimizer, matrices: Collection
     taken: list[tuple[nn.Parameter, Tensor]] = []
 
     @torch.no_grad()
-    def step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        together: dict[Any, list[tuple[dict[str, Any], nn.Parameter]]] = {}
+    def step(optimizer: torch.optim.Optimizer, *others: Any) -> None:
+        together: dict[Any, list[tuple[dict[str, Any], nn.Parameter, Tensor]]] = {}
         for g, i in places:
             group = optimizer.param_groups[g]
             p = group["params"][i]
             if p.grad is not None:
-                together.setdefault((p.shape, p.device, p.dtype), []).append((group, p))
-        for pairs in together.values():
-            gradients = [p.grad for _, p in pairs]
-            states = [optimizer.state[p] for _, p in pairs]
-            for state, gradient in zip(states, gradients, strict=True):
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(gradient)
-                    state["step"] = torch.tensor(0.0)  # Adam looks for it where there is a state, as it is loaded
-            momenta = [state["momentum_buffer"] for state in states]
+                together.setdefault((p.shape, p.device, p.dtype), []).append((group, p, p.grad))
+                taken.append((p, p.grad))
+                p.grad = None  # so that the optimizer passes over it
+        for of_a_shape in together.values():
+            gradients = [gradient for _, _, gradient in of_a_shape]
+            momenta = [_momentum(optimizer.state[p], gradient) for _, p, gradient in of_a_shape]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-            steps = orthogonal(torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM)))
-            for (group, p), direction in zip(pairs, steps, strict=True):
+            directions = orthogonal(torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM)))
+            for (group, p, _), direction in zip(of_a_shape, directions.unbind(), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(direction, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
-            taken.extend((p, gradient) for (_, p), gradient in zip(pairs, gradients, strict=True))
-        for p, _ in taken:
-            p.grad = None  # the optimizer passes over it
 
     def give_back(*_: Any) -> None:
         for p, gradient in taken:
@@ -57,6 +51,14 @@ def take_orthogonal_steps(optimizer: torch.optim.Optimizer, matrices: Collection
     if places:
         optimizer.register_step_pre_hook(step)
         optimizer.register_step_post_hook(give_back)
+
+
+def _momentum(state: dict[str, Any], gradient: Tensor) -> Tensor:
+    if not state:
+        state |= {"momentum_buffer": torch.zeros_like(gradient)}
+        state |= {"step": torch.tensor(0.0)}  # for which Adam looks in each state that it loads
+    found: Tensor = state["momentum_buffer"]
+    return found
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -16,7 +16,12 @@ def scores(cosine, **fields):
 
 def long_run(fff, seed, cosine, **fields):
     usual = {"run": "long", "fff": fff, "seed": seed, "steps": 9000, "batch_size": 384, "crop": 0.5, "texts": 1_000_000}
-    usual |= {"learning_rate": 5e-4, "fff_learning_rate": 1e-3 if fff == "mlp:72" else 3e-4, "eval_cosine": 0.95}
+    usual |= {
+        "learning_rate": 5e-4,
+        "fff_learning_rate": 1e-3 if fff == "mlp:72" else 3e-4,
+        "eval_cosine": 0.95,
+        "eval_loss": 0.6,
+    }
     usual |= {"calibration_seconds": 60.0, "distillation_seconds": 240.0, "device": "a GPU"}
     return {**usual, **fields, "distilled": scores(cosine)}
 
@@ -31,11 +36,59 @@ def test_longer_trainings():
     rows.append(long_run("8x8", 0, 0.93, fff_learning_rate=1e-4))
     rows.append(long_run("none", 0, 0.80, steps=4000))
     table = report.longer(rows)
-    alone, both = sorted(cells(table, "8x8"), key=lambda row: row[5])
-    assert (alone[5], both[5]) == ("1", "2") and both[6] == "0.951 ± 0.001" and both[7] == "51 %" and alone[7] == "30 %"
+    alone, both = sorted(cells(table, "8x8"), key=lambda row: row[6])
+    assert (alone[6], both[6]) == ("1", "2") and both[7] == "0.951 ± 0.001" and both[8] == "51 %" and alone[8] == "30 %"
     assert both[-1] == "0.951, reached" and alone[-1] == "0.951, missed" and both[-2] == "5.0 ± 0.0"
-    assert cells(table, "mlp:72")[0][7] == "40 %" and "one a GPU" in table
-    assert report.longer([]) == ""
+    assert cells(table, "mlp:72")[0][8] == "40 %" and both[2] == "Adam, 0.0005" and report.longer([]) == ""
+    rows.append(long_run("8x8", 0, 0.96, muon=True))  # of which there is no floor
+    assert ["Muon, 0.0005", ""] in [[row[2], row[8]] for row in cells(report.longer(rows), "8x8")]
+
+
+def test_what_the_command_made_is_a_run():
+    """By the options of the command; the rate of trees as the package has it."""
+    command = (
+        "hf-fff distill MODEL OUT --text a.txt --fff 8x8 --steps 80 --batch-size 384 --learning-rate 1e-3 --crop 0.5"
+    )
+    row = {
+        "command": f"{command} --calibration-steps 9 --muon",
+        "fff": "8x8",
+        "steps": 80,
+        "device": "a GPU",
+        "torch": "2",
+    }
+    row |= {"rows": 90, "held_out": 10, "whole_seconds": 100.0, "seconds": 70.0, "loss": 0.6, "cosine": 0.95}
+    found = report.as_a_run({**row, "distilled": scores(0.951)})
+    want = {"run": "long", "batch_size": 384, "crop": 0.5, "muon": True, "texts": 100, "calibration_seconds": 30.0}
+    assert {name: found[name] for name in want} == want
+    assert found["fff_learning_rate"] == pytest.approx(3.75e-4) and found["eval_cosine"] == 0.95
+    plain = report.as_a_run({**row, "command": f"{command} --calibration-steps 9", "distilled": scores(0.951)})
+    assert plain["fff_learning_rate"] == pytest.approx(7.5e-4) and not plain["muon"]
+    assert cells(report.longer([found, long_run("none", 0, 0.90)]), "8x8")[0][2] == "Muon, 0.001"
+
+
+def test_what_was_tried():
+    """What differs from the usual is told, the best first."""
+    usual = {
+        "run": "rates",
+        "fff": "8x8",
+        "batch_size": 384,
+        "steps": 1000,
+        "muon": False,
+        "plain_steps": False,
+        "crop": 0.5,
+    }
+    usual |= {"learning_rate": 5e-4, "fff_learning_rate": 3.75e-4, "routing_gradient": 3.0, "hidden_weight": 0.5}
+    usual |= {
+        "depth_steps": 0.0,
+        "routing_steps": 1.0,
+        "eval_loss": 0.8,
+        "eval_cosine": 0.93,
+        "distilled": scores(0.92),
+    }
+    other = {"routing_gradient": 0.0, "depth_steps": 0.25, "eval_loss": 0.7}
+    worse, first = {**usual, "batch_size": 192, "eval_loss": 0.1}, {**usual, **other, "input_routing_gradient": None}
+    best, plain = cells(report.tried([usual, first, worse]), "8x8")
+    assert best[3:5] == ["routing gradient 0, steps by depth, e = 0.25", "0.700"] and plain[3:5] == ["", "0.800"]
 
 
 def test_the_model_of_the_command():
