@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--limit", type=int, help="texts to train on, and to report on, at most")
     parser.add_argument("--graphs", action="store_true")
+    parser.add_argument("--muon", action="store_true", help="for the students' attention")
     parser.add_argument("--claims", type=Path, help="folder that processes side by side have in common, a fresh one")
     parser.add_argument("--seconds", type=float, default=1e9, help="no run is begun that would not end by then")
     args = parser.parse_args()
@@ -48,6 +49,7 @@ def main() -> None:
         return
     keys = [
         {"name": "mlm", "fff": fff, "seed": int(seed), "teacher_steps": args.teacher_steps}
+        | ({"muon": True} if args.muon else {})
         for fff, _, seed in (student.rpartition("-") for student in args.students)
     ]
 
@@ -98,7 +100,8 @@ def options(args: argparse.Namespace, fff: str, seed: int) -> argparse.Namespace
         *("--teacher-learning-rate", 5e-4, "--steps", args.steps, "--batch-size", args.batch_size),
         *("--calibration-steps", args.calibration_steps, "--calibration-batch", args.calibration_batch),
         *("--max-tokens", args.max_tokens, *(["--limit", args.limit] if args.limit else [])),
-        *(["--graphs"] if args.graphs else []),
+        *["--graphs"] * args.graphs,
+        *["--muon"] * args.muon,
     ]
     return tasks_minilm.parser().parse_args([str(word) for word in words])
 

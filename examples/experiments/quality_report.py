@@ -183,7 +183,7 @@ take off. On a GPU the packed layers are computed by their definition.
 MLM = """
 ## Masked words
 
-MiniLM with a masked-LM head, all of it trained; students calibrated on its inputs and distilled (KL on masked words + hidden states; learning rate {learning_rate:g}). 15 % of the words are
+MiniLM with a masked-LM head, all of it trained; students calibrated on its inputs and distilled (KL on masked words + hidden states). 15 % of the words are
 masked; passages that no training text is from; mean ± standard deviation over seeds where there is more than one, all of one teacher. *Recovered*: of the
 difference in loss between *none* and the teacher, with the standard deviation that the seeds' losses leave; masked words tell designs apart best. The teachers
 were trained for a short time, and their losses were still falling.
@@ -613,24 +613,27 @@ MLM_GOALS = {"1x11": 45, "8x8": 70, "32x6": 85}  # per cent recovered
 
 
 def by_teacher(rows: list[dict]) -> list[tuple[dict, dict[str, list[dict]]]]:
-    """Of masked words each teacher and its students by kind, the teacher that has most of them first."""
+    """Of masked words each teacher and its students of one optimizer by kind, those first that are most."""
     found = []
     rows = [row for row in rows if row["name"] == "mlm"]
     for teacher in (row for row in rows if row["fff"] == "dense"):
         key = [teacher[name] for name in ("teacher_steps", "device")]
         students = [row for row in rows if "distilled" in row and [row["teacher_steps"], row["device"]] == key]
-        found.append((teacher, grouped(students)))
+        for muon in (False, True):
+            group = [row for row in students if bool(row.get("muon")) == muon]
+            found += [(teacher, grouped(group))] if group else []
     return sorted(found, key=lambda pair: -sum(map(len, pair[1].values())))
 
 
 def masked_words(rows: list[dict]) -> str:
     every = by_teacher(rows)
-    text = MLM.format(learning_rate=every[0][1]["8x8"][0]["learning_rate"])
+    text = MLM
     for teacher, groups in every:
         dense, first = teacher["scores"], groups["none"][0]
         none = mean(row["distilled"]["loss"] for row in groups["none"])
         text += f"| **teacher of {teacher['teacher_steps']} steps of {teacher['teacher_batch_size']} texts** | {INNER} | | | {dense['loss']:.3f} | 100 % | | {dense['accuracy']:.3f} | |\n"
-        text += f"| students of {first['steps']} steps of {first['batch_size']} texts, {first['device']} |{' |' * 8}\n"
+        told = f"{'Muon' if first.get('muon') else 'Adam'} at {first['learning_rate']:g}, {first['device']}"
+        text += f"| students of {first['steps']} steps of {first['batch_size']} texts, {told} |{' |' * 8}\n"
         for fff, group in groups.items():
             done = [row["distilled"] for row in group]
             shares = [100 * (none - row["loss"]) / (none - dense["loss"]) for row in done]

@@ -111,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--held-out-rows", type=int, help="to evaluate on in the training, at most; a tenth of all by default"
     )
+    parser.add_argument("--muon", action="store_true", help="for a student's attention")
     parser.add_argument("--compile", action="store_true", help="the training step")
     parser.add_argument("--graphs", action="store_true", help="a student's training steps as CUDA graphs")
     parser.add_argument("--seed", type=int, default=0)
@@ -207,6 +208,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     disable_tqdm=True,
                     torch_compile=args.compile,
                     cuda_graphs=args.graphs,
+                    muon=args.muon,
                     seed=args.seed,
                     **{k: v for k, v in rates.items() if v is not None},
                     **ON_GPU,

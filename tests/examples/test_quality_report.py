@@ -141,3 +141,6 @@ def test_masked_words():
     first, second = cells(report.masked_words(rows), "8x8")
     assert first[2] == "2" and first[5:7] == ["68 ± 6 %", "70 %, missed"] and second[5] == "50 %"
     assert report.masked_words_kept(rows)["8x8"] == pytest.approx(0.75 / 1.1)
+    muon = [{**row(fff, 0, loss), "muon": True} for fff, loss in (("none", 3.8), ("8x8", 3.2))]
+    table = report.masked_words(rows + muon)  # of which no FFN with Muon is the floor
+    assert [line[5] for line in cells(table, "8x8")] == ["68 ± 6 %", "50 %", "75 %"] and "Muon at 0.001, a GPU" in table
