@@ -159,8 +159,12 @@ class FastTrainer(SafeCheckpoints):
         super().log(logs, start_time)
 
     def _described(self) -> dict[str, Any]:
-        own = {name: getattr(self.args, name) for name in ("fff_learning_rate", "fff_units", "packed_rows", "muon")}
-        return {**super()._described(), **own}
+        own = {name: getattr(self.args, name) for name in ("fff_learning_rate", "fff_units", "packed_rows")}
+        return {
+            **super()._described(),
+            **own,
+            "muon": self.args.muon or None,
+        }  # as checkpoints have it that know no Muon
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._seen:

@@ -118,6 +118,7 @@ def distil_folder(
         "loss": {name: getattr(args, name) for name in _WEIGHTS},
         "crop": args.crop,
         "packed_rows": args.packed_rows,
+        "muon": args.muon or None,  # as folders have it that know no Muon
         "seed": args.seed,
         "bf16": args.bf16,
         "start": str(start.resolve()) if start else None,

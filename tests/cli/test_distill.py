@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from command import deliver, listing, run, unwrapped
+from safetensors.torch import load_file
 from task_rows import rows_of, tiny_tokenizer
 from tiny import HEADS, tiny_bert
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
@@ -48,6 +49,16 @@ def test_distill(model, text, tmp_path):
     assert (tmp_path / "fast" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
 
 
+def test_distill_by_muon(model, text, tmp_path):
+    steps = ["--steps", 6, "--batch-size", 8, "--save-steps", 2, "--learning-rate", 1e-3]
+    assert distill(model, text, tmp_path / "fast", *steps, "--muon").exit_code == 0
+    assert distill(model, text, tmp_path / "usual", *steps).exit_code == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("usual", "fast")]
+    name = next(name for name in weights[0] if name.endswith("layer.0.attention.self.query.weight"))
+    assert not torch.equal(*(of[name] for of in weights))
+    assert json.loads((tmp_path / "fast" / "hf_fff.json").read_text())["recipe"]["muon"] is True
+
+
 def test_distill_for_packed_rows(model, text, tmp_path):
     result = distill(model, text, tmp_path / "fast", "--steps", 40, "--rows", "int8")
     assert result.exit_code == 0, result.output
@@ -60,9 +71,9 @@ def test_distill_for_packed_rows(model, text, tmp_path):
     assert weights[0] != weights[1]
 
 
-@pytest.mark.parametrize("stop", [2, 6])  # in between, and with nothing left to train
-def test_distill_goes_on_where_it_was_interrupted(model, text, tmp_path, monkeypatch, stop):
-    assert distill(model, text, tmp_path / "whole", "--save-steps", 2).exit_code == 0
+@pytest.mark.parametrize(("stop", "how"), [(2, ()), (6, ()), (2, ("--muon",))])  # 6: with nothing left to train
+def test_distill_goes_on_where_it_was_interrupted(model, text, tmp_path, monkeypatch, stop, how):
+    assert distill(model, text, tmp_path / "whole", "--save-steps", 2, *how).exit_code == 0
     save = DistillationTrainer._save_checkpoint
 
     def interrupted(self, *args):
@@ -71,7 +82,7 @@ def test_distill_goes_on_where_it_was_interrupted(model, text, tmp_path, monkeyp
             raise RuntimeError("the power is gone")
 
     work = tmp_path / "checkpoints"
-    options = ("--save-steps", 2, "--work", work)
+    options = ("--save-steps", 2, "--work", work, *how)
     with monkeypatch.context() as patch:
         patch.setattr(DistillationTrainer, "_save_checkpoint", interrupted)
         result = distill(model, text, tmp_path / "fast", *options)
@@ -82,6 +93,8 @@ def test_distill_goes_on_where_it_was_interrupted(model, text, tmp_path, monkeyp
     assert {"start", "options.json", f"checkpoint-{stop}"} <= set(kept)
     result = distill(model, text, tmp_path / "fast", *options, "--seed", 1)
     assert result.exit_code == 2 and "made with other options (seed: 0 there, 1 now)" in unwrapped(result.stderr)
+    others = options[:-1] if how else (*options, "--muon")
+    assert "rate: " in (told := unwrapped(distill(model, text, tmp_path / "fast", *others).stderr)) and "muon: " in told
     assert listing(work) == kept and not (tmp_path / "fast").exists()
     result = distill(model, text, tmp_path / "fast", *options)
     assert result.exit_code == 0 and not work.exists(), result.output
