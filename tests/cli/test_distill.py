@@ -94,7 +94,7 @@ def test_distill_goes_on_where_it_was_interrupted(model, text, tmp_path, monkeyp
     result = distill(model, text, tmp_path / "fast", *options, "--seed", 1)
     assert result.exit_code == 2 and "made with other options (seed: 0 there, 1 now)" in unwrapped(result.stderr)
     others = options[:-1] if how else (*options, "--muon")
-    assert "rate: " in (told := unwrapped(distill(model, text, tmp_path / "fast", *others).stderr)) and "muon: " in told
+    assert "muon: " in unwrapped(distill(model, text, tmp_path / "fast", *others).stderr)
     assert listing(work) == kept and not (tmp_path / "fast").exists()
     result = distill(model, text, tmp_path / "fast", *options)
     assert result.exit_code == 0 and not work.exists(), result.output
