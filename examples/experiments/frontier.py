@@ -186,6 +186,8 @@ def draw(groups: Mapping[tuple[str, str], list[Timed]], cosines: Mapping[str, fl
 def main() -> None:
     recipe, kept = qualities(runs())
     cosines = {kind: mean(values) for kind, values in kept.items()}
+    seeds = " to ".join(str(count) for count in sorted({len(values) for values in kept.values()}))
+    recipe += f"; seeds: {seeds}"
     masked = masked_words_kept(rows_of("tasks_minilm.jsonl"))
     groups: dict[tuple[str, str], list[Timed]] = defaultdict(list)
     for timed in times():

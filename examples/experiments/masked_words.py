@@ -48,8 +48,7 @@ def main() -> None:
     except OutOfTime:
         return
     keys = [
-        {"name": "mlm", "fff": fff, "seed": int(seed), "teacher_steps": args.teacher_steps}
-        | ({"muon": True} if args.muon else {})
+        {"name": "mlm", "fff": fff, "seed": int(seed), "teacher_steps": args.teacher_steps, "muon": args.muon or None}
         for fff, _, seed in (student.rpartition("-") for student in args.students)
     ]
 

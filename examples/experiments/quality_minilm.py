@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument(
         "--run",
         default="general",
-        help="the table: general, calibration, rates, crop, optimizer, long, or rows, which looks at packed rows, too",
+        help="the table: general, calibration, rates, tried, crop, long, or rows, which looks at packed rows, too",
     )
     parser.add_argument("--fff", default="8x8")
     parser.add_argument("--calibration-steps", type=int, default=1000)

@@ -221,6 +221,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 distil_task(
                     student, teacher, task.name, train, tokenizer, arguments, held_out=chosen_on, transfer=transfer
                 )
+            result["undone"] = student.distillation_report.undone
             result["held_out"] = round(student.distillation_report.score, 4)
             result["distilled"] = rounded(evaluate(student, task, report, tokenizer, **measure))
     result["seconds"] = round(time.monotonic() - begin, 1)

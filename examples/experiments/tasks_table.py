@@ -16,7 +16,8 @@ from typing import Any
 from runs import BEGIN, OutOfTime, claimed, make_runs, results
 
 KINDS = ("8x8", "mlp:72", "none")
-# Name -> kind of task, rows to train on, rows to report on, and what else tasks_minilm.py is told: small tasks take more epochs of the teacher.
+# Name -> kind of task, rows to train on, rows to report on, and what else tasks_minilm.py is told. Teachers of
+# few rows take more epochs.
 TASKS: dict[str, tuple[str, str, str, list[str]]] = {
     "qa": ("qa", "squad/train.jsonl", "squad/test_xquad_en.jsonl", ["--max-length", "256", "--epochs", "5"]),
     "mnli": ("classification", "mnli/train.tsv", "mnli/dev_matched.tsv", ["--transfer", "snli/train.tsv"]),

@@ -155,6 +155,7 @@ class _Search:
             "batch_size": args.per_device_train_batch_size,
             "learning_rate": args.learning_rate,
             "fff_learning_rate": args.fff_learning_rate,
+            "muon": args.muon or None,  # as searches have it that know no Muon
             "bf16": args.bf16,
         }
         return cast("dict[str, Any]", json.loads(json.dumps(options)))  # as it is read again

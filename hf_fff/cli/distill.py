@@ -94,7 +94,7 @@ def distill(
         bool,
         typer.Option(
             "--muon",
-            help="Take the steps of attention's matrices by Muon: further in as many steps.",
+            help="Take the steps of attention's matrices by Muon, and double the learning rate where none is given; for GPUs.",
         ),
     ] = False,
     rows: Annotated[

@@ -1,7 +1,7 @@
 """What all trainers share: rates of their own for what replaced the FFNs, steps in its units, and an end where a loss is not finite."""
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -34,7 +34,8 @@ class FastTrainer(SafeCheckpoints):
     ``lengths`` are batched by length, unless ``train_sampling_strategy`` asks for another order.
 
     Raises:
-        ValueError: a data set is empty, ``args.packed_rows`` and a model without trees, ``args.muon`` and shards; as ``SafeCheckpoints``.
+        ValueError: a data set is empty, ``args.packed_rows`` and a model without trees, ``args.muon`` and shards or
+            adapters; as ``SafeCheckpoints``.
         FloatingPointError: from ``train``: the loss is not finite. This is looked at when something is logged or saved, and at
             the end; the last checkpoint is from before.
     """
@@ -49,6 +50,8 @@ class FastTrainer(SafeCheckpoints):
         super().__init__(model, args, **kwargs)
         if args.muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("muon=True needs whole matrices: train without FSDP and DeepSpeed, or with muon=False")
+        if args.muon and hasattr(model, "peft_config"):
+            raise ValueError("muon=True is for a model's own matrices, and this one trains adapters: use muon=False")
         if not any(isinstance(callback, RoutingMetrics) for callback in self.callback_handler.callbacks):
             self.add_callback(RoutingMetrics())
         self.model_accepts_loss_kwargs = False  # some heads take them, and do not heed them
@@ -140,11 +143,12 @@ class FastTrainer(SafeCheckpoints):
             )
             _take_steps_in(self._units, self.optimizer)
             if self.args.muon:
-                take_orthogonal_steps(self.optimizer, self._matrices(own))
+                take_orthogonal_steps(self.optimizer, self._matrices(own.keys()))
         return self.optimizer
 
-    def _matrices(self, others: Collection[nn.Parameter]) -> list[nn.Parameter]:
-        """The weights of linear layers, without the head's, which is not hidden, and without what replaced the FFNs, whose rows are nodes."""
+    def _matrices(self, others: Set[nn.Parameter]) -> list[nn.Parameter]:
+        """The weights of linear layers that are neither of a head, whose outputs are no hidden states, nor of what replaced the FFNs, whose
+        rows are nodes."""
         trained: Any = self.model
         linear = {m.weight for m in trained.base_model.modules() if isinstance(m, nn.Linear)}
         return [p for p in trained.parameters() if p.requires_grad and p in linear and p not in others]

@@ -26,6 +26,7 @@ def take_orthogonal_steps(optimizer: torch.optim.Optimizer, matrices: Iterable[n
 
     @torch.no_grad()
     def step(optimizer: torch.optim.Optimizer, *others: Any) -> None:
+        taken.clear()
         together: dict[Any, list[tuple[dict[str, Any], nn.Parameter, Tensor]]] = {}
         for g, i in places:
             group = optimizer.param_groups[g]
@@ -54,17 +55,17 @@ def take_orthogonal_steps(optimizer: torch.optim.Optimizer, matrices: Iterable[n
 
 
 def _momentum(state: dict[str, Any], gradient: Tensor) -> Tensor:
-    if not state:
-        state |= {"momentum_buffer": torch.zeros_like(gradient)}
-        state |= {"step": torch.tensor(0.0)}  # for which Adam looks in each state that it loads
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(gradient)
+        state.setdefault("step", torch.tensor(0.0))  # for which Adam looks in each state that it loads
     found: Tensor = state["momentum_buffer"]
     return found
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """``[n, rows, columns]``, each brought near ``U V^T`` of its singular value decomposition ``U S V^T``, by Newton's and Schulz's iteration in bfloat16."""
+    """``[n, rows, columns]``, each brought near ``U V^T`` of its singular value decomposition ``U S V^T``, by Newton's and Schulz's iteration, on a GPU in bfloat16."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()  # many a CPU only pretends to have bfloat16
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     a, b, c = _COEFFICIENTS

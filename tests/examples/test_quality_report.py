@@ -69,7 +69,7 @@ def test_what_the_command_made_is_a_run():
 def test_what_was_tried():
     """What differs from the usual is told, the best first."""
     usual = {
-        "run": "rates",
+        "run": "tried",
         "fff": "8x8",
         "batch_size": 384,
         "steps": 1000,
@@ -86,24 +86,29 @@ def test_what_was_tried():
         "distilled": scores(0.92),
     }
     other = {"routing_gradient": 0.0, "depth_steps": 0.25, "eval_loss": 0.7}
-    worse, first = {**usual, "batch_size": 192, "eval_loss": 0.1}, {**usual, **other, "input_routing_gradient": None}
+    worse, first = {**usual, "run": "rates", "eval_loss": 0.1}, {**usual, **other, "input_routing_gradient": None}
     best, plain = cells(report.tried([usual, first, worse]), "8x8")
     assert best[3:5] == ["routing gradient 0, steps by depth, e = 0.25", "0.700"] and plain[3:5] == ["", "0.800"]
 
 
-def test_the_model_of_the_command():
+def test_the_models_of_the_commands():
     row = {
-        "command": "hf-fff distill MODEL OUT",
         "device": "a GPU",
         "whole_seconds": 90.0,
         "fff": "8x8",
+        "steps": 80,
         "cosine": 0.94,
+        "rows": 990,
+        "held_out": 10,
     }
-    text = report.by_command([{**row, "distilled": scores(0.951)}])
-    assert "\nhf-fff distill MODEL OUT\n" in text and "In 1.5 minutes of one a GPU" in text
-    assert cells(text, "8x8")[0][1:] == ["0.951", "0.851", "0.700", "0.951", "0.700", "0.940", "0.951, reached"]
-    row |= {"fff": "2x3", "distilled": {"unseen_short": {"cosine": 0.5, "neighbours": 0.4}}}
-    assert cells(report.by_command([row]), "2x3")[0][1:] == ["0.500", "", "0.400", "", "", "0.940", ""]
+    first = {**row, "command": "hf-fff distill MODEL OUT", "distilled": scores(0.951)}
+    other = {**row, "command": "hf-fff distill MODEL OTHER", "fff": "2x3", "rows": 1990}
+    other["distilled"] = {"unseen_short": {"cosine": 0.5, "neighbours": 0.4}}
+    text = report.by_command([first, other])
+    assert "\nhf-fff distill MODEL OUT\nhf-fff distill MODEL OTHER\n" in text and "1,000 and 2,000 such lines" in text
+    reached = ["80", "1.5", "0.951", "0.851", "0.700", "0.951", "0.700", "0.940", "0.951, reached"]
+    assert cells(text, "8x8")[0][1:] == reached and text.count("## As anybody makes one") == 1
+    assert cells(text, "2x3")[0][1:] == ["80", "1.5", "0.500", "", "0.400", "", "", "0.940", ""]
 
 
 def test_packed_rows():

@@ -96,6 +96,8 @@ def test_the_table():
             rows.append(row("mnli", fff, seed, accuracy=value + 0.01 * seed, **more))
             rows.append(row("sst2", fff, seed, accuracy=0.9 + 0.01 * seed, **more))
             rows.append(row("mlm", fff, seed, loss=6 - 4 * (value + 0.01 * seed), **more))
+    again = next(r for r in rows if (r["name"], r["fff"], r["seed"]) == ("sst2", "8x8", 1))
+    again["calibrated"] = again["distilled"]  # whose training was undone
     rows.append(row("mnli", "8x8", 0, accuracy=0.1) | {"freeze": True})  # which is of another table
     text = quality_report.tasks(rows)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
@@ -107,6 +109,10 @@ def test_the_table():
         f"| SST-2, accuracy | 91.0 ± 1.0 | 3 | 91.0 ± 1.0 | 91.0 ± 1.0 | -{same}",
     ]
     assert "each with a teacher of its own" in text and "71.8 % of the" in text
+    assert "sst2 8x8 (1) (seed)" in text and "on 0 of the 0 tasks" in text  # there is no MLP here
+    mlps = [row("mnli", "mlp:72", seed, accuracy=0.8 + 0.01 * seed, agreement=0.9) for seed in (0, 1, 2)]
+    mlps += [row("sst2", "mlp:72", seed, accuracy=0.9 + 0.01 * seed, agreement=0.9) for seed in (0, 1, 2)]
+    assert "mlp:72 is ahead of 8x8 on 1 of the 2 tasks, behind\non 0." in quality_report.tasks(rows + mlps)
     alone = quality_report.tasks([r for r in rows if not r["seed"]])  # of which nobody can tell
     assert "| MNLI matched, accuracy | 70.0 | 1 | 50.0 | 65.0 | - | 90.0 % | 90.0 % |" in alone
     one = [r for r in rows if r["fff"] != "dense" or not r["seed"]]  # students of one teacher

@@ -83,6 +83,7 @@ def test_rates_by_default(tmp_path):
 
     assert rates(max_steps=2000) == pytest.approx([4e-4, 3e-4, 1e-3])
     assert rates(max_steps=2000, muon=True) == pytest.approx([8e-4, 3e-4, 1e-3])
+    assert rates(max_steps=2000, muon=True, fff_units=False) == pytest.approx([8e-4, 4e-4, 4e-4])
     assert rates(max_steps=50, muon=True) == pytest.approx([8e-5, 3e-5, 1e-4])
     assert rates(max_steps=50, muon=True, learning_rate=1e-3) == pytest.approx([1e-3, 3.75e-4, 1.25e-3])
 
@@ -119,4 +120,35 @@ def test_not_of_shards(tmp_path, monkeypatch):
     student, dense = pair("2x3")
     with pytest.raises(ValueError, match="muon=True needs whole matrices"):
         trainer(tmp_path, student, dense, muon=True)
-    assert arguments(tmp_path).muon is False
+
+
+def test_adapters_and_float16_are_refused(tmp_path):
+    student, dense = pair("2x3")
+    student.peft_config = {}
+    with pytest.raises(ValueError, match="muon=True is for a model's own matrices"):
+        trainer(tmp_path, student, dense, muon=True)
+    with pytest.raises(ValueError, match="muon=True is for float32 and bf16=True"):
+        arguments(tmp_path, muon=True, fp16=True)
+
+
+@pytest.mark.parametrize("optim", ["adagrad", "sgd", "adafactor"])
+def test_beside_any_optimizer(tmp_path, optim):
+    """Some have a state for each parameter before the first step."""
+    student, dense = pair("2x3")
+    t = trainer(tmp_path, student, dense, muon=True, optim=optim, max_steps=2)
+    before = copy.deepcopy(student.state_dict())
+    t.train()
+    name = "encoder.layer.0.attention.self.query.weight"
+    assert "momentum_buffer" in t.optimizer.state[dict(student.named_parameters())[name]]
+    assert (student.state_dict()[name] != before[name]).any()
+
+
+def test_ffns_that_are_left(tmp_path):
+    """Are matrices as attention's are."""
+    student, dense = pair({0: "2x3"})
+    t = trainer(tmp_path, student, dense, muon=True, max_steps=1)
+    t.train()
+    named = dict(student.named_parameters())
+    by_muon = {name for name, p in named.items() if "momentum_buffer" in t.optimizer.state.get(p, ())}
+    assert "encoder.layer.1.intermediate.dense.weight" in by_muon and "encoder.layer.1.output.dense.weight" in by_muon
+    assert not any("embeddings" in name or "ffn" in name or "weight_out" in name for name in by_muon)
