@@ -152,14 +152,14 @@ The same runs with and without cropping a share of the batches: each text to a r
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 
-TASK_ABLATIONS = """
-## What a task's students need
+TASK_INPUTS = """
+## What a task's inputs give
 
-{name}: accuracy, and agreement with the teacher, calibrated and distilled as above. *One text*: calibrated on the texts of the pairs one by one, not on
-pairs as the task has them; *frozen*: all but what replaced the FFNs stays as it is in the teacher.
+MRPC: students of one teacher after calibration alone ({steps} steps of {batch} tokens a layer, {tokens:,} tokens, seed 0, {device}), on pairs as the task has them, or on the
+texts of the pairs one by one.
 
-| | seeds | calibrated | distilled | agreement |
-|---|---|---|---|---|
+| | calibrated on | accuracy | agreement with the teacher |
+|---|---|---|---|
 """
 
 RATES = """
@@ -281,7 +281,7 @@ from teachers that were trained for less, MNLI and questions of 8x8. All else is
 - **Rows**, in tasks: trees, with fifty times as many weights as they use, are level with MLPs of as many neurons as they use, or behind.
 
 Not measured: more than one seed of trainings of 8000 steps; on masked words 32x6, mlp:224 and mlp:12, 1x11 with more than one seed, and any of them with Muon; transfer inputs for questions, entities,
-SST-2, QNLI and STS-B; int8 rows for other trees; more text than 330,000 passages. The scripts are there (`quality_minilm.py`, `masked_words.py`, `tasks_table.py`, `by_command.py`), and so is the
+SST-2, QNLI and STS-B; frozen attention; int8 rows for other trees; more text than 330,000 passages. The scripts are there (`quality_minilm.py`, `masked_words.py`, `tasks_table.py`, `by_command.py`), and so is the
 [queue](../../examples/experiments/README.md). Quality beside time, engine by engine: [quality-frontier](quality-frontier.md).
 """
 
@@ -600,22 +600,18 @@ def cropped(rows: list[dict]) -> str:
     return text if groups else ""
 
 
-def task_ablations(rows: list[dict], name: str = "mrpc", title: str = "MRPC") -> str:
-    """Students of other inputs, or with what is not an FFN frozen, beside those of the table of tasks."""
-    of = [row for row in rows if row["name"] == name and row["fff"] != "dense"]
-    if not any(row.get("first_text_alone") or row.get("freeze") for row in of):
+def task_inputs(rows: list[dict]) -> str:
+    students = [row for row in rows if row["fff"] != "dense"]
+    if not students:
         return ""
-    groups: dict[tuple, list[dict]] = defaultdict(list)
-    for row in of:
-        groups[row["fff"], bool(row.get("first_text_alone")), bool(row.get("freeze"))].append(row)
-    dense = [row["scores"]["accuracy"] for row in rows if row["name"] == name and row["fff"] == "dense"]
-    text = TASK_ABLATIONS.format(name=title) + f"| the teacher | {len(dense)} | | {spread(dense)} | |\n"
-    for (fff, alone, frozen), group in sorted(
-        groups.items(), key=lambda item: (FFFConfig.from_shorthand(item[0][0]).active_nodes, item[0])
-    ):
-        told = ", one text" * alone + ", frozen" * frozen
-        cells = [fff + told, str(len(group)), spread([row["calibrated"]["accuracy"] for row in group])]
-        cells += [spread([row["distilled"][score] for row in group]) for score in ("accuracy", "agreement")]
+    first = students[0]
+    told = {"steps": first["calibration_steps"], "batch": first["calibration_batch"], "tokens": first["max_tokens"]}
+    text = TASK_INPUTS.format(**told, device="a CPU" if first["device"] == "cpu" else first["device"])
+    teacher = next(row["scores"] for row in rows if row["fff"] == "dense")
+    text += f"| the teacher | | {100 * teacher['accuracy']:.1f} | |\n"
+    for row in students:
+        cells = [row["fff"], "single texts" if row["first_text_alone"] else "pairs"]
+        cells += [f"{100 * row['calibrated'][name]:.1f}" for name in ("accuracy", "agreement")]
         text += f"| {' | '.join(cells)} |\n"
     return text
 
@@ -841,7 +837,12 @@ def main() -> None:
     )
     page += tasks(rows_of("tasks_table.jsonl"))
     page += tasks([row for row in done if row["name"] != "mlm"], "Tasks, with longer trainings and one teacher each")
-    page += task_ablations(done) + task_rates(rows_of("tasks_rates.jsonl")) + calibrated(rows) + packed(rows)
+    page += (
+        task_inputs(rows_of("tasks_inputs.jsonl"))
+        + task_rates(rows_of("tasks_rates.jsonl"))
+        + calibrated(rows)
+        + packed(rows)
+    )
     page += models(speeds) + equal_time(rows, speeds) + rates(rows) + step(rows_of("step_time.jsonl")[-1])
     page += loop(rows_of("trainer_time.jsonl")) + MISSING
     PAGE.parent.mkdir(parents=True, exist_ok=True)

@@ -131,6 +131,18 @@ def test_packed_rows():
     assert trained[1:7] == ["int8", "1", "0.9400", "0.9390", "0.9400", "0.0010"] and report.packed([]) == ""
 
 
+def test_what_inputs_give():
+    told = {"calibration_steps": 3, "calibration_batch": 64, "max_tokens": 9000, "device": "cpu"}
+    rows = [{"fff": "dense", "scores": {"accuracy": 0.8}}]
+    for alone, accuracy in ((False, 0.75), (True, 0.5)):
+        found = {"accuracy": accuracy, "agreement": accuracy + 0.1}
+        rows.append({**told, "fff": "8x8", "first_text_alone": alone, "calibrated": found})
+    text = report.task_inputs(rows)
+    assert cells(text, "8x8") == [["8x8", "pairs", "75.0", "85.0"], ["8x8", "single texts", "50.0", "60.0"]]
+    assert "3 steps of 64 tokens a layer, 9,000 tokens" in text and cells(text, "the teacher")[0][2] == "80.0"
+    assert report.task_inputs(rows[:1]) == ""
+
+
 def test_masked_words():
     """Students belong to the teacher of as many steps on the same machine; the one that has most of them comes first."""
 
