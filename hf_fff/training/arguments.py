@@ -172,8 +172,8 @@ def arguments_for(task: str | None, **overrides: Any) -> DistillationArguments:
     """Good arguments for general distillation (``task=None``), or for that of a task; ``overrides`` come before them.
 
     With ``muon`` the learning rate is twice as high, but not that of what replaced the FFNs. In fewer than 500 steps it is lower, in
-    proportion: the first steps of Adam cost a calibrated model more than it gains, and a short training does not make that good. (8x8, 40 steps of 32 texts: cosine 0.753 calibrated, 0.772 with rates so
-    lowered, 0.733 with those of a long training.)
+    proportion: the first steps of Adam cost a calibrated model more than it gains, and a short training does not make that good. (8x8, 40
+    steps of 32 texts: cosine 0.753 calibrated, 0.772 with rates so lowered, 0.733 with those of a long training.)
 
     Raises:
         ValueError: a task that has no logits to distil; as ``DistillationArguments``.

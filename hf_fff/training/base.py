@@ -164,11 +164,8 @@ class FastTrainer(SafeCheckpoints):
 
     def _described(self) -> dict[str, Any]:
         own = {name: getattr(self.args, name) for name in ("fff_learning_rate", "fff_units", "packed_rows")}
-        return {
-            **super()._described(),
-            **own,
-            "muon": self.args.muon or None,
-        }  # as checkpoints have it that know no Muon
+        own["muon"] = self.args.muon or None  # as checkpoints have it that know no Muon
+        return {**super()._described(), **own}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._seen:

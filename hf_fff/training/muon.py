@@ -1,7 +1,7 @@
 """Steps of matrices whose directions count all alike: Muon (Jordan et al., 2024; scaled as in arXiv 2502.16982).
 
-``torch.optim.Muon`` takes the same steps, a matrix after the other; a BERT has dozens of one shape, and on a GPU a step is mostly launching kernels. So they
-are made together here, and by hooks around an optimizer, which keeps its groups, its rates and its state in one place.
+``torch.optim.Muon`` takes the same steps, a matrix after the other; a BERT has dozens of one shape, and on a GPU a step is mostly launching
+kernels. So they are made together here, and by hooks around an optimizer, which keeps its groups, its rates and its state in one place.
 """
 
 from collections.abc import Iterable
@@ -16,8 +16,8 @@ _ITERATIONS = 5
 
 
 def take_orthogonal_steps(optimizer: torch.optim.Optimizer, matrices: Iterable[nn.Parameter]) -> None:
-    """From now on an optimizer takes the steps of these of its parameters by Muon, with the rates and weight decays of their groups. They are about as long as
-    Adam's at the same rate. Momenta are in the optimizer's state, as ``"momentum_buffer"``."""
+    """From now on an optimizer takes the steps of these of its parameters by Muon, with the rates and weight decays of their groups. They are
+    about as long as Adam's at the same rate. Momenta are in the optimizer's state, as ``"momentum_buffer"``."""
     chosen = set(matrices)
     places = [
         (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"]) if p in chosen
@@ -63,7 +63,8 @@ def _momentum(state: dict[str, Any], gradient: Tensor) -> Tensor:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """``[n, rows, columns]``, each brought near ``U V^T`` of its singular value decomposition ``U S V^T``, by Newton's and Schulz's iteration, on a GPU in bfloat16."""
+    """``[n, rows, columns]``, each brought near ``U V^T`` of its singular value decomposition ``U S V^T``, by Newton's and Schulz's iteration; on
+    a GPU in bfloat16."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()  # many a CPU only pretends to have bfloat16
     x = x.mT if tall else x

@@ -51,10 +51,11 @@ def test_steps_are_those_of_torch():
     assert set(adam.state[ours[0].weight]) == {"momentum_buffer", "step"} and "exp_avg" in adam.state[ours[0].bias]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("shape", [(3, 40, 40), (2, 20, 50), (2, 50, 20)])
-def test_directions_count_alike(shape):
+def test_directions_count_alike(shape, device):
     torch.manual_seed(0)
-    matrices = torch.randn(shape) * torch.logspace(-3, 0, shape[2])
+    matrices = (torch.randn(shape) * torch.logspace(-3, 0, shape[2])).to(device)
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     near, spread = orthogonal(matrices), torch.linalg.svdvals(orthogonal(matrices))
     assert near.dtype == torch.float32 and spread.amax() < 1.4 and spread.quantile(0.3) > 0.5
