@@ -14,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
-from quality_report import HERE, masked_words_kept, rows_of, runs, spread
+from quality_report import HERE, masked_words_kept, rows_of, runs
+from runs import spread
 
 from hf_fff import FFFConfig
 

@@ -235,7 +235,9 @@ def main() -> None:
                 fast.embeddings.requires_grad_(False)
             with (
                 curve() as result["curve"],
-                steps_by_depth(args.depth_steps, args.routing_steps),
+                nullcontext()
+                if (args.depth_steps, args.routing_steps) == (0.0, 1.0)
+                else steps_by_depth(args.depth_steps, args.routing_steps),
                 nullcontext()
                 if args.input_routing_gradient is None
                 else routing_gradient_of_inputs(args.input_routing_gradient),

@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
+from runs import spread
+
 from hf_fff import FFFConfig
 from hf_fff.training import arguments_for
 
@@ -321,8 +323,8 @@ def as_a_run(row: dict) -> dict:
     }
 
 
-def spread(values: list[float], digits: int = 3) -> str:
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+def optimizer(row: dict) -> str:
+    return f"{'Muon' if row.get('muon') else 'Adam'}, {row['learning_rate']:g}"
 
 
 def neurons(fff: str) -> str:
@@ -483,7 +485,7 @@ def longer(rows: list[dict]) -> str:
         cells = [
             first["fff"],
             f"{first['steps']} x {first['batch_size']}",
-            f"{'Muon' if first.get('muon') else 'Adam'}, {first['learning_rate']:g}",
+            optimizer(first),
             f"{passes:.1f}" if passes else "",
             f"{100 * first.get('crop', 0.0):.0f} %",
             f"{first['texts']:,} texts" if passes else "",
@@ -538,7 +540,7 @@ def tried(rows: list[dict]) -> str:
                 "cropped {:.0%}": (row["crop"], 0.5),
             }
             others = [name.format(value) for name, (value, usual) in told.items() if value != usual]
-            cells = [fff, f"{'Muon' if row['muon'] else 'Adam'}, {row['learning_rate']:g}"]
+            cells = [fff, optimizer(row)]
             cells += ["" if fff == "none" else f"{row['fff_learning_rate']:g}"]
             cells += [
                 ", ".join(others + ["no units"] * row["plain_steps"]),
@@ -551,8 +553,8 @@ def tried(rows: list[dict]) -> str:
 
 
 def undone(row: dict) -> bool:
-    """Whether a student is as it was calibrated, since its training made it worse."""
-    return row["distilled"] == row["calibrated"]
+    """Whether a student is as it was calibrated, since its training made it worse; older lines do not say it."""
+    return row.get("undone", row["distilled"] == row["calibrated"])
 
 
 def task_rates(rows: list[dict]) -> str:
@@ -663,8 +665,7 @@ def masked_words(rows: list[dict]) -> str:
         dense, first = teacher["scores"], groups["none"][0]
         none = mean(row["distilled"]["loss"] for row in groups["none"])
         text += f"| **teacher of {teacher['teacher_steps']} steps of {teacher['teacher_batch_size']} texts** | {INNER} | | | {dense['loss']:.3f} | 100 % | | {dense['accuracy']:.3f} | |\n"
-        told = f"{'Muon' if first.get('muon') else 'Adam'} at {first['learning_rate']:g}, {first['device']}"
-        text += f"| students of {first['steps']} steps of {first['batch_size']} texts, {told} |{' |' * 8}\n"
+        text += f"| students of {first['steps']} steps of {first['batch_size']} texts, {optimizer(first)}, {first['device']} |{' |' * 8}\n"
         for fff, group in groups.items():
             done = [row["distilled"] for row in group]
             shares = [100 * (none - row["loss"]) / (none - dense["loss"]) for row in done]
@@ -725,7 +726,7 @@ def tasks(rows: list[dict], title: str = "Tasks") -> str:
     text = TASKS.format(
         title=title,
         **{name: example[name] for name in ("calibration_steps", "steps", "batch_size")},
-        **{name: f"{example[name]:,} at most" if example.get(name) else "all" for name in ("limit", "report_limit")},
+        **{name: f"at most {example[name]:,}" if example.get(name) else "all" for name in ("limit", "report_limit")},
         **{name: ", ".join(sorted({row[name] for row in students})) for name in ("device", "torch")},
         epochs=" to ".join(f"{epochs:g}" for epochs in sorted({min(every), max(every)})),
         tokens=" or ".join(f"{count:,}" for count in sorted({row["max_tokens"] for row in students})),

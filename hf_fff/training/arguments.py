@@ -18,8 +18,7 @@ class FastArguments(TrainingArguments):
     """transformers' ``TrainingArguments`` with a rate for what replaced the FFNs, rounded rows, and other defaults.
 
     Raises:
-        ValueError: a rate that is not above 0, rows that are not known; CUDA graphs with accumulated batches or several processes; Muon in
-            float16.
+        ValueError: a rate that is not above 0, rows that are not known; CUDA graphs with accumulated batches or several processes.
     """
 
     fff_learning_rate: float | None = field(
@@ -66,8 +65,6 @@ class FastArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0")
         if self.packed_rows is not None and self.packed_rows not in ROWS:
             raise ValueError(f"packed_rows={self.packed_rows!r} is not known (allowed: {', '.join(ROWS)}, None)")
-        if self.muon and self.fp16:  # whose scaler leaves it to a fused Adam to pass over an overflow
-            raise ValueError("muon=True is for float32 and bf16=True, not for fp16=True")
         if self.cuda_graphs and (self.gradient_accumulation_steps > 1 or self.world_size > 1):
             raise ValueError(
                 "cuda_graphs=True needs gradient_accumulation_steps=1 and one process, not "

@@ -34,8 +34,8 @@ class FastTrainer(SafeCheckpoints):
     ``lengths`` are batched by length, unless ``train_sampling_strategy`` asks for another order.
 
     Raises:
-        ValueError: a data set is empty, ``args.packed_rows`` and a model without trees, ``args.muon`` and shards or
-            adapters; as ``SafeCheckpoints``.
+        ValueError: a data set is empty, ``args.packed_rows`` and a model without trees, ``args.muon`` and shards,
+            adapters or float16; as ``SafeCheckpoints``.
         FloatingPointError: from ``train``: the loss is not finite. This is looked at when something is logged or saved, and at
             the end; the last checkpoint is from before.
     """
@@ -48,10 +48,14 @@ class FastTrainer(SafeCheckpoints):
         with rounded_rows(model, args.packed_rows):
             pass  # raises where there are no trees
         super().__init__(model, args, **kwargs)
-        if args.muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("muon=True needs whole matrices: train without FSDP and DeepSpeed, or with muon=False")
-        if args.muon and hasattr(model, "peft_config"):
-            raise ValueError("muon=True is for a model's own matrices, and this one trains adapters: use muon=False")
+        for wrong, what in (
+            (self.is_fsdp_enabled or self.is_deepspeed_enabled, "FSDP and DeepSpeed, which share out matrices"),
+            # Its scaler leaves it to a fused Adam to pass over an overflow.
+            (self.accelerator.mixed_precision == "fp16", "fp16"),
+            (hasattr(model, "peft_config"), "adapters"),
+        ):
+            if args.muon and wrong:
+                raise ValueError(f"muon=True is not for {what}: use muon=False")
         if not any(isinstance(callback, RoutingMetrics) for callback in self.callback_handler.callbacks):
             self.add_callback(RoutingMetrics())
         self.model_accepts_loss_kwargs = False  # some heads take them, and do not heed them

@@ -160,4 +160,4 @@ def test_masked_words():
     assert report.masked_words_kept(rows)["8x8"] == pytest.approx(0.75 / 1.1)
     muon = [{**row(fff, 0, loss), "muon": True} for fff, loss in (("none", 3.8), ("8x8", 3.2))]
     table = report.masked_words(rows + muon)  # of which no FFN with Muon is the floor
-    assert [line[5] for line in cells(table, "8x8")] == ["68 ± 6 %", "50 %", "75 %"] and "Muon at 0.001, a GPU" in table
+    assert [line[5] for line in cells(table, "8x8")] == ["68 ± 6 %", "50 %", "75 %"] and "Muon, 0.001, a GPU" in table
