@@ -23,10 +23,21 @@ ACTIVATION_ALIASES = {
 MAX_TREES, MAX_DEPTH, MAX_WIDTH = 65536, 24, 1 << 24
 
 # kind -> the fields that say how large it is
-KINDS: dict[str, tuple[str, ...]] = {"tree": ("n_trees", "depth"), "mlp": ("width",), "none": ()}
-_SIZES = tuple(field for sizes in KINDS.values() for field in sizes)
+KINDS: dict[str, tuple[str, ...]] = {
+    "tree": ("n_trees", "depth"),
+    "mlp": ("width",),
+    "tree+mlp": ("n_trees", "depth", "width"),
+    "none": (),
+}
+_SIZES = KINDS["tree+mlp"]
 
-_TREE, _MLP = re.compile(r"(\d+)x(\d+)"), re.compile(r"mlp:(\d+)")
+# kind -> how it is written, its sizes in the order above
+_SHORTHANDS = {
+    "tree": r"(\d+)x(\d+)",
+    "mlp": r"mlp:(\d+)",
+    "tree+mlp": r"(\d+)x(\d+)\+mlp:(\d+)",
+    "none": "none",
+}
 
 
 def _require_int(field: str, value: Any, low: int, high: int) -> None:
@@ -50,17 +61,17 @@ class FFFConfig:
     **Depth is counted as in the paper**: depth D visits D + 1 neurons, and a tree has ``2**(D+1) - 1`` of them. So "1x11"
     uses 12 of 4095 neurons, "8x8" 72 of 4088. ``kind="mlp"``: a dense MLP of ``width`` neurons ("mlp:72"). ``kind="none"``: no
     network at all, the output bias alone ("none"). These two are what a tree has to be measured against, and where they do
-    as well, they are the better choice.
+    as well, they are the better choice. ``kind="tree+mlp"``: trees and an MLP side by side, whose outputs are added ("4x8+mlp:64").
 
     Args:
         n_trees: K, the number of parallel trees (1 to 65536).
         depth: D (0 to 24).
         activation: "gelu" (exact, the default), "gelu_new" (tanh form), "relu", "silu", "identity", or one of the names that
             transformers has for them.
-        kind: "tree", "mlp" or "none".
+        kind: "tree", "mlp", "tree+mlp" or "none".
         routing_gradient: alpha of the straight-through routing gradient used in training; 0 is the paper's training.
         routing_temperature: tau of the same.
-        width: neurons of an "mlp" (1 to 16777216).
+        width: neurons of the MLP (1 to 16777216).
 
     Raises:
         ValueError: a value out of range; the message names the field, the value and what is allowed.
@@ -91,24 +102,39 @@ class FFFConfig:
         _require_number("routing_temperature", self.routing_temperature, above_zero=True)
 
     @property
+    def has_trees(self) -> bool:
+        """Whether there are trees, alone or beside an MLP."""
+        return self.n_trees is not None
+
+    @property
     def tree_nodes(self) -> int:
         """Nodes of one tree."""
-        return 2 ** ((self.depth or 0) + 1) - 1 if self.kind == "tree" else 0
+        return 2 ** ((self.depth or 0) + 1) - 1 if self.has_trees else 0
 
     @property
     def nodes(self) -> int:
         """Neurons of the layer."""
-        return self.width or (self.n_trees or 0) * self.tree_nodes
+        return (self.n_trees or 0) * self.tree_nodes + (self.width or 0)
 
     @property
     def active_nodes(self) -> int:
         """Neurons that one token uses."""
-        return self.width or (self.n_trees or 0) * ((self.depth or 0) + 1)
+        return (self.n_trees or 0) * ((self.depth or 0) + 1) + (self.width or 0)
 
     @property
     def shorthand(self) -> str:
-        """``"KxD"``, ``"mlp:WIDTH"`` or ``"none"``."""
-        return {"tree": f"{self.n_trees}x{self.depth}", "mlp": f"mlp:{self.width}", "none": "none"}[self.kind]
+        """``"KxD"``, ``"mlp:WIDTH"``, ``"KxD+mlp:WIDTH"`` or ``"none"``."""
+        return "+".join(_name(part) for part in self.parts) or "none"
+
+    @property
+    def parts(self) -> "tuple[FFFConfig, ...]":
+        """Trees and MLP, each for itself, of ``"tree+mlp"``; of ``"none"`` nothing; else the config itself."""
+        if self.kind == "none":
+            return ()
+        if self.kind != "tree+mlp":
+            return (self,)
+        trees = dataclasses.replace(self, kind="tree", width=None)
+        return trees, dataclasses.replace(self, kind="mlp", n_trees=None, depth=None)
 
     def to_dict(self) -> dict[str, Any]:
         other = set(_SIZES) - set(KINDS[self.kind])
@@ -126,16 +152,19 @@ class FFFConfig:
 
     @classmethod
     def from_shorthand(cls, text: str, **fields: Any) -> "FFFConfig":
-        """``"64x5"``: 64 trees of depth 5; ``"mlp:72"``: a dense MLP of 72 neurons; ``"none"``: neither."""
-        if match := _TREE.fullmatch(text.strip()):
-            return cls(n_trees=int(match[1]), depth=int(match[2]), **fields)
-        if match := _MLP.fullmatch(text.strip()):
-            return cls(kind="mlp", width=int(match[1]), **fields)
-        if text.strip() == "none":
-            return cls(kind="none", **fields)
+        """``"64x5"``: 64 trees of depth 5; ``"mlp:72"``: a dense MLP of 72 neurons; ``"4x8+mlp:64"``: both; ``"none"``: neither."""
+        for kind, written in _SHORTHANDS.items():
+            if match := re.fullmatch(written, text.strip()):
+                sizes = zip(KINDS[kind], map(int, match.groups()), strict=True)
+                return cls(kind=kind, **dict(sizes), **fields)  # type: ignore[arg-type]
         raise ValueError(
-            f'fff={text!r} is not of the form "KxD" (trees x depth), such as "8x8" or "64x5", nor "mlp:WIDTH", nor "none"'
+            f'fff={text!r} is not of the form "KxD" (trees x depth), such as "8x8" or "64x5", nor "mlp:WIDTH", nor both, '
+            '"KxD+mlp:WIDTH", nor "none"'
         )
+
+
+def _name(part: FFFConfig) -> str:
+    return f"{part.n_trees}x{part.depth}" if part.has_trees else f"mlp:{part.width}"
 
 
 ConfigLike: TypeAlias = FFFConfig | str | Mapping[str, Any]

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
+from ways import plain_mlps
 
 from hf_fff import FFF, Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff, ops, optimize, rounded_rows
 from hf_fff.files import atomic_folder
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument(
         "--plain-steps", action="store_true", help="what replaced the FFNs trains in no units of its own"
     )
+    parser.add_argument("--mlp-rate", type=float, help="of MLPs, which then train in no units of their own; trees do")
     parser.add_argument("--muon", action="store_true", help="for the matrices of attention")
     parser.add_argument("--compile", action="store_true", help="the training step")
     parser.add_argument("--graphs", action="store_true", help="training steps as CUDA graphs")
@@ -244,6 +246,7 @@ def main() -> None:
                 mock.patch.object(DistillationTrainer, "_measure_units", lambda self: None)
                 if args.plain_steps
                 else nullcontext(),
+                plain_mlps(args.mlp_rate),
             ):
                 distil_texts(fast, dense, texts, tokenizer, training)
         report = fast.distillation_report

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
+from ways import plain_mlps
 
 from hf_fff import Calibration, FFFConfig, convert_ffn_to_fff
 from hf_fff.surgery.text import shuffled
@@ -105,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--fff-learning-rate", type=float)
+    parser.add_argument("--mlp-rate", type=float, help="of MLPs, which then train in no units of their own; trees do")
     parser.add_argument("--routing-gradient", type=float, default=3.0)
     parser.add_argument("--first-text-alone", action="store_true", help="calibrate on single texts, not pairs")
     parser.add_argument("--freeze", action="store_true", help="train nothing but what replaces the FFNs")
@@ -218,9 +220,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     "fff_learning_rate": arguments.rate_of(config.kind),
                     "batch_size": arguments.train_batch_size,
                 }
-                distil_task(
-                    student, teacher, task.name, train, tokenizer, arguments, held_out=chosen_on, transfer=transfer
-                )
+                with plain_mlps(args.mlp_rate):
+                    distil_task(
+                        student, teacher, task.name, train, tokenizer, arguments, held_out=chosen_on, transfer=transfer
+                    )
             result["undone"] = student.distillation_report.undone
             result["held_out"] = round(student.distillation_report.score, 4)
             result["distilled"] = rounded(evaluate(student, task, report, tokenizer, **measure))

@@ -17,7 +17,7 @@ class Plan:
     Args:
         keep: share of the dense model's main metric; of "mlm" of ``exp(-loss)``, which is the dense model's perplexity by the
             other's; of "embeddings" of the cosine to the dense model's, which is 1.
-        candidates: ``"none"``, ``"mlp:WIDTH"``, ``"KxD"``.
+        candidates: ``"none"``, ``"mlp:WIDTH"``, ``"KxD"``, ``"KxD+mlp:WIDTH"``.
         steps: of each distillation; instead of a budget, and reproducible.
         calibration_steps: a layer; ``steps`` by default. With a budget, they are derived from it too.
         budget: seconds for the whole search.

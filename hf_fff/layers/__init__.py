@@ -5,12 +5,18 @@ from typing import Any
 from ..config import FFFConfig
 from .controls import MLP, NoFFN
 from .fff import FFF, OutputBias
+from .joint import TreesAndMLP
 from .linear import LINEARS, PackedLinear, PackedMLP
 from .packed import Packed, PackedFFF
 from .wrappers import ChannelsFirst, FeedforwardBlock
 
-Feedforward = FFF | MLP | NoFFN
-_OF_KIND: dict[str, type[FFF] | type[MLP] | type[NoFFN]] = {"tree": FFF, "mlp": MLP, "none": NoFFN}
+Feedforward = FFF | MLP | TreesAndMLP | NoFFN
+_OF_KIND: dict[str, type[FFF] | type[MLP] | type[TreesAndMLP] | type[NoFFN]] = {
+    "tree": FFF,
+    "mlp": MLP,
+    "tree+mlp": TreesAndMLP,
+    "none": NoFFN,
+}
 
 __all__ = [
     "FFF",
@@ -25,6 +31,7 @@ __all__ = [
     "PackedFFF",
     "PackedLinear",
     "PackedMLP",
+    "TreesAndMLP",
     "feedforward",
 ]
 

@@ -13,7 +13,7 @@ from .families import FAMILIES, FFNInterface
 class FastConfigMixin:
     """Adds ``fff`` to a family's config: which layers hold which FFF.
 
-    ``fff`` may be given as ``"KxD"`` (or ``"mlp:WIDTH"``, ``"none"``), an ``FFFConfig``, a dict from layer to config, or the JSON object itself, which is what it
+    ``fff`` may be given as ``"KxD"`` (or ``"mlp:WIDTH"``, ``"KxD+mlp:WIDTH"``, ``"none"``), an ``FFFConfig``, a dict from layer to config, or the JSON object itself, which is what it
     becomes: ``{"version": 1, "kind": "tree", "n_trees": 8, ...}`` or ``{"version": 1, "layers": {"0": {...}, ...}}``.
     """
 

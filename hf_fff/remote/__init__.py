@@ -15,7 +15,7 @@ from typing import Any
 from .. import config, layers
 from .._version import __version__
 from ..files import atomic_files
-from ..layers import controls, wrappers
+from ..layers import controls, joint, wrappers
 from ..layers import fff as trees
 from ..models import FAMILIES, families, fast
 from ..models.classes import heads, model_classes
@@ -31,6 +31,7 @@ _PARTS: list[tuple[ModuleType, tuple[str, ...]]] = [
     (operator, ()),
     (trees, ()),
     (controls, ()),
+    (joint, ()),
     (wrappers, ()),
     (layers, ()),
     (families, ("FFNInterface", "FFN")),

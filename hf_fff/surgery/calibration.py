@@ -30,7 +30,7 @@ from ..models import FFNInterface
 from ..modes import evaluating
 from ..ops.torch_backend import activation_functions
 from .dense import DenseNeurons
-from .initialise import balance_hyperplanes, best_neurons, solve_outputs
+from .initialise import balance_hyperplanes, best_neurons, parts_of, solve_outputs
 from .text import Batch, in_random_order
 
 _FORWARD_TOKENS = {"cpu": 4096}  # of a batch on its way through the models; elsewhere
@@ -317,38 +317,43 @@ class _Fit:
         self.test_tokens = slice(count - held_out, count)
         self.ffn = self._start(ffn, dense)
         self._order = torch.empty(0, dtype=torch.long)
-        rate = c.learning_rate * (_MLP_RATE if isinstance(ffn, MLP) else 1)
         fused = device.type in ("cpu", "cuda")
+        groups = [(c.learning_rate * (_MLP_RATE if isinstance(part, MLP) else 1), part) for part in parts_of(self.ffn)]
         parameters = [*self.ffn.parameters(), self.bias]
-        self.optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99), fused=fused)
+        self.optimizer = torch.optim.Adam(
+            [{"params": [*part.parameters()], "lr": rate} for rate, part in groups]
+            + [{"params": [self.bias], "lr": max((rate for rate, _ in groups), default=c.learning_rate)}],
+            betas=(0.9, 0.99),
+            fused=fused,
+        )
         self._graphs = StepGraphs(parameters) if c.cuda_graphs and device.type == "cuda" else None
 
     @torch.no_grad()
     def _start(self, ffn: Feedforward, dense: DenseNeurons | None) -> Feedforward:
-        """First values, in standardised coordinates: a tree's directions, balanced; an MLP of the best dense neurons."""
+        """First values, in standardised coordinates: a tree's directions, balanced, with outputs of zero; an MLP of the best dense
+        neurons, and the outputs that give most with those."""
         d, draw = self.data, self._draw(32_768)
         x, y, weight = d.x[draw].float(), d.y[draw].float(), d.weight[draw]
         new = feedforward(x.shape[1], ffn.config, device="meta").to_empty(device=x.device)  # all of it is filled here
         if isinstance(new, NoFFN):
             self.bias.copy_((y * weight.square().unsqueeze(1)).sum(0) / weight.square().sum())
-            return new
-        assert not isinstance(ffn, NoFFN)
-        new.weight_in.copy_(ffn.weight_in.float() * d.x_scale)
-        if isinstance(new, FFF):
-            balance_hyperplanes(new, x)
-            return new
-        own = ffn.weight_in.detach().float().clone()
-        new.bias_in.copy_(ffn.bias_in)
-        if dense is not None:
-            act, _ = activation_functions(new.config.activation)
-            values = dense.values((x * d.x_scale + d.x_mean).to(dense.weight_in), act)
-            best = best_neurons(values.float() * weight.unsqueeze(1), dense.weight_out.float() / d.y_scale)
-            best = best[: new.config.nodes]  # where the MLP is wider than the dense network, its own neurons fill it up
-            own[: len(best)] = dense.weight_in[best].float()
-            new.bias_in[: len(best)] = dense.bias_in[best].float() if dense.bias_in is not None else 0.0
-        new.bias_in.add_(own @ d.x_mean)
-        new.weight_in.copy_(own * d.x_scale)
-        solve_outputs(new, self.bias, x, y, weight)
+        for part, given in zip(parts_of(new), parts_of(ffn), strict=True):
+            if isinstance(part, FFF):
+                part.weight_in.copy_(given.weight_in.float() * d.x_scale)
+                balance_hyperplanes(part, x)
+                continue
+            own = given.weight_in.detach().float().clone()
+            part.bias_in.copy_(given.bias_in)
+            if dense is not None:
+                act, _ = activation_functions(part.config.activation)
+                values = dense.values((x * d.x_scale + d.x_mean).to(dense.weight_in), act)
+                best = best_neurons(values.float() * weight.unsqueeze(1), dense.weight_out.float() / d.y_scale)
+                best = best[: part.config.nodes]  # where it is wider than the dense network, its own neurons fill it up
+                own[: len(best)] = dense.weight_in[best].float()
+                part.bias_in[: len(best)] = dense.bias_in[best].float() if dense.bias_in is not None else 0.0
+            part.bias_in.add_(own @ d.x_mean)
+            part.weight_in.copy_(own * d.x_scale)
+            solve_outputs(part, self.bias, x, y, weight)
         return new
 
     def _draw(self, count: int) -> Tensor:
@@ -403,11 +408,11 @@ class _Fit:
     def write(self, ffn: Feedforward, output_bias: OutputBias) -> None:
         """Undoes the standardisation and fills the model's own layer."""
         d = self.data
-        if not isinstance(self.ffn, NoFFN) and not isinstance(ffn, NoFFN):
-            w = self.ffn.weight_in / d.x_scale
-            ffn.weight_in.copy_(w)
-            ffn.bias_in.copy_(self.ffn.bias_in - w @ d.x_mean)
-            ffn.weight_out.copy_(self.ffn.weight_out * d.y_scale)
+        for fitted, part in zip(parts_of(self.ffn), parts_of(ffn), strict=True):
+            w = fitted.weight_in / d.x_scale
+            part.weight_in.copy_(w)
+            part.bias_in.copy_(fitted.bias_in - w @ d.x_mean)
+            part.weight_out.copy_(fitted.weight_out * d.y_scale)
         output_bias.bias.copy_(d.y_mean + self.bias * d.y_scale)
 
 

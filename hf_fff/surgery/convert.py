@@ -40,7 +40,7 @@ def convert_ffn_to_fff(
     Args:
         model: a transformers model of a known family, with any head, or what holds one, as a ``SentenceTransformer`` or a
             ``CrossEncoder`` does, of which all else is kept. With ``ffn``, any ``nn.Module``.
-        config: an ``FFFConfig``, ``"KxD"`` such as ``"8x8"`` (or a control, ``"mlp:72"`` or ``"none"``), or a dict from layer number to such a config. A shorthand
+        config: an ``FFFConfig``, ``"KxD"`` such as ``"8x8"`` (or ``"4x8+mlp:64"``, or a control, ``"mlp:72"`` or ``"none"``), or a dict from layer number to such a config. A shorthand
             takes the model's own activation.
         ffn: for modules of no known family, the names of their feedforward networks, ``"encoder.layers.*.mlp"``: each takes
             and gives ``[..., H]``, which is tried. What comes back is of the same class; ``save_fff`` and ``load_fff`` save and

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import FFF, MLP, Feedforward, NoFFN
+from ..layers import FFF, MLP, Feedforward
 from ..ops.torch_backend import activation_functions
 from .dense import DenseNeurons
 
@@ -23,26 +23,35 @@ def init_from_dense(ffn: Feedforward, dense: DenseNeurons, norm: Any, generator:
         dense: the FFN's neurons.
         norm: the LayerNorm whose output the FFN reads; None where there is none.
     """
-    if isinstance(ffn, NoFFN):
+    parts = parts_of(ffn)
+    if not parts:
         return
-    noise = torch.randn(512, ffn.hidden_size, generator=generator).to(ffn.weight_in)
+    noise = torch.randn(512, ffn.hidden_size, generator=generator).to(parts[0].weight_in)
     x = noise if norm is None else noise * norm.weight
     if getattr(norm, "bias", None) is not None:
         x = x + norm.bias
     act, _ = activation_functions(ffn.config.activation)
-    values = dense.values(x, act)
-    inner, nodes = values.shape[1], ffn.config.nodes
-    if isinstance(ffn, MLP):
-        order = best_neurons(values, dense.weight_out)
-    else:
-        order = torch.randperm(inner, generator=generator)
-    rounds = [order] + [torch.randperm(inner, generator=generator) for _ in range(-(-nodes // inner) - 1)]
-    neurons = torch.cat([r.to(ffn.weight_in.device) for r in rounds])[:nodes]
-    ffn.weight_in.copy_(dense.weight_in[neurons])
-    ffn.bias_in.copy_(dense.bias_in[neurons] if dense.bias_in is not None else torch.zeros(nodes))
-    ffn.weight_out.copy_(dense.outputs(x, act)[neurons])
-    want = values @ dense.weight_out
-    ffn.weight_out.mul_((_spread(want) / _spread(ffn(x)).clamp_min(1e-12)).to(ffn.weight_out.dtype))
+    values, outputs = dense.values(x, act), dense.outputs(x, act)
+    inner = values.shape[1]
+    for part in parts:
+        nodes = part.config.nodes
+        if isinstance(part, MLP):
+            order = best_neurons(values, dense.weight_out)
+        else:
+            order = torch.randperm(inner, generator=generator)
+        rounds = [order] + [torch.randperm(inner, generator=generator) for _ in range(-(-nodes // inner) - 1)]
+        neurons = torch.cat([r.to(part.weight_in.device) for r in rounds])[:nodes]
+        part.weight_in.copy_(dense.weight_in[neurons])
+        part.bias_in.copy_(dense.bias_in[neurons] if dense.bias_in is not None else torch.zeros(nodes))
+        part.weight_out.copy_(outputs[neurons])
+    times = _spread(values @ dense.weight_out) / _spread(ffn(x)).clamp_min(1e-12)
+    for part in parts:
+        part.weight_out.mul_(times.to(part.weight_out.dtype))
+
+
+def parts_of(ffn: Feedforward) -> list[FFF | MLP]:
+    """Trees, an MLP, both or neither: what an FFN's place is taken by."""
+    return [m for m in ffn.modules() if isinstance(m, (FFF, MLP))]
 
 
 def best_neurons(values: Tensor, weight_out: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def set_routing_gradient(model: Any, alpha: float) -> None:
         if isinstance(module, FFF):
             module.config = replace(module.config, routing_gradient=float(alpha))
     layers = getattr(model.config, "fff_layers", {})
-    trees = {i: replace(c, routing_gradient=float(alpha)) if c.kind == "tree" else c for i, c in layers.items()}
+    trees = {i: replace(c, routing_gradient=float(alpha)) if c.has_trees else c for i, c in layers.items()}
     if trees != layers:
         model.config.fff = layers_to_json(trees, model.config.num_hidden_layers)
 

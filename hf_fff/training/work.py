@@ -249,7 +249,7 @@ def check_trees(args: FastArguments, config: LayersLike) -> None:
     """Raises ``ValueError`` where rows are to be rounded, and no layer has any."""
     by_layer = isinstance(config, Mapping) and all(isinstance(key, int) for key in config)
     layers: Any = config.values() if by_layer else [config]  # type: ignore[union-attr]
-    if args.packed_rows is not None and not any(as_config(one).kind == "tree" for one in layers):
+    if args.packed_rows is not None and not any(as_config(one).has_trees for one in layers):
         raise ValueError(f"packed_rows={args.packed_rows!r} is of trees, and there are none in the model")
 
 
