@@ -247,7 +247,14 @@ def test_controls():
     mlp, none = FFFConfig.from_shorthand("mlp:72", activation="relu"), FFFConfig.from_shorthand("none")
     assert (mlp.kind, mlp.width, mlp.nodes, mlp.active_nodes, mlp.shorthand) == ("mlp", 72, 72, 72, "mlp:72")
     assert (none.kind, none.nodes, none.active_nodes, none.shorthand) == ("none", 0, 0, "none")
-    for config in (mlp, none):
+    both = FFFConfig.from_shorthand("4x8+mlp:36", activation="relu", routing_gradient=1.0)
+    assert (both.kind, both.n_trees, both.depth, both.width) == ("tree+mlp", 4, 8, 36)
+    assert (both.tree_nodes, both.nodes, both.active_nodes, both.shorthand) == (511, 2080, 72, "4x8+mlp:36")
+    assert [part.shorthand for part in both.parts] == ["4x8", "mlp:36"]
+    assert {(part.activation, part.routing_gradient) for part in both.parts} == {("relu", 1.0)}
+    assert mlp.parts == (mlp,) and none.parts == () and FFFConfig(8, 8).parts == (FFFConfig(8, 8),)
+    assert [c.has_trees for c in (both, FFFConfig(8, 8), mlp, none)] == [True, True, False, False]
+    for config in (mlp, none, both):
         assert FFFConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert "n_trees" not in mlp.to_dict() and "width" not in none.to_dict()
     assert "width" not in FFFConfig(8, 8).to_dict()
@@ -261,7 +268,9 @@ def test_controls():
         ({"kind": "mlp", "width": 72, "depth": 3}, "depth=3 means nothing to kind='mlp'"),
         ({"kind": "none", "width": 72}, "width=72 means nothing to kind='none'"),
         ({"n_trees": 8, "depth": 8, "width": 72}, "width=72 means nothing to kind='tree'"),
-        ({"kind": ["mlp"]}, "kind=['mlp'] is not known (allowed: tree, mlp, none)"),
+        ({"kind": "tree+mlp", "n_trees": 8, "depth": 8}, "width=None is not an integer (allowed: 1 to 16777216)"),
+        ({"kind": "tree+mlp", "width": 8, "depth": 8}, "n_trees=None is not an integer (allowed: 1 to 65536)"),
+        ({"kind": ["mlp"]}, "kind=['mlp'] is not known (allowed: tree, mlp, tree+mlp, none)"),
     ],
 )
 def test_bad_controls(fields, message):
@@ -269,7 +278,7 @@ def test_bad_controls(fields, message):
         FFFConfig(**fields)
 
 
-@pytest.mark.parametrize("text", ["mlp", "mlp:", "mlp:-3", "mlp:7.5", "MLP:72", "None", "mlp:7 2"])
+@pytest.mark.parametrize("text", ["mlp", "mlp:", "mlp:-3", "mlp:7.5", "MLP:72", "None", "mlp:7 2", "8x8mlp:3", "8x8+", "8x8+4", "+mlp:3", "mlp:3+8x8"])
 def test_bad_shorthand_of_controls(text):
     with pytest.raises(ValueError, match="is not of the form"):
         FFFConfig.from_shorthand(text)

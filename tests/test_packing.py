@@ -48,10 +48,11 @@ def test_a_converted_model(head, rows):
 
 
 def test_controls_stay():
-    model = convert(tiny_bert(), {0: "4x3", 1: "mlp:8", 2: "none"})
+    model = convert(tiny_bert(), {0: "4x3+mlp:8", 1: "mlp:8", 2: "none"})
     fast = optimize(model)
     assert sum(isinstance(m, PackedFFF) for m in fast.modules()) == 1
-    assert sum(type(m).__name__ in ("MLP", "NoFFN") for m in fast.modules()) == 2
+    assert sum(type(m).__name__ in ("MLP", "NoFFN") for m in fast.modules()) == 3
+    assert near(outputs(fast, tiny_inputs(model)), outputs(model, tiny_inputs(model)))
 
 
 @pytest.mark.parametrize("family", ["albert", "distilbert", "modernbert", "mobilebert"])
@@ -247,13 +248,13 @@ def can(kind):
 @pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForSequenceClassification"])
 def test_linears(head, linears):
     can(linears)
-    model = convert(tiny_bert(HEADS[head]), {0: "4x3", 1: "mlp:8", 2: "none"}).train()
+    model = convert(tiny_bert(HEADS[head]), {0: "4x3", 1: "mlp:8", 2: "2x3+mlp:8"}).train()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     fast, batch = optimize(model, linears=linears), tiny_inputs(model)
     assert model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     kinds = [type(m) for m in fast.modules()]
-    assert nn.Linear not in kinds and kinds.count(PackedFFF) == 1 and kinds.count(PackedMLP) == 1
-    assert kinds.count(PackedLinear) == 2 + sum(type(m) is nn.Linear for m in model.modules())
+    assert nn.Linear not in kinds and kinds.count(PackedFFF) == 2 and kinds.count(PackedMLP) == 2
+    assert kinds.count(PackedLinear) == 4 + sum(type(m) is nn.Linear for m in model.modules())
     a, b = outputs(fast, batch), outputs(model.eval(), batch)
     assert near(a, b) and not any(torch.equal(a[k], b[k]) for k in b)
 

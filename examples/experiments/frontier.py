@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
-from quality_report import HERE, masked_words_kept, rows_of, runs
+from quality_report import HERE, masked_words_kept, rows_of, runs, unusual
 from runs import spread
 
 from hf_fff import FFFConfig
@@ -27,9 +27,9 @@ LEVEL = 0.005  # of times: nearer than that is a draw
 HEAD = """# Quality at equal time, engine by engine
 
 Made by `python examples/experiments/frontier.py` from measured times and qualities. all-MiniLM-L6-v2, all six FFNs replaced; *cosine* is the mean
-cosine of unseen sentences' embeddings to the original's after general distillation ([quality](quality.md): {recipe}), times are the whole model's,
+cosine of unseen sentences' embeddings to the original's ([quality](quality.md)), times are the whole model's,
 microseconds a token, and in brackets how many times as fast as the original in the same engine. Times are of models of the same shapes with random
-weights, which take as long.
+weights, which take as long. The picture has the cosines after the longest training.
 
 ![cosine against microseconds a token](quality-frontier.png)
 """
@@ -39,8 +39,7 @@ VERDICT = """
 
 How many times as long an MLP takes that keeps exactly as much as the tree (mean cosine), by interpolation between *none* and the measured MLPs: **above
 1.00x the tree is ahead.** In brackets the fastest measured one that keeps as much or more, and how many times as long as the tree that takes. Where no MLP
-measured here keeps as much as the tree, the original stands there instead, which is no rival of equal quality.
-
+measured here keeps as much as the tree, the original stands there instead, which is no rival of equal quality. Trees beside an MLP are trees here.
 """
 
 
@@ -54,31 +53,70 @@ class Timed:
     took: Mapping[str, float]
 
 
-def qualities(rows: Iterable[Mapping]) -> tuple[str, dict[str, list[float]]]:
-    """Cosines by kind, of one recipe for all: the longest one that none, a tree and two MLPs were trained by, each in its best way."""
+@dataclass(frozen=True)
+class Training:
+    """Cosines by kind, of seeds, after a training that none, a tree and two MLPs have had, each in its best way."""
+
+    title: str
+    cosines: Mapping[str, list[float]]
+
+    @property
+    def means(self) -> dict[str, float]:
+        return {kind: mean(values) for kind, values in self.cosines.items()}
+
+
+def trainings(rows: Iterable[Mapping]) -> list[Training]:
+    """The longest one, the one of 1000 steps that most kinds had, and calibration alone, as far as they were made."""
+    rows = [row for row in rows if not {*unusual(row)} - {"crop"}]
+    found = [by_steps(row for row in rows if row["run"] in run) for run in (("general", "long"), ("tried",))]
+    return [training for training in (*found, calibrated(rows)) if training is not None]
+
+
+def by_steps(rows: Iterable[Mapping]) -> Training | None:
     recipes: dict[tuple, dict[str, dict[tuple, list[Mapping]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
     for row in rows:
-        if row["run"] in ("general", "long") and "distilled" in row:
+        if "distilled" in row:
             muon = bool(row.get("muon"))
             recipe = (row["steps"] * row["batch_size"], row["steps"], row["batch_size"], row.get("crop", 0.0), muon)
-            way = (row.get("plain_steps"), row["learning_rate"], row["fff_learning_rate"], row["calibration_steps"])
-            recipes[recipe][row["fff"]][way].append(row)
-    complete = {
-        recipe: kinds
-        for recipe, kinds in recipes.items()
-        if "none" in kinds and any("x" in k for k in kinds) and sum(k.startswith("mlp") for k in kinds) > 1
-    }
+            way = tuple(row.get(name) for name in ("plain_steps", "mlp_rate", "learning_rate", "fff_learning_rate"))
+            recipes[recipe][row["fff"]][*way, row["calibration_steps"]].append(row)
+    complete = {recipe: kinds for recipe, kinds in recipes.items() if enough(kinds)}
+    if not complete:
+        return None
     (_, steps, batch, crop, muon), kinds = max(complete.items(), key=lambda item: item[0])
-    found = {}
-    for kind, ways in kinds.items():
-        best = min(
-            ways.values(), key=lambda group: mean(row["eval_loss"] for row in group)
-        )  # on held-out training text
-        found[kind] = [row["distilled"]["unseen_short"]["cosine"] for row in best]
+    best = {  # by the loss on held-out training text
+        kind: min(ways.values(), key=lambda group: mean(row["eval_loss"] for row in group))
+        for kind, ways in kinds.items()
+    }
+    found = {kind: [row["distilled"]["unseen_short"]["cosine"] for row in group] for kind, group in best.items()}
     told = f"{steps} steps of {batch} texts" + (f", {100 * crop:.0f} % of the batches cropped" if crop else "")
-    return told + (", Muon for attention" if muon else ""), found
+    return Training(f"After {told}" + (", Muon for attention" if muon else "") + seeds(found), found)
+
+
+def calibrated(rows: Iterable[Mapping]) -> Training | None:
+    plans: dict[tuple, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if "calibrated" in row and "calibration_batch" in row:
+            plan = row["calibration_steps"], row["calibration_batch"]
+            plans[plan][row["fff"]].setdefault(row["seed"], row["calibrated"]["unseen_short"]["cosine"])
+    complete = {plan: kinds for plan, kinds in plans.items() if enough(kinds)}
+    if not complete:
+        return None
+    (steps, tokens), kinds = max(complete.items(), key=lambda item: (len(item[1]), item[0]))
+    found = {kind: list(of_seed.values()) for kind, of_seed in kinds.items()}
+    return Training(f"Calibrated alone, {steps} steps of {tokens} tokens a layer" + seeds(found), found)
+
+
+def enough(kinds: Iterable[str]) -> bool:
+    kinds = {*kinds}
+    return "none" in kinds and any("x" in k for k in kinds) and sum(k.startswith("mlp") for k in kinds) > 1
+
+
+def seeds(found: Mapping[str, list[float]]) -> str:
+    counts = sorted({len(values) for values in found.values()})
+    return f" (seeds: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))})"
 
 
 def times() -> list[Timed]:
@@ -141,15 +179,17 @@ def timed_cell(took: Mapping[str, float], kind: str) -> str:
     return f"{took[kind]:.1f}" + (f" ({took['dense'] / took[kind]:.2f}x)" if "dense" in took else "")
 
 
-def table(timed: list[Timed], cosines: Mapping[str, list[float]], masked: Mapping[str, float]) -> str:
+def table(timed: list[Timed], every: list[Training], masked: Mapping[str, float]) -> str:
     """All kinds in an engine: times and quality."""
     names = [t.workload for t in timed]
-    text = f"\n| | {' | '.join(names)} | cosine | masked words: of what the FFNs give |\n|---|{'---|' * len(names)}---|---|\n"
+    titles = [training.title.split(",")[0].split(" (")[0].lower() for training in every]
+    columns = [*names, *(f"cosine {title}" for title in titles), "masked words: of what the FFNs give"]
+    text = f"\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n"
     for kind in sorted({kind for t in timed for kind in t.took}, key=order):
         cells = [timed_cell(t.took, kind) for t in timed]
-        kept = "1" if kind == "dense" else spread(cosines[kind]) if kind in cosines else "not measured"
-        share = "100 %" if kind == "dense" else f"{100 * masked[kind]:.0f} %" if kind in masked else ""
-        text += f"| {kind} | {' | '.join(cells)} | {kept} | {share} |\n"
+        cells += [spread(t.cosines[kind]) if kind in t.cosines else "1" if kind == "dense" else "" for t in every]
+        cells.append("100 %" if kind == "dense" else f"{100 * masked[kind]:.0f} %" if kind in masked else "")
+        text += f"| {kind} | {' | '.join(cells)} |\n"
     return text
 
 
@@ -184,23 +224,10 @@ def draw(groups: Mapping[tuple[str, str], list[Timed]], cosines: Mapping[str, fl
     pyplot.close(figure)
 
 
-def main() -> None:
-    recipe, kept = qualities(runs())
-    cosines = {kind: mean(values) for kind, values in kept.items()}
-    seeds = " to ".join(str(count) for count in sorted({len(values) for values in kept.values()}))
-    recipe += f"; seeds: {seeds}"
-    masked = masked_words_kept(rows_of("tasks_minilm.jsonl"))
-    groups: dict[tuple[str, str], list[Timed]] = defaultdict(list)
-    for timed in times():
-        groups[timed.engine, timed.machine].append(timed)
-    for some in groups.values():
-        some.sort(key=lambda t: WORKLOADS.index(t.workload))
-    page, ahead, cells = HEAD.format(recipe=recipe) + VERDICT, [], 0
-    page += f"| engine | tree | {' | '.join(WORKLOADS)} |\n|---|---|{'---|' * len(WORKLOADS)}\n"
-    noises = {
-        machine: noise(t for (_, of), some in groups.items() if of == machine for t in some) for _, machine in groups
-    }
-    noisy = [f"{100 * level:.0f} % on the {machine}" for machine, level in noises.items() if level > LEVEL]
+def verdicts(groups: Mapping[tuple[str, str], list[Timed]], noises: Mapping[str, float], training: Training) -> str:
+    """Each tree in each engine at each workload, after a training."""
+    cosines, ahead, cells = training.means, [], 0
+    page = f"\n### {training.title}\n\n| engine | tree | {' | '.join(WORKLOADS)} |\n|---|---|{'---|' * len(WORKLOADS)}\n"
     for (engine, machine), some in groups.items():
         level = noises[machine]
         trees = sorted({kind for t in some for kind in t.took if "x" in kind and kind in cosines}, key=order)
@@ -214,13 +241,28 @@ def main() -> None:
     page += (
         f"\nA tree is ahead of every MLP of equal or better quality in {len(ahead)} of the {cells} cells that have one"
     )
-    page += f": {'; '.join(ahead)}.\n" if ahead else ".\n"
+    return page + (f": {'; '.join(ahead)}.\n" if ahead else ".\n")
+
+
+def main() -> None:
+    every = trainings(runs())
+    masked = masked_words_kept(rows_of("tasks_minilm.jsonl"))
+    groups: dict[tuple[str, str], list[Timed]] = defaultdict(list)
+    for timed in times():
+        groups[timed.engine, timed.machine].append(timed)
+    for some in groups.values():
+        some.sort(key=lambda t: WORKLOADS.index(t.workload))
+    noises = {
+        machine: noise(t for (_, of), some in groups.items() if of == machine for t in some) for _, machine in groups
+    }
+    noisy = [f"{100 * level:.0f} % on the {machine}" for machine, level in noises.items() if level > LEVEL]
+    page = HEAD + VERDICT + "".join(verdicts(groups, noises, training) for training in every)
     if noisy:
-        page += f"No FFN at all cannot be slower than anything else. Where it was, times are known to no more than that ({', '.join(noisy)}), and less than that counts for nothing.\n"
+        page += f"\nNo FFN at all cannot be slower than anything else. Where it was, times are known to no more than that ({', '.join(noisy)}), and less than that counts for nothing.\n"
     for (engine, machine), some in groups.items():
-        page += f"\n## {engine}\n\n{machine}.\n" + table(some, kept, masked)
+        page += f"\n## {engine}\n\n{machine}.\n" + table(some, every, masked)
     PAGE.write_text(page, encoding="utf-8")
-    draw(groups, cosines, PAGE.with_suffix(".png"))
+    draw(groups, every[0].means, PAGE.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -51,13 +51,29 @@ def test_qualities_are_of_one_recipe():
     """The longest by which enough was trained; of several ways that of the least loss on held-out training text."""
     rows = [run(kind, 3000, 0.9, 1.0) for kind in ("none", "mlp:72", "mlp:224", "8x8", "1x11")]
     rows += [run("8x8", 3000, 0.95, 1.1, plain_steps=True), run("8x8", 3000, 0.92, 1.0)]
-    told, found = frontier.qualities([*rows, run("8x8", 9000, 0.99, 0.5, run="long")])
-    assert told == "3000 steps of 192 texts" and found["8x8"] == [0.9, 0.92] and found["none"] == [0.9]
+    rows += [run("8x8", 3000, 0.99, 0.5, routing_gradient=0.0)]  # an experiment, which is no way to train one
+    (only,) = frontier.trainings([*rows, run("8x8", 9000, 0.99, 0.5, run="long")])
+    assert only.title == "After 3000 steps of 192 texts (seeds: 1 to 2)"
+    assert only.cosines["8x8"] == [0.9, 0.92] and only.cosines["none"] == [0.9] and only.means["8x8"] == 0.91
     rows += [run(k, 9000, 0.97, 0.5, run="long", crop=0.5) for k in ("none", "mlp:72", "mlp:224", "8x8")]
-    told, found = frontier.qualities(rows)
-    assert told == "9000 steps of 192 texts, 50 % of the batches cropped" and sorted(found) == [
-        "8x8",
-        "mlp:224",
-        "mlp:72",
-        "none",
-    ]
+    (only,) = frontier.trainings(rows)
+    assert only.title == "After 9000 steps of 192 texts, 50 % of the batches cropped (seeds: 1)"
+    assert sorted(only.cosines) == ["8x8", "mlp:224", "mlp:72", "none"]
+
+
+def test_shorter_trainings_and_calibration_alone():
+    kinds = ("none", "mlp:72", "mlp:224", "8x8", "4x8+mlp:36")
+    before = {"calibrated": {"unseen_short": {"cosine": 0.8}}, "calibration_batch": 8192, "seed": 0}
+    rows = [run(kind, 3000, 0.95, 1.0) for kind in kinds]
+    rows += [run(kind, 1000, 0.9, 1.0, run="tried", muon=True, **before) for kind in kinds]
+    rows += [run("8x8", 1000, 0.91, 0.9, run="tried", muon=True, **before)]  # of the same calibrated model
+    rows += [run("1x11", 3000, 0.95, 1.0, **before | {"calibration_batch": 4096})]
+    titles = ["After 3000 steps of 192 texts (seeds: 1)", "After 1000 steps of 192 texts, Muon for attention (seeds: 1 to 2)"]
+    titles += ["Calibrated alone, 1000 steps of 8192 tokens a layer (seeds: 1)"]
+    every = frontier.trainings(rows)
+    assert [training.title for training in every] == titles
+    assert every[2].cosines == {kind: [0.8] for kind in kinds} and every[1].cosines["8x8"] == [0.9, 0.91]
+    text = frontier.table([timed(**{"8x8": 55.0, "4x8+mlp:36": 52.0})], every, {"8x8": 0.5})
+    assert "| 8x8 | 55.0 (1.82x) | 0.950 | 0.905 ± 0.007 | 0.800 | 50 % |" in text
+    told = frontier.verdicts({("an engine", "a machine"): [timed(**{"4x8+mlp:36": 44.0})]}, {"a machine": 0.005}, every[2])
+    assert "| an engine | 4x8+mlp:36 |" in told and "8x8 in" not in told

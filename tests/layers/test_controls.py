@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_fff import FFF, FFFConfig
-from hf_fff.layers import MLP, NoFFN, feedforward
+from hf_fff.layers import MLP, NoFFN, TreesAndMLP, feedforward
 
 
 @pytest.mark.parametrize("activation", oracle.ACTIVATIONS)
@@ -27,7 +27,7 @@ def test_none_gives_zeros_and_no_gradient():
 
 
 def test_one_way_to_make_each_kind():
-    kinds = {"2x3": FFF, "mlp:5": MLP, "none": NoFFN}
+    kinds = {"2x3": FFF, "mlp:5": MLP, "none": NoFFN, "2x3+mlp:5": TreesAndMLP}
     for text, kind in kinds.items():
         module = feedforward(8, FFFConfig.from_shorthand(text), dtype=torch.bfloat16)
         assert type(module) is kind and module.config.shorthand == text and module.hidden_size == 8

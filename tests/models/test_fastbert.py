@@ -21,7 +21,7 @@ from hf_fff.models.classes import model_classes
 
 FFFS = ["1x11", "32x6"]
 MIXED = {0: "4x3", 2: FFFConfig(2, 5, "relu")}  # and layer 1 dense
-CONTROLS = {0: "mlp:8", 1: "none", 2: "2x3"}
+CONTROLS = {0: "mlp:8", 1: "none", 2: "2x3+mlp:4"}
 
 
 def convert(model, config="4x3", **options):

@@ -18,7 +18,7 @@ def walked(model, batches):
     """Nodes that the visible tokens pass, for each layer with trees, tree by tree."""
     paths = {}
     for i, block in enumerate(model.base_model.encoder.layer):
-        ffn = block.intermediate
+        ffn = getattr(block.intermediate, "trees", block.intermediate)
         if not isinstance(ffn, hf_fff.FFF):
             continue
         seen = []
@@ -34,7 +34,7 @@ def walked(model, batches):
 
 @pytest.mark.parametrize("head", ["Model", "ForTokenClassification"])
 def test_usage(head):
-    layers = {0: "3x2", 2: "1x4"} if head == "Model" else {0: "2x3", 1: "mlp:8", 2: "2x0"}
+    layers = {0: "3x2", 2: "1x4+mlp:4"} if head == "Model" else {0: "2x3", 1: "mlp:8", 2: "2x0"}
     model = convert_ffn_to_fff(tiny_bert(HEADS[head]), layers).eval()
     batches = [tiny_inputs(model, rows=5, tokens=9, seed=seed) for seed in range(3)]
     told = fff_usage(model, [b | {"labels": torch.zeros(5, dtype=torch.long)} for b in batches])

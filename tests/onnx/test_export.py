@@ -64,7 +64,7 @@ def assert_same_as_torch(model, path):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return convert_ffn_to_fff(tiny_bert(initializer_range=0.1), {0: "2x3", 1: "mlp:8", 2: "3x2"})
+    return convert_ffn_to_fff(tiny_bert(initializer_range=0.1), {0: "2x3", 1: "mlp:8", 2: "3x2+mlp:5"})
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,15 @@ def test_the_controls_fit_too():
     assert wide.calibration_report.unexplained[1] < 1e-3
 
 
+def test_trees_and_an_mlp_fit_better_than_either():
+    left = {}
+    for config in ("4x3", "mlp:8", "4x3+mlp:8"):
+        left[config] = fit(tiny_bert(), config, steps=150).calibration_report.unexplained
+    assert all(left["4x3+mlp:8"][i] < min(left["4x3"][i], left["mlp:8"][i]) for i in range(3))
+    start = [fit(tiny_bert(), {1: c}, steps=1).calibration_report.unexplained[1] for c in ("mlp:64", "4x3+mlp:64")]
+    assert max(start) < 1e-3  # trees begin with outputs of zero, so that it starts as the MLP does
+
+
 def test_none_is_the_best_constant():
     model = tiny_bert()
     fast = fit(model, {0: "none"}, steps=1)
@@ -155,7 +164,7 @@ def test_none_is_the_best_constant():
     assert torch.allclose(fast.encoder.layer[0].output.dense.bias, mean, atol=0.05 * float(seen["y"].std()))
 
 
-@pytest.mark.parametrize("config", ["mlp:8", "none", {0: "mlp:8", 1: "none", 2: "2x3"}], ids=str)
+@pytest.mark.parametrize("config", ["mlp:8", "none", "2x3+mlp:4", {0: "mlp:8", 1: "none", 2: "2x3"}], ids=str)
 def test_budget_of_the_controls(slow_clock, config):
     report = fit(tiny_bert(), config, steps=None, budget=0.5).calibration_report
     assert report.steps >= 1 and list(report.unexplained) == [0, 1, 2]
@@ -413,7 +422,7 @@ def test_read_texts(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", ["4x4", "mlp:8", "none"])
+@pytest.mark.parametrize("config", ["4x4", "mlp:8", "none", "2x3+mlp:4"])
 def test_recorded_steps_are_the_same(monkeypatch, config):
     """On a GPU the steps of a layer are recorded as a CUDA graph."""
     made = []

@@ -61,7 +61,7 @@ def weights(model):
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("config", ["2x3", "mlp:8", "none", {1: "2x3"}], ids=str)
+@pytest.mark.parametrize("config", ["2x3", "mlp:8", "none", "2x3+mlp:4", {1: "2x3"}], ids=str)
 def test_learns(tmp_path, config):
     t = trainer(tmp_path, *pair(config))
     before = t.evaluate()

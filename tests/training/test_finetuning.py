@@ -65,9 +65,9 @@ def test_evaluation(tmp_path, tokenizer, task, fff):
     assert "eval_runtime" in found and t.state.log_history[-1]["eval_loss"] == found["eval_loss"]
 
 
-@pytest.mark.parametrize("kind", ["tree", "mlp", "bias", "none"])
+@pytest.mark.parametrize("kind", ["tree", "mlp", "both", "bias", "none"])
 def test_each_group_has_its_rate(tmp_path, tokenizer, kind):
-    model = convert_ffn_to_fff(dense("classification"), {"tree": "2x3", "mlp": "mlp:5"}.get(kind, "none"))
+    model = convert_ffn_to_fff(dense("classification"), {"tree": "2x3", "mlp": "mlp:5", "both": "2x3+mlp:5"}.get(kind, "none"))
     options = {"fff_learning_rate": 5e-3} if kind == "bias" else {}
     t = make(tmp_path, "classification", tokenizer, model, weight_decay=0.1, **options)
     t.create_optimizer()
@@ -76,10 +76,10 @@ def test_each_group_has_its_rate(tmp_path, tokenizer, kind):
     assert set(rates) == set(named.values())
     own = {n for n in named if ".intermediate." in n or (n.endswith("output.dense.bias") and "attention" not in n)}
     assert own
-    wanted = {"tree": 7.5e-4, "mlp": 2.5e-3, "bias": 5e-3, "none": 7.5e-4}[kind]
+    wanted = {"tree": 7.5e-4, "mlp": 2.5e-3, "both": 2.5e-3, "bias": 5e-3, "none": 7.5e-4}[kind]
     for name, p in named.items():
         rate = wanted if name in own else 1e-3
-        if kind == "mlp" and name in own and name.endswith("output.dense.bias"):
+        if kind in ("mlp", "both") and name in own and (name.endswith("output.dense.bias") or ".trees." in name):
             rate = 7.5e-4
         decay = 0.0 if "bias" in name or "LayerNorm" in name else 0.1
         assert rates[p] == (rate, decay), name
@@ -118,11 +118,11 @@ def test_without_units(tmp_path, tokenizer, kind):
 
 
 def test_the_routing_gradient_is_switched(tmp_path, tokenizer):
-    model = convert_ffn_to_fff(dense("classification"), {0: "2x3", 1: "mlp:4", 2: "1x2"})
+    model = convert_ffn_to_fff(dense("classification"), {0: "2x3", 1: "mlp:4", 2: "1x2+mlp:4"})
     t = make(tmp_path, "classification", tokenizer, model, routing_gradient=0)
     trees = [m for m in t.model.modules() if isinstance(m, FFF)]
     assert [m.config.routing_gradient for m in trees] == [0.0, 0.0]
-    assert {i: c.shorthand for i, c in model.config.fff_layers.items()} == {0: "2x3", 1: "mlp:4", 2: "1x2"}
+    assert {i: c.shorthand for i, c in model.config.fff_layers.items()} == {0: "2x3", 1: "mlp:4", 2: "1x2+mlp:4"}
     model.save_pretrained(tmp_path / "saved")
     loaded = type(model).from_pretrained(tmp_path / "saved")
     assert [m.config.routing_gradient for m in loaded.modules() if isinstance(m, FFF)] == [0.0, 0.0]
