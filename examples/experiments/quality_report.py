@@ -561,7 +561,8 @@ def tried(rows: list[dict]) -> str:
     for fff, group in grouped([row for row in rows if row["run"] == "tried"]).items():
         for row in sorted(group, key=lambda row: row["eval_loss"]):
             others = [text.format(row[name]) for name, text in unusual(row).items()]
-            others += [f"MLP without units, {row['mlp_rate']:g}"] * bool(row.get("mlp_rate"))
+            if row.get("mlp_rate"):
+                others.append(f"MLP without units, {row['mlp_rate']:g}")
             cells = [fff, optimizer(row)]
             cells += ["" if fff == "none" else f"{row['fff_learning_rate']:g}"]
             cells += [
