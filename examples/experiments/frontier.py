@@ -142,7 +142,7 @@ def between(tree: float, took: Mapping[str, float], cosines: Mapping[str, float]
     """The time of an MLP, or of none, that keeps as much as a tree; None outside of what was measured."""
     points = sorted((cosines[kind], took[kind]) for kind in rivals(took) if kind in cosines)
     for (low, fast), (high, slow) in pairwise(points):
-        if low <= tree <= high:
+        if low <= tree <= high and low < high:
             return fast + (slow - fast) * (tree - low) / (high - low)
     return None
 

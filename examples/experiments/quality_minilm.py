@@ -17,7 +17,6 @@ from unittest import mock
 import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
-from ways import plain_mlps
 
 from hf_fff import FFF, Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff, ops, optimize, rounded_rows
 from hf_fff.files import atomic_folder
@@ -25,6 +24,7 @@ from hf_fff.ops import ROWS
 from hf_fff.surgery.text import read_texts
 from hf_fff.tasks import evaluate, get_task
 from hf_fff.training import DistillationArguments, DistillationTrainer, distil_texts
+from hf_fff.training.arguments import FastArguments
 from hf_fff.training.trainer import own_parameters
 
 
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument(
         "--plain-steps", action="store_true", help="what replaced the FFNs trains in no units of its own"
     )
-    parser.add_argument("--mlp-rate", type=float, help="of MLPs, which then train in no units of their own; trees do")
+    parser.add_argument("--mlp-units", action="store_true", help="MLPs train in units of their inputs and outputs, as trees do")
     parser.add_argument("--muon", action="store_true", help="for the matrices of attention")
     parser.add_argument("--compile", action="store_true", help="the training step")
     parser.add_argument("--graphs", action="store_true", help="training steps as CUDA graphs")
@@ -191,6 +191,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="folder for calibrated models, which are then not made anew")
     args = parser.parse_args()
+    if args.mlp_units:
+        DistillationArguments.units_of = FastArguments.units_of
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dense = AutoModel.from_pretrained(args.model, dtype=torch.float32).to(device)
@@ -246,7 +248,6 @@ def main() -> None:
                 mock.patch.object(DistillationTrainer, "_measure_units", lambda self: None)
                 if args.plain_steps
                 else nullcontext(),
-                plain_mlps(args.mlp_rate),
             ):
                 distil_texts(fast, dense, texts, tokenizer, training)
         report = fast.distillation_report

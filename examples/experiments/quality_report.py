@@ -34,7 +34,7 @@ general distillation: {steps} steps of {batch_size} texts (half of the words in 
 chosen on held-out training text (table below), and nothing else was. *Cosine* is the mean over texts of the cosine of the mean-pooled
 embedding to the original's, *neighbours* the mean share of a text's ten nearest neighbours in the original's space, among all texts of the
 set, that are found again; sets of 2420 single sentences and 1224 passages of up to 90 words, from documents that no training text is from.
-*Units*: whether what replaced the FFNs took its steps in units of its inputs and outputs, as the package does, and at which rate; without,
+*Units*: whether what replaced the FFNs took its steps in units of its inputs and outputs, as trees do in the package, and MLPs do not, and at which rate; without,
 Adam's steps are of one size in all dimensions. Of several ways the one with the least loss on held-out training text.
 {table}
 Seconds are those of calibration + distillation on one {device} shared by 4 or 5 such runs; torch {torch}.
@@ -84,7 +84,7 @@ LONG = """
 Calibrated for 1000 steps of 8192 tokens a layer. *Passes*: how often the training text was seen. *Cropped*: share of the batches whose texts are cropped
 at random. *Training batches*: the cosine on those of the last steps, cropped ones among them; where it is near that of held-out text, more text would
 not help. *Muon* is for the matrices of attention (`--muon`), all else is Adam's. 8x8 is what the commands [above](#as-anybody-makes-one) made: its trees are trained in units, at 0.75 times the other rate and
-half of that with Muon, as 1x11 and 32x6 are. MLPs, beside trees too (`8x8+mlp:152`), are trained without the units, at 3e-3, which suits them better (below) and which the command does not do.
+half of that with Muon, as 1x11 and 32x6 are. MLPs, beside trees too (`8x8+mlp:152`), are trained without units, at 3e-3, which suits them better (below).
 
 | | steps x texts | steps of attention, rate | passes | cropped | text | seeds | cosine, sentences | recovered | neighbours | cosine, passages | held-out loss | cosine, held-out text | training batches | minutes | goal |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
@@ -107,7 +107,7 @@ TRIED = """
 
 1000 steps of 384 texts, from the calibrated model (1000 steps of 8192 tokens a layer), seed 0, half of the batches cropped unless said. Loss and cosine on held-out
 texts of the training set, by which the ways of the longer trainings were chosen. *Steps by depth*: those of a node at depth d are 2^(-e d) times as long; *decisions*: those of
-what goes in; *inputs' routing gradient*: of what the layers below are told, while the trees themselves are trained with 3.
+what goes in; *inputs' routing gradient*: of what the layers below are told, while the trees themselves are trained with 3. MLPs, beside trees too, without units at 3e-3 unless said.
 
 | | steps of attention, rate | rate of what replaces the FFNs | otherwise | loss | cosine, held-out texts | cosine, sentences | neighbours |
 |---|---|---|---|---|---|---|---|
@@ -360,7 +360,17 @@ def way(row: dict) -> tuple[str, str]:
     """How what replaced the FFNs was trained, calibration and distillation."""
     if row["fff"] == "none":
         return "-", "-"
-    return calibration(row), f"{'no' if row.get('plain_steps') else 'yes'}, {row['fff_learning_rate']:g}"
+    return calibration(row), f"{in_units(row)}, {row['fff_learning_rate']:g}"
+
+
+def in_units(row: dict) -> str:
+    units = mlp_in_units(row) if row["fff"].startswith("mlp") else not row.get("plain_steps")
+    return "yes" if units else "no"
+
+
+def mlp_in_units(row: dict) -> bool:
+    """Of an MLP, alone or beside trees; lines that do not say so are from when all that replaced the FFNs was trained in units."""
+    return row.get("mlp_units", not (row.get("plain_steps") or row.get("mlp_rate")))
 
 
 def ways(rows: list[dict]) -> dict[str, list[list[dict]]]:
@@ -449,7 +459,7 @@ def rates(rows: list[dict]) -> str:
     text = RATES
     for fff, group in grouped([row for row in rows if row["run"] == "rates"]).items():
         for row in sorted(group, key=lambda row: (row["steps"], row["eval_loss"])):
-            cells = [fff, row["steps"], "no" if row["plain_steps"] else "yes"]
+            cells = [fff, row["steps"], in_units(row)]
             cells += ["frozen" if row.get("freeze_embeddings") else "trained"]
             cells += [f"{row[name]:g}" for name in ("learning_rate", "fff_learning_rate")]
             cells += [f"{row[name]:.3f}" if name in row else "" for name in ("eval_loss", "eval_cosine")]
@@ -561,12 +571,10 @@ def tried(rows: list[dict]) -> str:
     for fff, group in grouped([row for row in rows if row["run"] == "tried"]).items():
         for row in sorted(group, key=lambda row: row["eval_loss"]):
             others = [text.format(row[name]) for name, text in unusual(row).items()]
-            if row.get("mlp_rate"):
-                others.append(f"MLP without units, {row['mlp_rate']:g}")
             cells = [fff, optimizer(row)]
             cells += ["" if fff == "none" else f"{row['fff_learning_rate']:g}"]
             cells += [
-                ", ".join(others + ["no units"] * row["plain_steps"]),
+                ", ".join(others + ["MLP in units"] * ("mlp" in fff and mlp_in_units(row))),
                 f"{row['eval_loss']:.3f}",
                 f"{row['eval_cosine']:.3f}",
             ]

@@ -68,8 +68,7 @@ class FastTrainer(SafeCheckpoints):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``."""
-        if self.args.fff_units:
-            self._measure_units()
+        self._measure_units()
         self._seen = []
         if self.model_wrapped is self.model:  # after an evaluation, which would keep DDP from being wrapped around it
             unprepare(self.model)
@@ -117,8 +116,8 @@ class FastTrainer(SafeCheckpoints):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups of parameters, those of what replaced the FFNs last, for each rate and where there is a weight decay. Steps of
-        the latter are in units in which inputs and outputs have a standard deviation of 1, see ``_measure_units``, unless
-        ``args.fff_units`` is off."""
+        the latter are in units in which inputs and outputs have a standard deviation of 1, see ``_measure_units``, where
+        ``args.units_of`` says so."""
         if self.optimizer is None:
             model = self.model if model is None else model
             own = {
@@ -168,7 +167,9 @@ class FastTrainer(SafeCheckpoints):
 
     def _described(self) -> dict[str, Any]:
         own = {name: getattr(self.args, name) for name in ("fff_learning_rate", "fff_units", "packed_rows")}
-        own["muon"] = self.args.muon or None  # as checkpoints have it that know no Muon
+        own["muon"] = self.args.muon or None  # as checkpoints have it that know no Muon, nor MLPs without units
+        plain = self.args.fff_units and not self.args.units_of("mlp") and any(isinstance(m, MLP) for m in self.model.modules())
+        own["mlp_units"] = False if plain else None
         return {**super()._described(), **own}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -263,7 +264,7 @@ class FastTrainer(SafeCheckpoints):
             seen = torch.stack([torch.ones_like(both).sum(1), both.sum(1), both.square().sum(1)], 1)
             sums[module] = sums.get(module, 0) + seen
 
-        layers = [m for m in trained.modules() if isinstance(m, (FFF, MLP))]
+        layers = [m for m in trained.modules() if isinstance(m, (FFF, MLP)) and self.args.units_of(m.kind)]
         encoder = (
             trained if self.is_fsdp_enabled else trained.base_model
         )  # without a head, which may cost more than all else

@@ -145,9 +145,33 @@ def test_groups_of_parameters(tmp_path):
         assert sum(len(g["params"]) for g in groups) == len(names)
 
 
+@pytest.mark.parametrize("task", [False, True])
+def test_units_are_of_trees_and_with_a_task_of_mlps(tmp_path, task):
+    student, teacher = pair({0: "2x3", 1: "mlp:8", 2: "2x2+mlp:4"}, "ForSequenceClassification" if task else "Model")
+    options = {"logits_weight": 1.0, "embedding_weight": 0.0} if task else {}
+    t = DistillationTrainer(
+        student,
+        arguments(tmp_path, fff_learning_rate=None, **options),
+        teacher=teacher,
+        task="classification" if task else None,
+        train_dataset=rows(),
+    )
+    t._measure_units()
+    t.create_optimizer()
+    names = {p: n.removeprefix("bert.") for n, p in student.named_parameters()}
+    ffn = "encoder.layer.{}.intermediate{}.weight_{}"
+    trees, mlps = [(0, ""), (2, ".trees")], [(1, ""), (2, ".mlp")]
+    want = trees + mlps if task else trees
+    assert {names[p] for p in t._units} == {ffn.format(*place, end) for place in want for end in ("in", "out")}
+    rates = {names[p]: g["lr"] for g in t.optimizer.param_groups for p in g["params"]}
+    assert [rates[ffn.format(*place, "in")] for place in trees] == pytest.approx([0.75e-3] * 2)
+    assert [rates[ffn.format(*place, "in")] for place in mlps] == pytest.approx([2.5e-3 if task else 6e-3] * 2)
+    assert t._described()["mlp_units"] is (None if task else False)
+
+
 def test_steps_are_in_units_of_inputs_and_outputs(tmp_path):
     """Adam's first step is the learning rate in every direction: divided by an input's standard deviation, times an output's."""
-    student, teacher = pair({0: "2x3", 1: "mlp:8", 2: "none"})
+    student, teacher = pair({0: "2x3", 1: "2x2", 2: "none"})
     with torch.no_grad():
         student.encoder.layer[0].attention.output.LayerNorm.weight[5] = 30.0  # a dimension far larger than the others
     layers = [student.encoder.layer[i].intermediate for i in (0, 1)]

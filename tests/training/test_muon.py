@@ -77,15 +77,16 @@ def test_which_matrices_and_rates(tmp_path):
 
 
 def test_rates_by_default(tmp_path):
-    def rates(**options):
-        found = arguments_for(None, output_dir=str(tmp_path), use_cpu=True, **options)
+    def rates(task=None, **options):
+        found = arguments_for(task, output_dir=str(tmp_path), use_cpu=True, **options)
         return [found.learning_rate, found.rate_of("tree"), found.rate_of("mlp")]
 
-    assert rates(max_steps=2000) == pytest.approx([4e-4, 3e-4, 1e-3])
-    assert rates(max_steps=2000, muon=True) == pytest.approx([8e-4, 3e-4, 1e-3])
+    assert rates(max_steps=2000) == pytest.approx([4e-4, 3e-4, 2.4e-3])
+    assert rates(max_steps=2000, muon=True) == pytest.approx([8e-4, 3e-4, 2.4e-3])
     assert rates(max_steps=2000, muon=True, fff_units=False) == pytest.approx([8e-4, 4e-4, 4e-4])
-    assert rates(max_steps=50, muon=True) == pytest.approx([8e-5, 3e-5, 1e-4])
-    assert rates(max_steps=50, muon=True, learning_rate=1e-3) == pytest.approx([1e-3, 3.75e-4, 1.25e-3])
+    assert rates(max_steps=50, muon=True) == pytest.approx([8e-5, 3e-5, 2.4e-4])
+    assert rates(max_steps=50, muon=True, learning_rate=1e-3) == pytest.approx([1e-3, 3.75e-4, 3e-3])
+    assert rates("classification", max_steps=2000) == pytest.approx([2e-4, 1.5e-4, 5e-4])  # MLPs in units
 
 
 def test_resumed_as_if_not_interrupted(tmp_path):
