@@ -124,7 +124,8 @@ class FFFConfig:
     @property
     def shorthand(self) -> str:
         """``"KxD"``, ``"mlp:WIDTH"``, ``"KxD+mlp:WIDTH"`` or ``"none"``."""
-        return "+".join(_name(part) for part in self.parts) or "none"
+        trees, mlp = f"{self.n_trees}x{self.depth}" * self.has_trees, f"mlp:{self.width}" * (self.width is not None)
+        return "+".join(filter(None, (trees, mlp))) or "none"
 
     @property
     def parts(self) -> "tuple[FFFConfig, ...]":
@@ -161,10 +162,6 @@ class FFFConfig:
             f'fff={text!r} is not of the form "KxD" (trees x depth), such as "8x8" or "64x5", nor "mlp:WIDTH", nor both, '
             '"KxD+mlp:WIDTH", nor "none"'
         )
-
-
-def _name(part: FFFConfig) -> str:
-    return f"{part.n_trees}x{part.depth}" if part.has_trees else f"mlp:{part.width}"
 
 
 ConfigLike: TypeAlias = FFFConfig | str | Mapping[str, Any]

@@ -278,7 +278,23 @@ def test_bad_controls(fields, message):
         FFFConfig(**fields)
 
 
-@pytest.mark.parametrize("text", ["mlp", "mlp:", "mlp:-3", "mlp:7.5", "MLP:72", "None", "mlp:7 2", "8x8mlp:3", "8x8+", "8x8+4", "+mlp:3", "mlp:3+8x8"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mlp",
+        "mlp:",
+        "mlp:-3",
+        "mlp:7.5",
+        "MLP:72",
+        "None",
+        "mlp:7 2",
+        "8x8mlp:3",
+        "8x8+",
+        "8x8+4",
+        "+mlp:3",
+        "mlp:3+8x8",
+    ],
+)
 def test_bad_shorthand_of_controls(text):
     with pytest.raises(ValueError, match="is not of the form"):
         FFFConfig.from_shorthand(text)

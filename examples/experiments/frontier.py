@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
-from quality_report import HERE, masked_words_kept, rows_of, runs, unusual
+from quality_report import HERE, masked_words_kept, mlp_in_units, rows_of, runs, unusual
 from runs import spread
 
 from hf_fff import FFFConfig
@@ -80,8 +80,9 @@ def by_steps(rows: Iterable[Mapping]) -> Training | None:
         if "distilled" in row:
             muon = bool(row.get("muon"))
             recipe = (row["steps"] * row["batch_size"], row["steps"], row["batch_size"], row.get("crop", 0.0), muon)
-            way = tuple(row.get(name) for name in ("plain_steps", "mlp_rate", "learning_rate", "fff_learning_rate"))
-            recipes[recipe][row["fff"]][*way, row["calibration_steps"]].append(row)
+            units = mlp_in_units(row) if "mlp" in row["fff"] else not row.get("plain_steps")
+            way = units, row["learning_rate"], row["fff_learning_rate"], row["calibration_steps"]
+            recipes[recipe][row["fff"]][way].append(row)
     complete = {recipe: kinds for recipe, kinds in recipes.items() if enough(kinds)}
     if not complete:
         return None
@@ -99,12 +100,12 @@ def calibrated(rows: Iterable[Mapping]) -> Training | None:
     plans: dict[tuple, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if "calibrated" in row and "calibration_batch" in row:
-            plan = row["calibration_steps"], row["calibration_batch"]
+            plan = row["calibration_steps"], row["calibration_batch"], row.get("texts", 0)
             plans[plan][row["fff"]].setdefault(row["seed"], row["calibrated"]["unseen_short"]["cosine"])
     complete = {plan: kinds for plan, kinds in plans.items() if enough(kinds)}
     if not complete:
         return None
-    (steps, tokens), kinds = max(complete.items(), key=lambda item: (len(item[1]), item[0]))
+    (steps, tokens, _), kinds = max(complete.items(), key=lambda item: (len(item[1]), item[0]))
     found = {kind: list(of_seed.values()) for kind, of_seed in kinds.items()}
     return Training(f"Calibrated alone, {steps} steps of {tokens} tokens a layer" + seeds(found), found)
 
@@ -227,7 +228,9 @@ def draw(groups: Mapping[tuple[str, str], list[Timed]], cosines: Mapping[str, fl
 def verdicts(groups: Mapping[tuple[str, str], list[Timed]], noises: Mapping[str, float], training: Training) -> str:
     """Each tree in each engine at each workload, after a training."""
     cosines, ahead, cells = training.means, [], 0
-    page = f"\n### {training.title}\n\n| engine | tree | {' | '.join(WORKLOADS)} |\n|---|---|{'---|' * len(WORKLOADS)}\n"
+    page = (
+        f"\n### {training.title}\n\n| engine | tree | {' | '.join(WORKLOADS)} |\n|---|---|{'---|' * len(WORKLOADS)}\n"
+    )
     for (engine, machine), some in groups.items():
         level = noises[machine]
         trees = sorted({kind for t in some for kind in t.took if "x" in kind and kind in cosines}, key=order)

@@ -183,7 +183,9 @@ def main() -> None:
     parser.add_argument(
         "--plain-steps", action="store_true", help="what replaced the FFNs trains in no units of its own"
     )
-    parser.add_argument("--mlp-units", action="store_true", help="MLPs train in units of their inputs and outputs, as trees do")
+    parser.add_argument(
+        "--mlp-units", action="store_true", help="MLPs train in units of their inputs and outputs, as trees do"
+    )
     parser.add_argument("--muon", action="store_true", help="for the matrices of attention")
     parser.add_argument("--compile", action="store_true", help="the training step")
     parser.add_argument("--graphs", action="store_true", help="training steps as CUDA graphs")

@@ -25,5 +25,8 @@ def plain_mlps(rate: float | None) -> Iterator[None]:
     if rate is None:
         yield
         return
-    with mock.patch.object(FastTrainer, "_measure_units", measured), mock.patch.object(FastArguments, "rate_of", rate_of_kind):
+    with (
+        mock.patch.object(FastTrainer, "_measure_units", measured),
+        mock.patch.object(FastArguments, "rate_of", rate_of_kind),
+    ):
         yield

@@ -120,7 +120,7 @@ def trained_layer(source: str, texts: Sequence[str], *, max_length: int = 128, m
     folder, _, number = source.rpartition(":") if source.rpartition(":")[2].isdecimal() else (source, "", "")
     model = load_model(folder)
     # In the order of the layers, which is that of the modules; where layers share one, it is named once.
-    layers = [i for i, c in getattr(model.config, "fff_layers", {}).items() if c.kind == "tree"]
+    layers = [i for i, c in getattr(model.config, "fff_layers", {}).items() if c.has_trees]
     found = [module for module in model.modules() if isinstance(module, FFF)]
     trees = dict(zip(layers, found, strict=False)) if len(layers) == len(found) else dict(enumerate(found))
     if not trees:

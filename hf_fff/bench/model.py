@@ -155,7 +155,7 @@ def random_models(size: str, kinds: Sequence[str], dtypes: Mapping[str, torch.dt
 
     Args:
         size: a name of ``shapes.SIZES``.
-        kinds: ``"dense"``, or what takes the place of the feedforward networks: ``"8x8"``, ``"mlp:72"``, ``"none"``.
+        kinds: ``"dense"``, or what takes the place of the feedforward networks: ``"8x8"``, ``"mlp:72"``, ``"4x8+mlp:36"``, ``"none"``.
         dtypes: names of dtypes, and these.
 
     Returns:

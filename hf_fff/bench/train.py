@@ -53,7 +53,7 @@ def systems(kinds: Sequence[str]) -> list[System]:
     found = [System(None)]
     for kind in kinds:
         config = FFFConfig.from_shorthand(kind)
-        found += [System(kind, routing) for routing in ((False, True) if config.kind == "tree" else (False,))]
+        found += [System(kind, routing) for routing in ((False, True) if config.has_trees else (False,))]
     return found
 
 
@@ -138,7 +138,7 @@ class Training:
         self.model: Any = BertForSequenceClassification(config)
         if system.fff is not None:
             kind = FFFConfig.from_shorthand(system.fff)
-            kind = kind if system.routing or kind.kind != "tree" else replace(kind, routing_gradient=0.0)
+            kind = kind if system.routing or not kind.has_trees else replace(kind, routing_gradient=0.0)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "the converted model is not calibrated")
                 self.model = convert_ffn_to_fff(self.model, kind, init="random")

@@ -155,7 +155,8 @@ class _Search:
             "batch_size": args.per_device_train_batch_size,
             "learning_rate": args.learning_rate,
             "fff_learning_rate": args.fff_learning_rate,
-            "muon": args.muon or None,  # as searches have it that know no Muon
+            "muon": args.muon or None,  # as searches have it that know no Muon, and MLPs in units alone
+            "mlp_units": None if args.units_of("mlp") else False,
             "bf16": args.bf16,
         }
         return cast("dict[str, Any]", json.loads(json.dumps(options)))  # as it is read again

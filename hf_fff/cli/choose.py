@@ -72,8 +72,11 @@ def choose(
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
     candidates: Annotated[
-        str, typer.Option(help="What to put in the place of the FFNs: none, mlp:WIDTH, trees x depth, both (4x8+mlp:64); comma-separated.")
-    ] = "none,mlp:32,mlp:128,1x11,4x9,8x8,32x6",
+        str,
+        typer.Option(
+            help="What to put in the place of the FFNs: none, mlp:WIDTH, trees x depth, both (4x8+mlp:64); comma-separated."
+        ),
+    ] = "none,mlp:32,mlp:128,1x11,4x9,8x8,8x8+mlp:152,32x6",
     engine: Annotated[str, typer.Option(help="What the model will run in: torch, or openvino, in int8.")] = "torch",
     budget: Annotated[
         float | None, typer.Option(min=1, help="Seconds for the whole search; 3600 by default. Steps come from it.")

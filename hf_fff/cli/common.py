@@ -46,7 +46,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Folder of a dense model, or a repository of the Hub.")]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 Kind = Annotated[
-    str, typer.Option(help="Trees x depth, such as 8x8 (depth D visits D + 1 neurons a tree); mlp:WIDTH; both, such as 4x8+mlp:64; none.")
+    str,
+    typer.Option(
+        help="Trees x depth, such as 8x8 (depth D visits D + 1 neurons a tree); mlp:WIDTH; both, such as 4x8+mlp:64; none."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an output folder that is not empty.")]

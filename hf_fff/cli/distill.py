@@ -87,7 +87,7 @@ def distill(
     fff_learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="For what replaces the FFNs; by default 0.75 times the other for trees, 2.5 times for MLPs, half of that with --muon."
+            help="For what replaces the FFNs; by default 0.75 times the other for trees, for MLPs 6 times and with a task 2.5 times, half of that with --muon."
         ),
     ] = None,
     muon: Annotated[

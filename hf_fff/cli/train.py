@@ -56,7 +56,10 @@ Texts = Annotated[list[str], typer.Option(help="As of the others, or .txt with a
 Evaluation = Annotated[list[str] | None, typer.Option("--eval", help="Rows to evaluate on; may be repeated.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Fff = Annotated[
-    str | None, typer.Option(help="Convert a dense MODEL first: trees x depth, such as 8x8; mlp:WIDTH; both, such as 4x8+mlp:64; none.")
+    str | None,
+    typer.Option(
+        help="Convert a dense MODEL first: trees x depth, such as 8x8; mlp:WIDTH; both, such as 4x8+mlp:64; none."
+    ),
 ]
 Preset = Annotated[
     str | None, typer.Option(help="crammed-finetune or crammed-pretrain: the arguments of arXiv 2311.10770.")

@@ -1,11 +1,13 @@
 """How to train: the rates of what replaced the FFNs; how to distil, with what was measured to be good for a task; how to finetune."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
+from ..config import FFFConfig
 from ..ops import ROWS
 from .objectives import get_objective
 
@@ -82,8 +84,14 @@ class FastArguments(TrainingArguments):
         """The learning rate of what stands in the place of an FFN, ``"tree"`` or ``"mlp"``, or of its output bias."""
         if self.fff_learning_rate is not None:
             return self.fff_learning_rate
+        # As measured on MiniLM; MLPs without units at 3e-3, beside 4e-4 and 5e-4 of Adam's and 1e-3 of Muon's.
         times = 1.0 if not self.fff_units else 0.75 if kind != "mlp" else 2.5 if self.units_of(kind) else 6.0
         return times * self.learning_rate / (2 if self.muon else 1)
+
+    def rates_of(self, layers: Iterable[FFFConfig]) -> float | str:
+        """Of all that stands in the place of FFNs: a number, or where trees and MLPs have their own, both in words."""
+        rates = sorted({self.rate_of(part.kind) for c in layers for part in c.parts} or {self.rate_of("bias")})
+        return rates[0] if len(rates) == 1 else " and ".join(f"{rate:g}" for rate in rates)
 
 
 @dataclass

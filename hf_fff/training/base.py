@@ -168,7 +168,9 @@ class FastTrainer(SafeCheckpoints):
     def _described(self) -> dict[str, Any]:
         own = {name: getattr(self.args, name) for name in ("fff_learning_rate", "fff_units", "packed_rows")}
         own["muon"] = self.args.muon or None  # as checkpoints have it that know no Muon, nor MLPs without units
-        plain = self.args.fff_units and not self.args.units_of("mlp") and any(isinstance(m, MLP) for m in self.model.modules())
+        trained: Any = self.model
+        plain = self.args.fff_units and not self.args.units_of("mlp")
+        plain = plain and any(isinstance(m, MLP) for m in trained.modules())
         own["mlp_units"] = False if plain else None
         return {**super()._described(), **own}
 

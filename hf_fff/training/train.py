@@ -216,9 +216,7 @@ def _write(
         "arguments": {k: v for k, v in options["arguments"].items() if not isinstance(v, dict) and "/" not in str(v)},
         "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
-        "fff_learning_rate": args.rate_of(
-            next((c.kind for c in getattr(trained.config, "fff_layers", {}).values()), "bias")
-        ),
+        "fff_learning_rate": args.rates_of(getattr(trained.config, "fff_layers", {}).values()),
     }
     with atomic_folder(output, overwrite=overwrite) as new:
         trained.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).save_pretrained(new)

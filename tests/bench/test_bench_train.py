@@ -18,8 +18,8 @@ def _small(monkeypatch):
 
 
 def test_systems():
-    names = [s.name for s in train.systems(["1x3", "mlp:8", "none"])]
-    assert names == ["dense", "1x3", "1x3 + routing", "mlp:8", "none"]
+    names = [s.name for s in train.systems(["1x3", "mlp:8", "2x2+mlp:4", "none"])]
+    assert names == ["dense", "1x3", "1x3 + routing", "mlp:8", "2x2+mlp:4", "2x2+mlp:4 + routing", "none"]
     with pytest.raises(ValueError, match="8y8"):
         train.systems(["8y8"])
 
@@ -35,9 +35,10 @@ def test_a_step_trains(system):
     assert training.dead is None or 0 <= training.dead < 1
 
 
+@pytest.mark.parametrize("kind", ["2x2", "2x2+mlp:4"])
 @pytest.mark.parametrize("routing", [False, True])
-def test_the_routing_gradient_is_on_or_off(routing):
-    model = train.Training(train.System("2x2", routing), **SMALL).model
+def test_the_routing_gradient_is_on_or_off(kind, routing):
+    model = train.Training(train.System(kind, routing), **SMALL).model
     gradients = {ffn.config.routing_gradient for ffn in model.modules() if hasattr(ffn, "watch")}
     assert len(gradients) == 1 and (gradients.pop() > 0) is routing
 

@@ -68,12 +68,17 @@ def test_shorter_trainings_and_calibration_alone():
     rows += [run(kind, 1000, 0.9, 1.0, run="tried", muon=True, **before) for kind in kinds]
     rows += [run("8x8", 1000, 0.91, 0.9, run="tried", muon=True, **before)]  # of the same calibrated model
     rows += [run("1x11", 3000, 0.95, 1.0, **before | {"calibration_batch": 4096})]
-    titles = ["After 3000 steps of 192 texts (seeds: 1)", "After 1000 steps of 192 texts, Muon for attention (seeds: 1 to 2)"]
+    titles = [
+        "After 3000 steps of 192 texts (seeds: 1)",
+        "After 1000 steps of 192 texts, Muon for attention (seeds: 1 to 2)",
+    ]
     titles += ["Calibrated alone, 1000 steps of 8192 tokens a layer (seeds: 1)"]
     every = frontier.trainings(rows)
     assert [training.title for training in every] == titles
     assert every[2].cosines == {kind: [0.8] for kind in kinds} and every[1].cosines["8x8"] == [0.9, 0.91]
     text = frontier.table([timed(**{"8x8": 55.0, "4x8+mlp:36": 52.0})], every, {"8x8": 0.5})
     assert "| 8x8 | 55.0 (1.82x) | 0.950 | 0.905 ± 0.007 | 0.800 | 50 % |" in text
-    told = frontier.verdicts({("an engine", "a machine"): [timed(**{"4x8+mlp:36": 44.0})]}, {"a machine": 0.005}, every[2])
+    told = frontier.verdicts(
+        {("an engine", "a machine"): [timed(**{"4x8+mlp:36": 44.0})]}, {"a machine": 0.005}, every[2]
+    )
     assert "| an engine | 4x8+mlp:36 |" in told and "8x8 in" not in told

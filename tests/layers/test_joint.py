@@ -4,9 +4,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from tiny import tiny_bert, tiny_inputs, tiny_model
 
-from hf_fff import FFFConfig
+from hf_fff import FFFConfig, convert_ffn_to_fff, fff_target_parameters
 from hf_fff.layers import TreesAndMLP
+
+pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
 
 
 def expected(layer, x):
@@ -43,3 +46,25 @@ def test_only_of_its_kind():
     for text in ("2x3", "mlp:5", "none"):
         with pytest.raises(ValueError, match=r"a TreesAndMLP is of kind='tree\+mlp', not"):
             TreesAndMLP(8, text)
+
+
+@pytest.mark.parametrize("family", ["albert", "modernbert", "mobilebert", "squeezebert"])
+def test_in_other_families(tmp_path, family):
+    """Shared by layers, gated, stacked, between convolutions."""
+    model = convert_ffn_to_fff(tiny_model(family), "2x3+mlp:4").eval()
+    assert sum(isinstance(m, TreesAndMLP) for m in model.modules())
+    model.save_pretrained(tmp_path)
+    loaded, batch = type(model).from_pretrained(tmp_path), tiny_inputs(model)
+    assert {c.shorthand for c in loaded.config.fff_layers.values()} == {"2x3+mlp:4"}
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(loaded(**batch)[:1], model(**batch)[:1], strict=True))
+
+
+def test_adapters_reach_both():
+    peft = pytest.importorskip("peft")
+    model = convert_ffn_to_fff(tiny_bert(), "2x3+mlp:4")
+    names = fff_target_parameters(model)
+    assert len(names) == 3 * 4 and {name.split(".")[-2] for name in names} == {"trees", "mlp"}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], target_parameters=names))
+    adapted(**tiny_inputs(model))[0].sum().backward()
+    merged = adapted.merge_and_unload().encoder.layer[0].intermediate
+    assert isinstance(merged, TreesAndMLP) and merged.config.shorthand == "2x3+mlp:4"

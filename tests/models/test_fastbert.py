@@ -288,8 +288,9 @@ def test_first_values_after_the_meta_device(head):
             p.fill_(float("nan"))
     fast.init_weights()
     assert all(p.isfinite().all() for p in fast.parameters())
-    tree = fast.base_model.encoder.layer[2].intermediate
-    assert 0.01 < tree.weight_in.std() < 1 and not fast.base_model.encoder.layer[1].output.dense.bias.any()
+    both = fast.base_model.encoder.layer[2].intermediate
+    assert all(0.01 < part.weight_in.std() < 1 for part in (both.trees, both.mlp))
+    assert not fast.base_model.encoder.layer[1].output.dense.bias.any()
     made = getattr(hf_fff, f"FastBert{head}").from_pretrained(None, config=config, state_dict={})
     assert all(p.isfinite().all() for p in made.parameters())
 

@@ -116,7 +116,7 @@ def test_int8_is_of_products_with_weights_outside_of_trees(model, folder, tmp_pa
     exporting._quantise(folder / "model.onnx", tmp_path / "model.onnx")
     graph, plain = onnx.load(tmp_path / "model.onnx"), onnx.load(folder / "model.onnx")
     kinds = [node.op_type for node in graph.graph.node]
-    assert kinds.count("MatMulInteger") == 3 * 4 + 2 + 1  # query, key, value, output; the small MLP; the pooler
+    assert kinds.count("MatMulInteger") == 3 * 4 + 2 + 2 + 1  # query, key, value, output; the small MLPs; the pooler
     assert list(graph.functions) == list(plain.functions) and fff_onnx.operations(tmp_path / "model.onnx") == 2
     weights = {t.name: t.data_type for t in graph.graph.initializer}
     assert all(weights[name] == TensorProto.FLOAT for n in graph.graph.node if n.domain for name in n.input[1:])

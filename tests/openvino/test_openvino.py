@@ -205,7 +205,11 @@ def close_where_visible(found, want, mask, tolerance=2e-5):
         ("bert", "mlp:8"),
         ("bert", "none"),
         ("bert", "2x3+mlp:8"),
-        *(pytest.param(f, k, marks=pytest.mark.full) for f in ("modernbert", "squeezebert") for k in ("mlp:8", "none", "2x3+mlp:8")),
+        *(
+            pytest.param(f, k, marks=pytest.mark.full)
+            for f in ("modernbert", "squeezebert")
+            for k in ("mlp:8", "none", "2x3+mlp:8")
+        ),
         *(pytest.param(f, "2x3", marks=pytest.mark.full) for f in known_types() if f not in _FAST),
     ],
 )

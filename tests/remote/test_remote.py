@@ -108,7 +108,10 @@ def opened(tmp_path_factory):
     for head in HEADS:
         if head != "Model":
             saved[head] = put(folder / head, convert(tiny_bert(HEADS[head])), autos(head))
-    others = {"mixed": {0: "4x3", 2: hf_fff.FFFConfig(2, 5, "relu")}, "controls": {0: "mlp:8", 1: "none", 2: "1x6+mlp:4"}}
+    others = {
+        "mixed": {0: "4x3", 2: hf_fff.FFFConfig(2, 5, "relu")},
+        "controls": {0: "mlp:8", 1: "none", 2: "1x6+mlp:4"},
+    }
     for name, config in others.items():
         saved[name] = put(folder / name, convert(tiny_bert(), config))
     for head in ("Model", "ForMaskedLM", "ForSequenceClassification"):

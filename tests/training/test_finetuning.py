@@ -67,7 +67,9 @@ def test_evaluation(tmp_path, tokenizer, task, fff):
 
 @pytest.mark.parametrize("kind", ["tree", "mlp", "both", "bias", "none"])
 def test_each_group_has_its_rate(tmp_path, tokenizer, kind):
-    model = convert_ffn_to_fff(dense("classification"), {"tree": "2x3", "mlp": "mlp:5", "both": "2x3+mlp:5"}.get(kind, "none"))
+    model = convert_ffn_to_fff(
+        dense("classification"), {"tree": "2x3", "mlp": "mlp:5", "both": "2x3+mlp:5"}.get(kind, "none")
+    )
     options = {"fff_learning_rate": 5e-3} if kind == "bias" else {}
     t = make(tmp_path, "classification", tokenizer, model, weight_decay=0.1, **options)
     t.create_optimizer()

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from test_distillation import pair, trainer
 from torch import nn
 
+from hf_fff import FFFConfig
 from hf_fff.training import arguments_for
 from hf_fff.training.muon import orthogonal, take_orthogonal_steps
 
@@ -87,6 +88,14 @@ def test_rates_by_default(tmp_path):
     assert rates(max_steps=50, muon=True) == pytest.approx([8e-5, 3e-5, 2.4e-4])
     assert rates(max_steps=50, muon=True, learning_rate=1e-3) == pytest.approx([1e-3, 3.75e-4, 3e-3])
     assert rates("classification", max_steps=2000) == pytest.approx([2e-4, 1.5e-4, 5e-4])  # MLPs in units
+
+
+def test_rates_in_words(tmp_path):
+    found = arguments_for(None, output_dir=str(tmp_path), use_cpu=True, max_steps=2000)
+    kinds = {"8x8": 3e-4, "mlp:4": 2.4e-3, "none": 3e-4, "2x2+mlp:4": "0.0003 and 0.0024"}
+    for text, rates in kinds.items():
+        told = found.rates_of([FFFConfig.from_shorthand(text)])
+        assert told == rates if isinstance(rates, str) else told == pytest.approx(rates)
 
 
 def test_resumed_as_if_not_interrupted(tmp_path):
