@@ -312,7 +312,11 @@ def test_the_arguments_of_tasks(tmp_path):
     assert args.temperature == 1
     general = arguments_for(None, output_dir=str(tmp_path), max_steps=3000)
     assert (general.embedding_weight, general.logits_weight, general.per_device_train_batch_size) == (10, 0, 192)
-    for steps, rates in ((50, (4e-5, 3e-5, 2.4e-4)), (499, (3.992e-4, 2.994e-4, 2.3952e-3)), (-1, (4e-4, 3e-4, 2.4e-3))):
+    for steps, rates in (
+        (50, (4e-5, 3e-5, 2.4e-4)),
+        (499, (3.992e-4, 2.994e-4, 2.3952e-3)),
+        (-1, (4e-4, 3e-4, 2.4e-3)),
+    ):
         args = arguments_for(None, output_dir=str(tmp_path), max_steps=steps)
         assert (args.learning_rate, args.rate_of("tree"), args.rate_of("mlp")) == pytest.approx(rates)
     args = arguments_for("qa", output_dir=str(tmp_path), max_steps=50, learning_rate=1.0)
