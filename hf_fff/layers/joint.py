@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..config import ConfigLike, FFFConfig, as_config
@@ -18,16 +18,10 @@ class TreesAndMLP(nn.Module):
     Args:
         hidden_size: H, size of input and output.
         config: an ``FFFConfig``, ``"KxD+mlp:WIDTH"``, or a dict of its fields.
+        options: ``device`` and ``dtype`` of both.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        config: ConfigLike,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, hidden_size: int, config: ConfigLike, **options: Any) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         if (config := as_config(config)).kind != "tree+mlp":
@@ -35,8 +29,8 @@ class TreesAndMLP(nn.Module):
                 f"a TreesAndMLP is of kind='tree+mlp', not {config.kind!r}: hf_fff.layers.feedforward makes any"
             )
         trees, mlp = config.parts
-        self.trees = FFF(hidden_size, trees, device=device, dtype=dtype)
-        self.mlp = MLP(hidden_size, mlp, device=device, dtype=dtype)
+        self.trees = FFF(hidden_size, trees, **options)
+        self.mlp = MLP(hidden_size, mlp, **options)
 
     @property
     def config(self) -> FFFConfig:
