@@ -373,7 +373,7 @@ def in_units(row: dict) -> str:
 
 def mlp_in_units(row: dict) -> bool:
     """Of an MLP, alone or beside trees; lines that do not say so are from when all that replaced the FFNs was trained in units."""
-    return row.get("mlp_units", not (row.get("plain_steps") or row.get("mlp_rate")))
+    return row.get("mlp_units", not any(row.get(name) for name in ("plain_steps", "mlp_rate", "plain_mlps")))
 
 
 def ways(rows: list[dict]) -> dict[str, list[list[dict]]]:

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
-from ways import plain_mlps
 
 from hf_fff import Calibration, FFFConfig, convert_ffn_to_fff
 from hf_fff.surgery.text import shuffled
 from hf_fff.tasks import evaluate, get_task, read_rows
 from hf_fff.tasks.data import Columns, Masking, unmasked
-from hf_fff.training import arguments_for, distil_task
+from hf_fff.training import DistillationArguments, arguments_for, distil_task
 from hf_fff.training.data import calibration_batches
 from hf_fff.training.distil import split_rows
 
@@ -106,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--fff-learning-rate", type=float)
-    parser.add_argument("--mlp-rate", type=float, help="of MLPs, which then train in no units of their own; trees do")
+    parser.add_argument("--plain-mlps", action="store_true", help="MLPs train in no units, as without a task; trees do")
     parser.add_argument("--routing-gradient", type=float, default=3.0)
     parser.add_argument("--first-text-alone", action="store_true", help="calibrate on single texts, not pairs")
     parser.add_argument("--freeze", action="store_true", help="train nothing but what replaces the FFNs")
@@ -144,6 +143,8 @@ def read(args: argparse.Namespace, task: Any, tokenizer: Any, config: Any) -> tu
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Makes the teacher or a student; what that gave."""
     task = get_task(args.task)
+    if args.plain_mlps:
+        DistillationArguments.units_of = lambda self, kind: self.fff_units and kind != "mlp"
     dense = args.fff == "dense"
     tokenizer = AutoTokenizer.from_pretrained(args.model if dense else args.teacher)
     if dense:
@@ -220,10 +221,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     "fff_learning_rate": arguments.rate_of(config.kind),
                     "batch_size": arguments.train_batch_size,
                 }
-                with plain_mlps(args.mlp_rate):
-                    distil_task(
-                        student, teacher, task.name, train, tokenizer, arguments, held_out=chosen_on, transfer=transfer
-                    )
+                distil_task(
+                    student, teacher, task.name, train, tokenizer, arguments, held_out=chosen_on, transfer=transfer
+                )
             result["undone"] = student.distillation_report.undone
             result["held_out"] = round(student.distillation_report.score, 4)
             result["distilled"] = rounded(evaluate(student, task, report, tokenizer, **measure))
