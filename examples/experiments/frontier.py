@@ -37,7 +37,7 @@ weights, which take as long. The picture has the cosines after the longest train
 VERDICT = """
 ## Where a tree is ahead
 
-How many times as long an MLP takes that keeps exactly as much as the tree (mean cosine), by interpolation between *none* and the measured MLPs: **above
+How many times as long an MLP takes that keeps exactly as much as the tree (mean cosine, or share of masked words' loss), by interpolation between *none* and the measured MLPs: **above
 1.00x the tree is ahead.** In brackets the fastest measured one that keeps as much or more, and how many times as long as the tree that takes. Where no MLP
 measured here keeps as much as the tree, the original stands there instead, which is no rival of equal quality. Trees beside an MLP are trees here.
 """
@@ -55,7 +55,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Training:
-    """Cosines by kind, of seeds, after a training that none, a tree and two MLPs have had, each in its best way."""
+    """Cosines by kind, of seeds, after a training that none, a tree and two MLPs have had, each in its best way; or another measure that is the higher the better."""
 
     title: str
     cosines: Mapping[str, list[float]]
@@ -108,6 +108,12 @@ def calibrated(rows: Iterable[Mapping]) -> Training | None:
     (steps, tokens, _), kinds = max(complete.items(), key=lambda item: (len(item[1]), item[0]))
     found = {kind: list(of_seed.values()) for kind, of_seed in kinds.items()}
     return Training(f"Calibrated alone, {steps} steps of {tokens} tokens a layer" + seeds(found), found)
+
+
+def of_words(masked: Mapping[str, float]) -> Training:
+    return Training(
+        "Masked words, distilled for them ([table](quality.md#masked-words))", {k: [v] for k, v in masked.items()}
+    )
 
 
 def enough(kinds: Iterable[str]) -> bool:
@@ -259,7 +265,7 @@ def main() -> None:
         machine: noise(t for (_, of), some in groups.items() if of == machine for t in some) for _, machine in groups
     }
     noisy = [f"{100 * level:.0f} % on the {machine}" for machine, level in noises.items() if level > LEVEL]
-    page = HEAD + VERDICT + "".join(verdicts(groups, noises, training) for training in every)
+    page = HEAD + VERDICT + "".join(verdicts(groups, noises, training) for training in (*every, of_words(masked)))
     if noisy:
         page += f"\nNo FFN at all cannot be slower than anything else. Where it was, times are known to no more than that ({', '.join(noisy)}), and less than that counts for nothing.\n"
     for (engine, machine), some in groups.items():

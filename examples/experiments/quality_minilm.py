@@ -15,11 +15,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from runs import by_layer
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from hf_fff import FFF, Calibration, FastBertModel, FFFConfig, convert_ffn_to_fff, ops, optimize, rounded_rows
 from hf_fff.files import atomic_folder
+from hf_fff.layers import MLP
 from hf_fff.ops import ROWS
 from hf_fff.surgery.text import read_texts
 from hf_fff.tasks import evaluate, get_task
@@ -98,6 +100,24 @@ def steps_by_depth(exponent, routing):
 
 
 @contextmanager
+def trees_fall(power):
+    """The rates of what replaced the FFNs fall as others do, to this power: fast at first, above 1."""
+    create = DistillationTrainer.create_scheduler
+
+    def created(self, *args, **kwargs):
+        scheduler = create(self, *args, **kwargs)
+        own = {p for m in self.model.modules() if isinstance(m, (FFF, MLP)) for p in m.parameters()}
+        for place, group in enumerate(self.optimizer.param_groups):
+            if own.issuperset(group["params"]):
+                usual = scheduler.lr_lambdas[place]
+                scheduler.lr_lambdas[place] = lambda step, usual=usual: usual(step) ** power
+        return scheduler
+
+    with mock.patch.object(DistillationTrainer, "create_scheduler", created):
+        yield
+
+
+@contextmanager
 def curve():
     """What is logged in a training meanwhile: step, cosine on its own batches, and on held-out texts where it is looked at."""
     told, log = [], DistillationTrainer.log
@@ -110,6 +130,10 @@ def curve():
 
     with mock.patch.object(DistillationTrainer, "log", listen):
         yield told
+
+
+def config_of(kind, args):
+    return FFFConfig.from_shorthand(kind, **({"routing_gradient": args.routing_gradient} if "x" in kind else {}))
 
 
 def calibrated(args, dense, tokenizer, texts):
@@ -134,9 +158,8 @@ def calibrated(args, dense, tokenizer, texts):
         progress=False,
         cuda_graphs=args.graphs,
     )
-    fields = {} if args.fff == "none" or args.fff.startswith("mlp") else {"routing_gradient": args.routing_gradient}
-    config = FFFConfig.from_shorthand(args.fff, **fields)
-    fast = convert_ffn_to_fff(dense, config, calibration=plan, seed=args.seed)
+    kinds = {i: config_of(kind, args) for i, kind in by_layer(args.fff, dense.config.num_hidden_layers).items()}
+    fast = convert_ffn_to_fff(dense, kinds, calibration=plan, seed=args.seed)
     done = fast.calibration_report
     report = {"calibration_seconds": round(done.seconds, 1), "calibration_tokens": done.tokens}
     report["unexplained"] = {str(i): round(v, 3) for i, v in done.unexplained.items()}
@@ -157,7 +180,7 @@ def main() -> None:
         default="general",
         help="the table: general, calibration, rates, tried, crop, long, or rows, which looks at packed rows, too",
     )
-    parser.add_argument("--fff", default="8x8")
+    parser.add_argument("--fff", default="8x8", help="in all layers, or what is in which: 0-2=12x8,3-5=4x8")
     parser.add_argument("--calibration-steps", type=int, default=1000)
     parser.add_argument("--calibration-batch", type=int, default=4096, help="tokens a step")
     parser.add_argument("--max-tokens", type=int, default=600_000, help="of the calibration")
@@ -173,6 +196,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--depth-steps", type=float, default=0.0, help="steps at depth d are 2**(-this * d) times as long"
+    )
+    parser.add_argument(
+        "--fff-fall", type=float, default=1.0, help="the rates of what replaced the FFNs fall as others, to this power"
     )
     parser.add_argument(
         "--routing-steps", type=float, default=1.0, help="how many times as long those of decisions are"
@@ -235,7 +261,8 @@ def main() -> None:
                 seed=args.seed,
             )
             if args.fff != "dense":
-                result["fff_learning_rate"] = training.rate_of(FFFConfig.from_shorthand(args.fff).kind)
+                first, *_ = by_layer(args.fff, dense.config.num_hidden_layers).values()
+                result["fff_learning_rate"] = training.rate_of(FFFConfig.from_shorthand(first).kind)
             if args.freeze_embeddings:
                 own_parameters(fast)
                 fast.embeddings.requires_grad_(False)
@@ -247,6 +274,7 @@ def main() -> None:
                 nullcontext()
                 if args.input_routing_gradient is None
                 else routing_gradient_of_inputs(args.input_routing_gradient),
+                nullcontext() if args.fff_fall == 1.0 else trees_fall(args.fff_fall),
                 mock.patch.object(DistillationTrainer, "_measure_units", lambda self: None)
                 if args.plain_steps
                 else nullcontext(),

@@ -99,6 +99,18 @@ def on_gpu(number: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": seen[number] if len(seen) > number and seen[number] else str(number)}
 
 
+def by_layer(fff: str, layers: int) -> dict[int, str]:
+    """What stands in which layer: one kind in all, or ``"0-2=12x8,3-5=4x8"``."""
+    if "=" not in fff:
+        return dict.fromkeys(range(layers), fff)
+    found = {}
+    for part in fff.split(","):
+        places, _, kind = part.partition("=")
+        first, _, last = places.partition("-")
+        found |= dict.fromkeys(range(int(first), int(last or first) + 1), kind)
+    return found
+
+
 def spread(values: list[float], digits: int = 3) -> str:
     """Mean and standard deviation, where there is more than one."""
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
