@@ -152,7 +152,7 @@ bench-cuda: $(CUDA_STAMP) ## layers, models and training steps on a GPU, write d
 
 bench-serve: $(VENV)/.stamp ## engines against each other, at BERT-base's size and, beside what distilled models keep, at MiniLM's
 	$(call measure,serve,serve --rounds 5)
-	$(call measure,serve-minilm,serve --size minilm --fff none$(,)mlp:72$(,)mlp:224$(,)mlp:448$(,)1x11$(,)8x8$(,)32x6$(,)1x11+mlp:60$(,)4x8+mlp:36$(,)8x8+mlp:152 --fidelity examples/experiments/quality_minilm.jsonl --fff-engines torch-packed$(,)openvino-int8 --rows int8 --rounds 6)
+	$(call measure,serve-minilm,serve --size minilm --fff none$(,)mlp:72$(,)mlp:224$(,)mlp:448$(,)1x11$(,)8x8$(,)8x10$(,)32x6$(,)1x11+mlp:60$(,)4x8+mlp:36$(,)8x8+mlp:152 --fidelity examples/experiments/quality_minilm.jsonl --fff-engines torch-packed$(,)openvino-int8 --rows int8 --rounds 6)
 
 bench-pages: $(VENV)/.stamp ## the pages and pictures again, from the JSON
 	@"$(VENV)/bin/python" -m hf_fff.bench.page "$(BENCH_OUT)"

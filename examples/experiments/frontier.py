@@ -37,7 +37,7 @@ weights, which take as long. The picture has the cosines after the longest train
 VERDICT = """
 ## Where a tree is ahead
 
-How many times as long an MLP takes that keeps exactly as much as the tree (mean cosine, or share of masked words' loss), by interpolation between *none* and the measured MLPs: **above
+How many times as long an MLP takes that keeps exactly as much as the tree (mean cosine, or share of what the FFNs give for masked words), by interpolation between *none* and the measured MLPs: **above
 1.00x the tree is ahead.** In brackets the fastest measured one that keeps as much or more, and how many times as long as the tree that takes. Where no MLP
 measured here keeps as much as the tree, the original stands there instead, which is no rival of equal quality. Trees beside an MLP are trees here.
 """
@@ -55,14 +55,14 @@ class Timed:
 
 @dataclass(frozen=True)
 class Training:
-    """Cosines by kind, of seeds, after a training that none, a tree and two MLPs have had, each in its best way; or another measure that is the higher the better."""
+    """What is kept by kind, of seeds, after a training that none, a tree and two MLPs have had, each in its best way: cosines, or shares of what the FFNs give."""
 
     title: str
-    cosines: Mapping[str, list[float]]
+    kept: Mapping[str, list[float]]
 
     @property
     def means(self) -> dict[str, float]:
-        return {kind: mean(values) for kind, values in self.cosines.items()}
+        return {kind: mean(values) for kind, values in self.kept.items()}
 
 
 def trainings(rows: Iterable[Mapping]) -> list[Training]:
@@ -110,10 +110,10 @@ def calibrated(rows: Iterable[Mapping]) -> Training | None:
     return Training(f"Calibrated alone, {steps} steps of {tokens} tokens a layer" + seeds(found), found)
 
 
-def of_words(masked: Mapping[str, float]) -> Training:
-    return Training(
-        "Masked words, distilled for them ([table](quality.md#masked-words))", {k: [v] for k, v in masked.items()}
-    )
+def of_words(shares: Mapping[str, list[float]]) -> Training:
+    """Times are of models without the head that tells the words, which costs all kinds the same."""
+    title = "Masked words, distilled for them ([table](quality.md#masked-words)); times without their head"
+    return Training(title + seeds(shares), shares)
 
 
 def enough(kinds: Iterable[str]) -> bool:
@@ -155,10 +155,23 @@ def between(tree: float, took: Mapping[str, float], cosines: Mapping[str, float]
 
 
 def noise(some: Iterable[Timed]) -> float:
-    """Of times on a machine: by how much something was faster than no FFN at all, which nothing can be."""
+    """Of times on a machine: by how much something was faster than no FFN at all, or trees beside an MLP than one of the two alone, which nothing can be."""
     return max(
-        [LEVEL, *(t.took["none"] / fastest - 1 for t in some if "none" in t.took for fastest in [min(t.took.values())])]
+        [
+            LEVEL,
+            *(
+                t.took[part] / t.took[kind] - 1
+                for t in some
+                for kind in t.took
+                for part in parts_of(kind)
+                if part in t.took
+            ),
+        ]
     )
+
+
+def parts_of(kind: str) -> list[str]:
+    return ["none", *kind.split("+")] if kind != "dense" else ["none"]
 
 
 def verdict(tree: str, timed: Timed, cosines: Mapping[str, float], level: float = LEVEL) -> tuple[str, float | None]:
@@ -186,7 +199,7 @@ def timed_cell(took: Mapping[str, float], kind: str) -> str:
     return f"{took[kind]:.1f}" + (f" ({took['dense'] / took[kind]:.2f}x)" if "dense" in took else "")
 
 
-def table(timed: list[Timed], every: list[Training], masked: Mapping[str, float]) -> str:
+def table(timed: list[Timed], every: list[Training], words: Mapping[str, float]) -> str:
     """All kinds in an engine: times and quality."""
     names = [t.workload for t in timed]
     titles = [training.title.split(",")[0].split(" (")[0].lower() for training in every]
@@ -194,8 +207,8 @@ def table(timed: list[Timed], every: list[Training], masked: Mapping[str, float]
     text = f"\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n"
     for kind in sorted({kind for t in timed for kind in t.took}, key=order):
         cells = [timed_cell(t.took, kind) for t in timed]
-        cells += [spread(t.cosines[kind]) if kind in t.cosines else "1" if kind == "dense" else "" for t in every]
-        cells.append("100 %" if kind == "dense" else f"{100 * masked[kind]:.0f} %" if kind in masked else "")
+        cells += [spread(t.kept[kind]) if kind in t.kept else "1" if kind == "dense" else "" for t in every]
+        cells.append("100 %" if kind == "dense" else f"{100 * words[kind]:.0f} %" if kind in words else "")
         text += f"| {kind} | {' | '.join(cells)} |\n"
     return text
 
@@ -255,7 +268,7 @@ def verdicts(groups: Mapping[tuple[str, str], list[Timed]], noises: Mapping[str,
 
 def main() -> None:
     every = trainings(runs())
-    masked = masked_words_kept(rows_of("tasks_minilm.jsonl"))
+    words = of_words(masked_words_kept(rows_of("tasks_minilm.jsonl")))
     groups: dict[tuple[str, str], list[Timed]] = defaultdict(list)
     for timed in times():
         groups[timed.engine, timed.machine].append(timed)
@@ -265,11 +278,11 @@ def main() -> None:
         machine: noise(t for (_, of), some in groups.items() if of == machine for t in some) for _, machine in groups
     }
     noisy = [f"{100 * level:.0f} % on the {machine}" for machine, level in noises.items() if level > LEVEL]
-    page = HEAD + VERDICT + "".join(verdicts(groups, noises, training) for training in (*every, of_words(masked)))
+    page = HEAD + VERDICT + "".join(verdicts(groups, noises, training) for training in (*every, words))
     if noisy:
-        page += f"\nNo FFN at all cannot be slower than anything else. Where it was, times are known to no more than that ({', '.join(noisy)}), and less than that counts for nothing.\n"
+        page += f"\nNo FFN at all cannot be slower than anything else, nor trees alone than beside an MLP. Where they were, times are known to no more than that ({', '.join(noisy)}), and less than that counts for nothing.\n"
     for (engine, machine), some in groups.items():
-        page += f"\n## {engine}\n\n{machine}.\n" + table(some, every, masked)
+        page += f"\n## {engine}\n\n{machine}.\n" + table(some, every, words.means)
     PAGE.write_text(page, encoding="utf-8")
     draw(groups, every[0].means, PAGE.with_suffix(".png"))
 

@@ -566,12 +566,13 @@ def serve_page(tolds: Sequence[Told]) -> list[str]:
             "",
         ]
         distilled = any(row.get("distilled_cosine") is not None for row in rows)
+        training = next((f", {row['distilled_training']}" for row in rows if row.get("distilled_training")), "")
         if random:
             lines += ["**Random weights: nothing here tells what a model is worth**, only what it costs.", ""]
         if distilled:
             lines += [
                 "*cosine* and *neighbours* (the share of the ten nearest that are found again) are not of these weights, but of MiniLMs with these kinds in place of their FFNs, "
-                "after general distillation, in float32, on unseen sentences, means over seeds ([quality.md](RESULTS/quality.md)). A kind without such a model has none. "
+                f"after general distillation{training}, in float32, on unseen sentences, means over seeds ([quality.md](RESULTS/quality.md)). A kind without such a model has none. "
                 "What int8 takes off besides: [openvino.md](RESULTS/../openvino.md#quality).",
                 "",
             ]
@@ -835,7 +836,7 @@ def _training(rows: Sequence[Told]) -> list[str]:
 
 
 def _equal_fidelity(of: Mapping[tuple[str, str], Sequence[Told]]) -> list[str]:
-    """Each tree against the smallest MLP in the same engine whose distilled model keeps at least as much, or else the one that keeps most."""
+    """Trees, alone or beside an MLP, against the smallest MLP in the same engine whose distilled model keeps at least as much, or else the one that keeps most."""
     lines = []
     for (engine, kind), cells in of.items():
         kept = cells[0]["distilled_cosine"]
@@ -843,7 +844,7 @@ def _equal_fidelity(of: Mapping[tuple[str, str], Sequence[Told]]) -> list[str]:
         rivals = sorted(
             (c for c in rivals if c[0]["distilled_cosine"] is not None), key=lambda c: c[0]["distilled_cosine"]
         )
-        if not re.fullmatch(r"\d+x\d+", kind) or kept is None or not rivals:
+        if "x" not in kind or kept is None or not rivals:
             continue
         rival = next((c for c in rivals if c[0]["distilled_cosine"] >= kept), rivals[-1])
         keeps = rival[0]["distilled_cosine"]

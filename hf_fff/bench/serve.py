@@ -264,37 +264,50 @@ def _compare(found: Sequence[Served], servers: Mapping[System, process.Server]) 
             served.cosine = float(nn.functional.cosine_similarity(vectors, want, dim=-1).mean())
 
 
-def fidelities(path: Path) -> dict[str, dict[str, float]]:
-    """What distilled models keep of the original, by kind: from lines of JSON as ``examples/experiments/quality_minilm.py`` prints them, those
-    of the run "general" on unseen sentences. Means over seeds; of runs with several rates, of those that kept the most.
+_TRAININGS = ("general", "long")  # runs of quality_minilm.py
+
+
+def fidelities(path: Path) -> dict[str, dict[str, Any]]:
+    """What distilled models keep of the original on unseen sentences, by kind: from lines of JSON as ``examples/experiments/quality_minilm.py`` prints
+    them. Of the training that most kinds have had, the longest of several, so that they compare: ``"training"`` says which. Means over seeds; of runs with
+    several rates, of those that kept the most.
 
     Raises:
-        ValueError: a line is not of that form, or none is of that run.
+        ValueError: a line is not of that form, or none is of a training ("general" or "long").
     """
-    runs: dict[str, dict[str, list[Mapping[str, float]]]] = {}
+    trainings: dict[tuple[Any, ...], dict[str, dict[str, list[Mapping[str, float]]]]] = {}
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             told = json.loads(line)
-            if told["run"] == "general":
-                rates = json.dumps(
-                    [told.get(n) for n in ("steps", "plain_steps", "learning_rate", "fff_learning_rate")]
+            if told["run"] in _TRAININGS:
+                steps, texts = told["steps"], told.get("batch_size") or 0
+                training = (
+                    steps * texts,
+                    steps,
+                    texts,
+                    told.get("texts") or 0,
+                    bool(told.get("muon")),
+                    told.get("crop") or 0.0,
                 )
+                rates = json.dumps([told.get(n) for n in ("plain_steps", "learning_rate", "fff_learning_rate")])
                 kept = {name: float(told["distilled"]["unseen_short"][name]) for name in ("cosine", "neighbours")}
-                runs.setdefault(told["fff"], {}).setdefault(rates, []).append(kept)
+                trainings.setdefault(training, {}).setdefault(told["fff"], {}).setdefault(rates, []).append(kept)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold lines of quality_minilm.py: {error!r}") from error
-    if not runs:
-        raise ValueError(f'{path} has no lines of the run "general"')
+    if not trainings:
+        raise ValueError(f"{path} has no lines of the runs {' and '.join(_TRAININGS)}")
 
     def mean(of: Sequence[Mapping[str, float]], name: str) -> float:
         return statistics.fmean(kept[name] for kept in of)
 
+    training, runs = max(trainings.items(), key=lambda item: (len(item[1]), item[0]))
+    named = f"{training[1]} steps of {training[2]} texts"
     best = {kind: max(of.values(), key=lambda kept: mean(kept, "cosine")) for kind, of in runs.items()}
     found = {
-        k: {"cosine": mean(of, "cosine"), "neighbours": mean(of, "neighbours"), "runs": len(of)}
+        k: {"cosine": mean(of, "cosine"), "neighbours": mean(of, "neighbours"), "runs": len(of), "training": named}
         for k, of in best.items()
     }
-    return {"dense": {"cosine": 1.0, "neighbours": 1.0, "runs": 0}, **found}
+    return {"dense": {"cosine": 1.0, "neighbours": 1.0, "runs": 0, "training": named}, **found}
 
 
 def records(
@@ -330,7 +343,7 @@ def records(
             peak = None if served.peak_memory is None else served.peak_memory / 1e6
             row |= {"cold_start": served.cold_start, "peak_mb": peak, "cosine": served.cosine}
             of = (fidelity or {}).get(served.system.model)
-            row |= {f"distilled_{name}": of and of[name] for name in ("cosine", "neighbours", "runs")}
+            row |= {f"distilled_{name}": of and of[name] for name in ("cosine", "neighbours", "runs", "training")}
             rows.append(row)
     return rows
 

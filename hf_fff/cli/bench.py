@@ -549,7 +549,13 @@ def bench_serve(
         )
     out.print(table)
     notes = [] if models else ["Weights are random: speed alone."]
-    notes += [] if quality is None else [f"Cosines are those of distilled models of the same kinds ({fidelity})."]
+    notes += (
+        []
+        if quality is None
+        else [
+            f"Cosines are those of models of the same kinds, distilled for {quality['dense']['training']} ({fidelity})."
+        ]
+    )
     _caption(told, [*notes, *(f"{name} was left out: {why}." for name, why in left_out.items())])
     kept.done()
 

@@ -62,21 +62,30 @@ def test_records():
 
 def quality_line(fff, cosine, run="general", **told):
     kept = {"unseen_short": {"cosine": cosine, "neighbours": cosine - 0.25}}
-    return json.dumps({"run": run, "fff": fff, "steps": 9, "distilled": kept, **told})
+    return json.dumps({"run": run, "fff": fff, "steps": 9, "batch_size": 4, "distilled": kept, **told})
 
 
 def test_what_distilled_models_keep(tmp_path):
-    """Means over seeds, of the rates that kept the most; other runs do not count."""
+    """Means over seeds, of the rates that kept the most; other runs do not count, nor do trainings that fewer kinds have had."""
     lines = [
         quality_line("8x8", 0.5),
         quality_line("8x8", 0.75, learning_rate=1),
         quality_line("8x8", 0.875, learning_rate=1),
     ]
     lines += [quality_line("8x8", 1.0, run="rates"), quality_line("none", 0.375), json.dumps({"run": "calibration"})]
+    lines += [quality_line("none", 0.875, run="long", steps=99, batch_size=8)]
     (tmp_path / "lines").write_text("\n".join(lines))
     found = serve.fidelities(tmp_path / "lines")
-    assert found["8x8"] == {"cosine": 0.8125, "neighbours": 0.5625, "runs": 2} and found["none"]["runs"] == 1
+    assert (
+        found["8x8"] == {"cosine": 0.8125, "neighbours": 0.5625, "runs": 2, "training": "9 steps of 4 texts"}
+        and found["none"]["runs"] == 1
+    )
     assert found["dense"]["cosine"] == 1 and set(found) == {"dense", "8x8", "none"}
+    longer = [quality_line("8x8", 0.9375, run="long", steps=99, batch_size=8)]
+    (tmp_path / "lines").write_text("\n".join(lines + longer))
+    assert (
+        serve.fidelities(tmp_path / "lines")["8x8"]["cosine"] == 0.9375
+    )  # as many kinds have had it, and it is the longer one
     rows = serve.records(
         [served("8x8", "openvino-int8", 1.0), served("1x11", "openvino-int8", 1.0)], [{"workload": "w"}], False, found
     )
@@ -95,7 +104,10 @@ def test_page_of_equal_fidelity(tmp_path):
     """A tree against the smallest MLP that keeps as much, or the one that keeps most; random weights are marked in every row."""
     quality = {"mlp:72": 0.92, "mlp:224": 0.94, "8x8": 0.93, "32x6": 0.95, "1x11": 0.91}
     seconds = {"mlp:72": 0.02, "mlp:224": 0.04, "8x8": 0.025, "32x6": 0.08, "1x11": 0.016}
-    fidelity = {kind: {"cosine": c, "neighbours": c / 2, "runs": 1} for kind, c in quality.items()}
+    fidelity = {
+        kind: {"cosine": c, "neighbours": c / 2, "runs": 1, "training": "9 steps of 4 texts"}
+        for kind, c in quality.items()
+    }
     found = [served("dense", "openvino-int8", 0.1), *(served(kind, "openvino-int8", s) for kind, s in seconds.items())]
     rows = serve.records(found, [{"workload": "w", "others": 0.0, "load": 0.0}], False, fidelity)
     told = {
@@ -109,6 +121,7 @@ def test_page_of_equal_fidelity(tmp_path):
     lines = written.read_text().splitlines()
     assert "from `serve-minilm.json`" in lines[2] and (tmp_path / "serve.png").is_file()
     assert "| openvino-int8 | 8x8 | random: speed alone | 25 ms, **4.00x** | 0.930 | 0.465 |" in lines
+    assert any("after general distillation, 9 steps of 4 texts, in float32" in line for line in lines)
     assert "| openvino-int8 | dense | random: speed alone | 100 ms, **1.00x** | - | - |" in lines
     assert "| openvino-int8 | 8x8 (0.930) | mlp:224 (0.940) | 1.60x ahead |" in lines
     assert "| openvino-int8 | 32x6 (0.950) | mlp:224 (0.940: keeps less) | 0.50x |" in lines

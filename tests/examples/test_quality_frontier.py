@@ -54,11 +54,11 @@ def test_qualities_are_of_one_recipe():
     rows += [run("8x8", 3000, 0.99, 0.5, routing_gradient=0.0)]  # an experiment, which is no way to train one
     (only,) = frontier.trainings([*rows, run("8x8", 9000, 0.99, 0.5, run="long")])
     assert only.title == "After 3000 steps of 192 texts (seeds: 1 to 2)"
-    assert only.cosines["8x8"] == [0.9, 0.92] and only.cosines["none"] == [0.9] and only.means["8x8"] == 0.91
+    assert only.kept["8x8"] == [0.9, 0.92] and only.kept["none"] == [0.9] and only.means["8x8"] == 0.91
     rows += [run(k, 9000, 0.97, 0.5, run="long", crop=0.5) for k in ("none", "mlp:72", "mlp:224", "8x8")]
     (only,) = frontier.trainings(rows)
     assert only.title == "After 9000 steps of 192 texts, 50 % of the batches cropped (seeds: 1)"
-    assert sorted(only.cosines) == ["8x8", "mlp:224", "mlp:72", "none"]
+    assert sorted(only.kept) == ["8x8", "mlp:224", "mlp:72", "none"]
 
 
 def test_shorter_trainings_and_calibration_alone():
@@ -75,7 +75,7 @@ def test_shorter_trainings_and_calibration_alone():
     titles += ["Calibrated alone, 1000 steps of 8192 tokens a layer (seeds: 1)"]
     every = frontier.trainings(rows)
     assert [training.title for training in every] == titles
-    assert every[2].cosines == {kind: [0.8] for kind in kinds} and every[1].cosines["8x8"] == [0.9, 0.91]
+    assert every[2].kept == {kind: [0.8] for kind in kinds} and every[1].kept["8x8"] == [0.9, 0.91]
     text = frontier.table([timed(**{"8x8": 55.0, "4x8+mlp:36": 52.0})], every, {"8x8": 0.5})
     assert "| 8x8 | 55.0 (1.82x) | 0.950 | 0.905 ± 0.007 | 0.800 | 50 % |" in text
     told = frontier.verdicts(

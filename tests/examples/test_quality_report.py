@@ -91,6 +91,25 @@ def test_what_was_tried():
     assert best[3:5] == ["routing gradient 0, steps by depth, e = 0.25", "0.700"] and plain[3:5] == ["", "0.800"]
 
 
+def test_kinds_by_layer():
+    """Beside what stands in all layers and uses as much; a layer that is not named keeps its FFN; other ways do not count."""
+
+    def run(fff, cosine, **told):
+        usual = {"run": "tried", "fff": fff, "muon": True, "eval_loss": 0.8, "eval_cosine": cosine}
+        return {**usual, "calibrated": scores(0.5), "distilled": scores(cosine), **told}
+
+    rows = [run("8x8", 0.93), run("0=24x8,1-3=4x8,4=8x8,5=4x8", 0.92), run("1-5=none", 0.91), run("none", 0.9)]
+    rows += [run("8x8", 0.99, muon=False), run("8x8", 0.98, fff_fall=2.0, eval_loss=0.1)]
+    assert report.mixed(rows) == ""  # what each layer is worth is not known
+    layer = {"run": "layers", "calibration_steps": 5, "texts": 1000}
+    rows += [{**layer, "fff": f"{i}=none", "calibrated": scores(0.6 + i / 10)} for i in range(2)]
+    text = report.mixed(rows)
+    assert "| without the FFN of layer | 0 | 1 |" in text and "| cosine, sentences | 0.600 | 0.700 |" in text
+    (tree,), (mix,), (one,) = (cells(text, fff) for fff in ("8x8", rows[1]["fff"], "1-5=none"))
+    assert tree[1:] == ["72 (4.7 %)", "0.500", "0.800", "0.930", "0.930", "0.700"] and mix[1] == tree[1] and text.index(rows[1]["fff"] + " | 72") < text.index("| 8x8 |")
+    assert one[1] == "256 (16.7 %)" and not cells(text, "none") and not report.mixed(rows[:1] + rows[-2:])
+
+
 def test_the_models_of_the_commands():
     row = {
         "device": "a GPU",
@@ -157,7 +176,7 @@ def test_masked_words():
     rows += [row("dense", 0, 3.0), row("none", 0, 4.0), row("none", 1, 4.2), row("8x8", 0, 3.3), row("8x8", 1, 3.4)]
     first, second = cells(report.masked_words(rows), "8x8")
     assert first[2] == "2" and first[5:7] == ["68 ± 6 %", "70 %, missed"] and second[5] == "50 %"
-    assert report.masked_words_kept(rows)["8x8"] == pytest.approx(0.75 / 1.1)
+    assert report.masked_words_kept(rows)["8x8"] == pytest.approx([0.8 / 1.1, 0.7 / 1.1])
     muon = [{**row(fff, 0, loss), "muon": True} for fff, loss in (("none", 3.8), ("8x8", 3.2))]
     table = report.masked_words(rows + muon)  # of which no FFN with Muon is the floor
     assert [line[5] for line in cells(table, "8x8")] == ["68 ± 6 %", "50 %", "75 %"] and "Muon, 0.001, a GPU" in table

@@ -91,3 +91,12 @@ def test_side_by_side_of_nothing(options, wrong):
     command = [sys.executable, HERE / "side_by_side.py", *options, "script.py"]
     told = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert told.returncode == 2 and wrong in told.stderr
+
+
+def test_what_stands_in_which_layer():
+    assert runs.by_layer("mlp:72", 3) == {0: "mlp:72", 1: "mlp:72", 2: "mlp:72"}
+    assert runs.by_layer("0=24x8,2-3=4x8+mlp:36", 6) == {
+        0: "24x8",
+        2: "4x8+mlp:36",
+        3: "4x8+mlp:36",
+    }  # 1, 4 and 5 keep their FFNs
