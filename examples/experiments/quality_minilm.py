@@ -100,8 +100,8 @@ def steps_by_depth(exponent, routing):
 
 
 @contextmanager
-def trees_fall(power):
-    """The rates of what replaced the FFNs fall as others do, to this power: fast at first, above 1."""
+def own_rates_fall(power):
+    """The rates of what replaced the FFNs rise and fall as others do, to this power: above 1 they fall faster."""
     create = DistillationTrainer.create_scheduler
 
     def created(self, *args, **kwargs):
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument(
         "--run",
         default="general",
-        help="the table: general, calibration, rates, tried, crop, long, or rows, which looks at packed rows, too",
+        help="the table: general, ablation, calibration, layers, rates, tried, crop, long, or rows, which looks at packed rows, too",
     )
     parser.add_argument("--fff", default="8x8", help="in all layers, or what is in which: 0-2=12x8,3-5=4x8")
     parser.add_argument("--calibration-steps", type=int, default=1000)
@@ -274,7 +274,7 @@ def main() -> None:
                 nullcontext()
                 if args.input_routing_gradient is None
                 else routing_gradient_of_inputs(args.input_routing_gradient),
-                nullcontext() if args.fff_fall == 1.0 else trees_fall(args.fff_fall),
+                nullcontext() if args.fff_fall == 1.0 else own_rates_fall(args.fff_fall),
                 mock.patch.object(DistillationTrainer, "_measure_units", lambda self: None)
                 if args.plain_steps
                 else nullcontext(),

@@ -100,14 +100,16 @@ def on_gpu(number: int) -> dict[str, str]:
 
 
 def by_layer(fff: str, layers: int) -> dict[int, str]:
-    """What stands in which layer: one kind in all, or ``"0-2=12x8,3-5=4x8"``."""
+    """What stands in which layer: one kind in all, or ``"0-2=12x8,3-5=4x8"``, where layers that are not named keep their FFN."""
     if "=" not in fff:
         return dict.fromkeys(range(layers), fff)
     found = {}
     for part in fff.split(","):
         places, _, kind = part.partition("=")
-        first, _, last = places.partition("-")
-        found |= dict.fromkeys(range(int(first), int(last or first) + 1), kind)
+        first, last = int(places.split("-")[0]), int(places.split("-")[-1])
+        if not 0 <= first <= last < layers:
+            raise ValueError(f"{part!r} names no layers of {layers}")
+        found |= dict.fromkeys(range(first, last + 1), kind)
     return found
 
 

@@ -106,7 +106,11 @@ def test_kinds_by_layer():
     text = report.mixed(rows)
     assert "| without the FFN of layer | 0 | 1 |" in text and "| cosine, sentences | 0.600 | 0.700 |" in text
     (tree,), (mix,), (one,) = (cells(text, fff) for fff in ("8x8", rows[1]["fff"], "1-5=none"))
-    assert tree[1:] == ["72 (4.7 %)", "0.500", "0.800", "0.930", "0.930", "0.700"] and mix[1] == tree[1] and text.index(rows[1]["fff"] + " | 72") < text.index("| 8x8 |")
+    assert (
+        tree[1:] == ["72 (4.7 %)", "0.500", "0.800", "0.930", "0.930", "0.700"]
+        and mix[1] == tree[1]
+        and text.index(rows[1]["fff"] + " | 72") < text.index("| 8x8 |")
+    )
     assert one[1] == "256 (16.7 %)" and not cells(text, "none") and not report.mixed(rows[:1] + rows[-2:])
 
 

@@ -100,3 +100,6 @@ def test_what_stands_in_which_layer():
         2: "4x8+mlp:36",
         3: "4x8+mlp:36",
     }  # 1, 4 and 5 keep their FFNs
+    for wrong in ("3-2=8x8", "2-6=8x8"):
+        with pytest.raises(ValueError, match="names no layers of 6"):
+            runs.by_layer(wrong, 6)
