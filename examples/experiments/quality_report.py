@@ -203,6 +203,15 @@ texts of the pairs one by one.
 |---|---|---|---|
 """
 
+TASK_FROZEN = """
+## With attention frozen
+
+The same, calibrated on pairs, and then {steps} steps of {batch} rows of the task's distillation in which nothing is trained but what replaces the FFNs ({device}, {seeds}).
+
+| | calibrated: accuracy | agreement with the teacher | distilled: accuracy | of the teacher's | agreement |
+|---|---|---|---|---|---|
+"""
+
 RATES = """
 ## Rates
 
@@ -744,7 +753,7 @@ def cropped(rows: list[dict]) -> str:
 
 
 def task_inputs(rows: list[dict]) -> str:
-    students = [row for row in rows if row["fff"] != "dense"]
+    students = [row for row in rows if row["fff"] != "dense" and not row.get("freeze")]
     if not students:
         return ""
     first = students[0]
@@ -756,6 +765,28 @@ def task_inputs(rows: list[dict]) -> str:
         cells = [row["fff"], "single texts" if row["first_text_alone"] else "pairs"]
         cells += [f"{100 * row['calibrated'][name]:.1f}" for name in ("accuracy", "agreement")]
         text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+def task_frozen(rows: list[dict]) -> str:
+    students = [row for row in rows if row.get("freeze")]
+    if not students:
+        return ""
+    first, dense = students[0], next(row["scores"]["accuracy"] for row in rows if row["fff"] == "dense")
+    seeds = len({row["seed"] for row in students})
+    told = {
+        "steps": first["steps"],
+        "batch": first["batch_size"],
+        "seeds": "one seed" if seeds == 1 else f"{seeds} seeds",
+    }
+    text = TASK_FROZEN.format(**told, device="a CPU" if first["device"] == "cpu" else first["device"])
+    for fff, group in grouped(students).items():
+        before, after = ([row[part] for row in group] for part in ("calibrated", "distilled"))
+        cells = [spread([100 * score[name] for score in before], 1) for name in ("accuracy", "agreement")]
+        cells += [spread([100 * score["accuracy"] for score in after], 1)]
+        cells += [f"{spread([100 * score['accuracy'] / dense for score in after], 1)} %"]
+        cells += [spread([100 * score["agreement"] for score in after], 1)]
+        text += f"| {fff} | {' | '.join(cells)} |\n"
     return text
 
 
@@ -991,6 +1022,7 @@ def main() -> None:
     page += tasks([row for row in done if row["name"] != "mlm"], "Tasks, with longer trainings and one teacher each")
     page += (
         task_inputs(rows_of("tasks_inputs.jsonl"))
+        + task_frozen(rows_of("tasks_inputs.jsonl"))
         + task_joint(rows_of("tasks_joint.jsonl"))
         + task_rates(rows_of("tasks_rates.jsonl"))
         + calibrated(rows)

@@ -163,7 +163,12 @@ def test_what_inputs_give():
     text = report.task_inputs(rows)
     assert cells(text, "8x8") == [["8x8", "pairs", "75.0", "85.0"], ["8x8", "single texts", "50.0", "60.0"]]
     assert "3 steps of 64 tokens a layer, 9,000 tokens" in text and cells(text, "the teacher")[0][2] == "80.0"
-    assert report.task_inputs(rows[:1]) == ""
+    assert report.task_inputs(rows[:1]) == "" and report.task_frozen(rows) == ""
+    after = {"accuracy": 0.76, "agreement": 0.9}
+    frozen = {**rows[1], "freeze": True, "seed": 0, "steps": 7, "batch_size": 4, "distilled": after}
+    again = report.task_frozen([*rows, frozen])
+    assert cells(again, "8x8") == [["8x8", "75.0", "85.0", "76.0", "95.0 %", "90.0"]] and "7 steps of 4 rows" in again
+    assert report.task_inputs([*rows, frozen]) == text  # which is of calibration alone
 
 
 def test_masked_words():
