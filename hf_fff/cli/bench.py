@@ -549,13 +549,9 @@ def bench_serve(
         )
     out.print(table)
     notes = [] if models else ["Weights are random: speed alone."]
-    notes += (
-        []
-        if quality is None
-        else [
-            f"Cosines are those of models of the same kinds, distilled for {quality['dense']['training']} ({fidelity})."
-        ]
-    )
+    if quality is not None:
+        training = quality["dense"]["training"]
+        notes.append(f"Cosines are those of models of the same kinds, distilled for {training} ({fidelity}).")
     _caption(told, [*notes, *(f"{name} was left out: {why}." for name, why in left_out.items())])
     kept.done()
 
