@@ -342,8 +342,11 @@ Reached are the first cosine (1x11), just so the second (8x10, one seed), the la
 - **Rows**, in tasks: trees, with fifty times as many weights as they use, are level with MLPs of as many neurons as they use, or behind. Half of the neurons in an MLP beside half of the trees
   may take some of that back (entities, within what the test set leaves open; calibrated on MRPC's pairs they agree with the teacher more often than either alone).
 
+What we would pull next, in this order: more trees in layers 4 and 5, where FFNs are worth most; more text than 330,000 passages, which would tell text from steps; four times the steps, of no FFN and of 8x8, to see whether anything is left
+between them; the transfer inputs of a task in the tens of thousands of rows, for what trees lack in rows.
+
 Not measured: third seeds of trainings of 8000 steps, and a second one of most; 72 neurons in trees beside an MLP for as long; transfer inputs for questions, entities, SST-2, QNLI and STS-B; frozen attention on other tasks; int8 rows for
-other trees; more text than 330,000 passages. The scripts are there (`quality_minilm.py`, `masked_words.py`, `tasks_table.py`, `by_command.py`), and so is the
+other trees. The scripts are there (`quality_minilm.py`, `masked_words.py`, `tasks_table.py`, `by_command.py`), and so is the
 [queue](../../examples/experiments/README.md). Quality beside time, engine by engine: [quality-frontier](quality-frontier.md).
 """
 
