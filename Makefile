@@ -21,6 +21,8 @@ CARD ?=
 
 SANITIZE = -g -O1 -std=c++20 -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=undefined -Ikernels
 , := ,
+MINILM = --size minilm --fff none$(,)mlp:72$(,)mlp:224$(,)mlp:448$(,)1x11$(,)8x8$(,)8x10$(,)32x6$(,)1x11+mlp:60$(,)4x8+mlp:36$(,)8x8+mlp:152 \
+	--fidelity examples/experiments/quality_minilm.jsonl --rounds 6
 TRAINED = --inputs examples/data/everyday_eval.txt --threads $(BENCH_THREADS) --no-backward
 PYTEST = -m pytest -q
 FAST = -m "not full"
@@ -152,7 +154,8 @@ bench-cuda: $(CUDA_STAMP) ## layers, models and training steps on a GPU, write d
 
 bench-serve: $(VENV)/.stamp ## engines against each other, at BERT-base's size and, beside what distilled models keep, at MiniLM's
 	$(call measure,serve,serve --rounds 5)
-	$(call measure,serve-minilm,serve --size minilm --fff none$(,)mlp:72$(,)mlp:224$(,)mlp:448$(,)1x11$(,)8x8$(,)8x10$(,)32x6$(,)1x11+mlp:60$(,)4x8+mlp:36$(,)8x8+mlp:152 --fidelity examples/experiments/quality_minilm.jsonl --fff-engines torch-packed$(,)openvino-int8 --rows int8 --rounds 6)
+	$(call measure,serve-minilm,serve $(MINILM) --fff-engines torch-packed$(,)openvino-int8 --rows int8)
+	$(call measure,serve-minilm-torch,serve $(MINILM) --engines torch-f32$(,)torch-bf16$(,)torch-packed-bf16 --fff-engines torch-f32$(,)torch-packed-bf16)
 
 bench-pages: $(VENV)/.stamp ## the pages and pictures again, from the JSON
 	@"$(VENV)/bin/python" -m hf_fff.bench.page "$(BENCH_OUT)"

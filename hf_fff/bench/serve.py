@@ -289,7 +289,10 @@ def fidelities(path: Path) -> dict[str, dict[str, Any]]:
                     bool(told.get("muon")),
                     told.get("crop") or 0.0,
                 )
-                rates = json.dumps([told.get(n) for n in ("plain_steps", "learning_rate", "fff_learning_rate")])
+                units = not told.get("plain_steps")
+                if "mlp" in told["fff"]:  # which trains without where its line says so
+                    units = told.get("mlp_units", units)
+                rates = json.dumps([units, *(told.get(n) for n in ("learning_rate", "fff_learning_rate"))])
                 kept = {name: float(told["distilled"]["unseen_short"][name]) for name in ("cosine", "neighbours")}
                 trainings.setdefault(training, {}).setdefault(told["fff"], {}).setdefault(rates, []).append(kept)
     except (KeyError, TypeError, ValueError) as error:

@@ -10,6 +10,7 @@ from ..surgery.text import shuffled
 from ..tasks import Columns, Encoded, evaluate, get_task
 
 _GROUPS, _IN_A_GROUP = 20, 10
+_SOME = 128  # rows on which outputs are compared
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class HeldOut:
         if not self.all.labelled and task != "embeddings":
             raise ValueError(f"the rows to decide on have no labels, by which {task} is measured")
         self.groups = [encode(rows[i::groups]) for i in range(groups)] if groups >= 5 else []
+        self.some = encode(rows[:_SOME]) if len(rows) > _SOME else self.all
 
     @property
     def metric(self) -> str:
@@ -82,3 +84,9 @@ class HeldOut:
             return math.exp(-told["loss"]) if self.task.name == "mlm" else told[self.task.main_metric]
 
         return Quality(value(self.all), tuple(map(value, self.groups)))
+
+    def distance(self, model: Any, dense: Any) -> float:
+        """How far a model's outputs are from the dense one's, on some of the rows and whatever their labels: KL divergence, squared difference
+        ("regression") or 1 - cosine ("embeddings"). It tells small changes that no metric of so few rows would show."""
+        told = evaluate(model, self.task, self.some, self._tokenizer, teacher=dense, batch_size=self._batch_size)
+        return 1 - told["cosine"] if "cosine" in told else told["teacher_mse"] if "teacher_mse" in told else told["kl"]

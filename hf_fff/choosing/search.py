@@ -19,8 +19,10 @@ import torch
 from transformers import AutoTokenizer
 
 from ..bench.model import load_model, real_rows, time_models
+from ..config import LayersLike
 from ..files import atomic_folder, check_output
 from ..memory import memory_explained
+from ..models import FAMILIES
 from ..surgery import Calibration, convert_ffn_to_fff
 from ..surgery.folder import ModelFolder, check_places
 from ..training import DistillationArguments, TaskRows, TokenisedTexts, distil_folder
@@ -38,7 +40,7 @@ _LEAST_STEPS = 50
 _ROUNDS = 11
 _MIXED = 2  # candidates with different kinds in different layers, at most
 _SAMPLE = 512  # rows to measure a step on
-_LAYERS_STEPS, _LAYERS_TOKENS = 200, 100_000  # to find out which layers are hard to fit
+_LAYERS_STEPS, _LAYERS_TOKENS = 200, 100_000  # to find out what a kind costs in each layer
 _ENGINE_TOKENS = 20_000  # of inputs at which int8 looks
 _OPTIMISER = 1.2  # what a step takes, in forward and backward passes
 
@@ -238,15 +240,17 @@ class _Search:
         return "" if self._keeps(result) else "keeps too little"
 
     def _mix(self, slow: Result, fast: Result) -> None:
-        """The kind that keeps enough in the layers that are hardest to fit, the next faster one in the others: in half of the
+        """The kind that keeps enough in the layers that gain most by it, the next faster one in the others: in half of the
         layers, then in fewer if that kept enough, else in more."""
-        order = self._hardest_first(slow.name)
+        order = self._most_gained_first(slow.name, fast.name)
         count = (len(order) + 1) // 2
         for left in range(_MIXED, 0, -1):
             if not 0 < count < len(order):
                 return
-            layers = {str(i): slow.name if i in order[:count] else fast.name for i in sorted(order)}
-            name = f"{slow.name} in {','.join(str(i) for i in sorted(order[:count]))}, else {fast.name}"
+            chosen = sorted(i for group in order[:count] for i in group)
+            every = sorted(i for group in order for i in group)
+            layers = {str(i): slow.name if i in chosen else fast.name for i in every}
+            name = f"{slow.name} in {','.join(map(str, chosen))}, else {fast.name}"
             if name not in self.results:
                 self._measure_untrained([Result(name, layers)])
             result = self.results[name]
@@ -255,26 +259,49 @@ class _Search:
             self._train(result, left)
             count = count // 2 if self._keeps(result) else (count + len(order) + 1) // 2
 
-    def _hardest_first(self, kind: str) -> list[int]:
-        """Layers, by what a short fit of that kind leaves unexplained."""
-        known: dict[str, list[int]] = self.dense_facts.setdefault("hardest", {})
-        if kind not in known:
-            self.tell(f"which layers are hard to fit with {kind}")
-            plan = Calibration(
-                self.data.train if isinstance(self.data.train, list) else self._inputs(),
-                tokenizer=self.tokenizer,
-                budget=None,
-                steps=min(self.plan.steps or _LAYERS_STEPS, _LAYERS_STEPS),
-                max_tokens=min(self.plan.max_tokens, _LAYERS_TOKENS),
-                max_length=self.max_length,
-                seed=self.plan.seed,
-                progress=not self.args.disable_tqdm,
-            )
-            fitted = convert_ffn_to_fff(self.dense, kind, calibration=plan, seed=self.plan.seed)
-            unexplained: dict[int, float] = fitted.calibration_report.unexplained
-            known[kind] = sorted(unexplained, key=lambda i: -unexplained[i])
-            self.save()
-        return known[kind]
+    def _most_gained_first(self, slow: str, fast: str) -> list[list[int]]:
+        """Layers, those that share an FFN together, by how much nearer to the dense model's the outputs are where one alone is of the slower
+        kind and not of the faster. What a fit leaves unexplained in a layer would say little: much of little may be lost."""
+        groups = FAMILIES[self.dense.config.model_type].groups(self.dense.base_model)
+        if len(groups) < 2:
+            return groups  # there is nothing to mix
+        known: dict[str, list[float]] = self.dense_facts.setdefault("distances", {})
+        for kind in (slow, fast):
+            if kind not in known:
+                known[kind] = self._distances(kind, groups)
+                self.save()
+        gained = [far - near for near, far in zip(known[slow], known[fast], strict=True)]
+        return [group for _, group in sorted(zip(gained, groups, strict=True), key=lambda pair: -pair[0])]
+
+    def _distances(self, kind: str, groups: list[list[int]]) -> list[float]:
+        """How far the outputs are from the dense model's with a kind in one group of layers alone, after a short fit of all."""
+        self.tell(f"what {kind} costs in each layer")
+        plan = Calibration(
+            self.data.train if isinstance(self.data.train, list) else self._inputs(),
+            tokenizer=self.tokenizer,
+            budget=None,
+            steps=min(self.plan.steps or _LAYERS_STEPS, _LAYERS_STEPS),
+            max_tokens=min(self.plan.max_tokens, _LAYERS_TOKENS),
+            max_length=self.max_length,
+            seed=self.plan.seed,
+            progress=not self.args.disable_tqdm,
+        )
+        family = FAMILIES[self.dense.config.model_type]
+        fitted = convert_ffn_to_fff(self.dense, kind, calibration=plan, seed=self.plan.seed)
+        found = []
+        for group in groups:
+            alone = self._untrained(dict.fromkeys(group, kind))
+            blocks, new = (family.blocks(model.base_model) for model in (alone, fitted))
+            for i in group:  # assigned: what is copied into it would be in the dense model, too
+                blocks[i].load_state_dict(new[i].state_dict(), assign=True)
+            found.append(self.held_out.distance(alone, self.dense))
+        return found
+
+    def _untrained(self, config: LayersLike) -> Any:
+        """A conversion of which nothing is known yet but its shapes."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the converted model is not calibrated")
+            return convert_ffn_to_fff(self.dense, config, seed=self.plan.seed).to(self.args.device).eval()
 
     # Training
 
@@ -372,12 +399,7 @@ class _Search:
         self.dense_facts = {"score": quality.value, "groups": list(quality.groups)}
 
     def _measure_untrained(self, results: list[Result]) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the converted model is not calibrated")
-            models = {
-                r.name: convert_ffn_to_fff(self.dense, r.config, seed=self.plan.seed).to(self.args.device).eval()
-                for r in results
-            }
+        models = {r.name: self._untrained(r.config) for r in results}
         self.results |= {r.name: r for r in results}
         self._time(models)
         if self.plan.steps is None:

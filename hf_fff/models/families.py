@@ -93,12 +93,16 @@ class FFNInterface:
                 f"there is no {path!r} in {type(module).__name__}"
             ) from error
 
-    def check_shared(self, base_model: Any, layers: Mapping[int, FFFConfig]) -> None:
-        """Raises ``ValueError`` where layers that share one FFN are to get different ones."""
+    def groups(self, base_model: Any) -> list[list[int]]:
+        """The layers' numbers, of those that share one FFN together; in most families each is alone."""
         owners: dict[int, list[int]] = {}
         for index, block in enumerate(self.blocks(base_model)):
             owners.setdefault(id(block), []).append(index)
-        for indices in owners.values():
+        return list(owners.values())
+
+    def check_shared(self, base_model: Any, layers: Mapping[int, FFFConfig]) -> None:
+        """Raises ``ValueError`` where layers that share one FFN are to get different ones."""
+        for indices in self.groups(base_model):
             if any(layers.get(i) != layers.get(indices[0]) for i in indices):
                 given = ", ".join(f"{i}: {layers[i].shorthand if i in layers else 'dense'}" for i in indices)
                 raise ValueError(

@@ -433,8 +433,7 @@ def calibrate(
     dense_layers, fast_layers = _Layers(dense.base_model, family), _Layers(fast.base_model, family)
     blocks = dense_layers.blocks
     # FFNs to fit: those of each layer, or of all layers that share them
-    groups = {i: [j for j, block in enumerate(blocks) if block is blocks[i]] for i in layers}
-    groups = {i: group for i, group in groups.items() if i == group[0]}
+    groups = {group[0]: group for group in family.groups(dense.base_model) if group[0] in layers}
     plans = [layers[i] for i in groups for _ in family.ffns(blocks[i])]
     report = CalibrationReport(steps=c.steps or 0)
     first, last = min(layers), max(layers)

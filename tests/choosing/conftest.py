@@ -35,7 +35,8 @@ def lab(source, tmp_path, monkeypatch):
     lab = SimpleNamespace(
         time={"none": 0.5, "mlp:4": 0.6, "2x2": 0.7, "2x3": 0.8, "8x4": 1.1},
         share={"none": 0.6, "mlp:4": 0.8, "2x2": 0.9, "2x3": 0.99},
-        unexplained={},
+        costs={},  # by kind, of each layer that alone has it
+        source=source,
         trained=[],
         started=[],
         timed=[],
@@ -64,16 +65,18 @@ def lab(source, tmp_path, monkeypatch):
         return Quality(0.8 * lab.share.get(kind_of(model), 1.0), ())
 
     def convert(dense, config, *, calibration=None, seed=0):
-        model = real(dense, config, seed=seed)
-        if calibration is not None:
-            model.calibration_report = SimpleNamespace(unexplained=lab.unexplained)
-        return model
+        return real(dense, config, seed=seed)
+
+    def distance(self, model, dense):
+        (index, config), *_ = model.config.fff_layers.items()
+        return lab.costs.get(config.shorthand, {}).get(index, 0.0)
 
     real = search.convert_ffn_to_fff
     monkeypatch.setattr(search, "time_models", time_models)
     monkeypatch.setattr(search, "distil_folder", distil_folder)
     monkeypatch.setattr(search, "convert_ffn_to_fff", convert)
     monkeypatch.setattr(HeldOut, "measure", measure)
+    monkeypatch.setattr(HeldOut, "distance", distance)
     monkeypatch.setattr(search, "busy", lambda: None)
 
     def run(keep, candidates="none,mlp:4,2x2,2x3,8x4", rows=60, resume=True, **plan):
@@ -85,7 +88,7 @@ def lab(source, tmp_path, monkeypatch):
             return arguments_for("classification", output_dir=str(folder), max_steps=steps, use_cpu=True)
 
         data = prepare("classification", rows_of("classification", rows))
-        return choose(source, lab.output, data, asked, arguments, resume=resume)
+        return choose(lab.source, lab.output, data, asked, arguments, resume=resume)
 
     lab.run = run
     return lab

@@ -56,6 +56,33 @@ def test_perplexity(tokenizer):
     assert held.metric == "exp(-loss)" and held.groups == []
 
 
+@pytest.mark.parametrize("task", ["classification", "regression", "embeddings"])
+def test_distances_of_outputs(tokenizer, task):
+    """Of few rows all of them, of many some; no labels are looked at."""
+    head, classes = {
+        "classification": ("ForSequenceClassification", 3),
+        "regression": ("ForSequenceClassification", 1),
+    }.get(task, ("Model", 2))
+    dense, other = (tiny_bert(HEADS[head], seed=seed, num_labels=classes) for seed in (0, 1))
+    held = held_out(task, rows_of("mlm" if task == "embeddings" else task, 150), tokenizer, dense)
+    assert len(held.all) == 150 and len(held.some) == 128
+    told = []
+    for i in range(128):
+        have, want = (logits(model, held.some[i]) for model in (other, dense))
+        if task == "embeddings":
+            a, b = (out["last_hidden_state"][0].mean(0) for out in (have, want))
+            told.append(1 - float(torch.cosine_similarity(a, b, dim=0)))
+        elif task == "regression":
+            told.append(float((have["logits"] - want["logits"]).square()))
+        else:
+            q, p = (out["logits"][0].double().log_softmax(-1) for out in (have, want))
+            told.append(float((p.exp() * (p - q)).sum()))
+    assert held.distance(other, dense) == pytest.approx(np.mean(told), rel=1e-4)
+    assert held.distance(dense, dense) == pytest.approx(0, abs=1e-6)
+    few = held_out(task, rows_of("mlm" if task == "embeddings" else task, 20), tokenizer, dense)
+    assert few.some is few.all
+
+
 def test_cosine(tokenizer):
     dense, other = tiny_bert(seed=0), tiny_bert(seed=1)
     held = held_out("embeddings", rows_of("mlm", 20), tokenizer, dense)

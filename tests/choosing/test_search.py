@@ -1,17 +1,26 @@
 """The search: what it tries, in which order, what it takes, and that it goes on where it stopped."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from command import listing
-from tiny import same
+from task_rows import rows_of
+from tiny import same, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from hf_fff.bench.model import Timing
-from hf_fff.choosing import Plan, search
+from hf_fff.choosing import Plan, prepare, search
+from hf_fff.surgery.folder import ModelFolder
+from hf_fff.training import arguments_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:the converted model is not calibrated")
+
+
+# What 2x2 and 2x3 cost in each layer alone: most is gained in layer 1, then in 2, while either costs most in layer 0, least in 1.
+COSTS = {"2x2": {0: 0.9, 1: 0.7, 2: 0.8}, "2x3": {0: 0.8, 1: 0.2, 2: 0.5}}
 
 
 def kinds(trained):
@@ -308,8 +317,8 @@ def _taking(distil, clock, seconds):
 
 
 def test_mixed_takes_the_slower_kind_where_it_is_needed(lab):
-    """Layer 1 is hardest to fit, then 2. Two of three layers keep enough, one does not."""
-    lab.unexplained = {0: 0.1, 1: 0.5, 2: 0.3}
+    """Layer 1 gains most, then 2. Two of three layers keep enough, one does not."""
+    lab.costs = COSTS
     lab.time |= {"2x2/2x3/2x3": 0.77, "2x2/2x3/2x2": 0.73}
     lab.share |= {"2x2/2x3/2x3": 0.98, "2x2/2x3/2x2": 0.95}
     choice = lab.run(0.97)
@@ -321,18 +330,46 @@ def test_mixed_takes_the_slower_kind_where_it_is_needed(lab):
 
 
 def test_mixed_goes_on_to_fewer_layers_where_that_is_enough(lab):
-    lab.unexplained = {0: 0.1, 1: 0.5, 2: 0.3}
+    lab.costs = COSTS
     lab.time |= {"2x2/2x3/2x3": 0.77, "2x2/2x3/2x2": 0.73}
     lab.share |= {"2x2/2x3/2x3": 0.98, "2x2/2x3/2x2": 0.975}
     assert lab.run(0.97).chosen.name == "2x3 in 1, else 2x2"
 
 
 def test_mixed_is_not_trained_where_it_is_no_faster(lab):
-    lab.unexplained = {0: 0.1, 1: 0.5, 2: 0.3}
+    lab.costs = COSTS
     lab.time["2x2/2x3/2x3"] = 0.81
     choice = lab.run(0.97)
     assert choice.chosen.name == "2x3" and kinds(lab.trained)[-1] == "2x3"
     assert notes(choice)["2x3 in 1,2, else 2x2"] == "not trained: slower than what is chosen"
+
+
+def test_nothing_is_mixed_where_all_layers_share_an_ffn(lab, tokenizer):
+    model = tiny_model("albert", "ForSequenceClassification", num_labels=3)
+    model.save_pretrained(lab.source.root)
+    lab.source = ModelFolder.find(str(lab.source.root))
+    assert lab.run(0.97).chosen.name == "2x3" and kinds(lab.trained)[-1] == "2x3"
+
+
+def test_what_a_kind_costs_in_each_layer(lab, monkeypatch):
+    """Of a layer whose FFN gives the same for all tokens, no FFN costs nothing; of one that gives much it costs more than of one that gives
+    little. The dense model stays as it is."""
+    monkeypatch.undo()
+    dense = lab.source.load_dense()
+    with torch.no_grad():
+        for layer, factor in zip(dense.base_model.encoder.layer, (0.01, 3.0, 0.3), strict=True):
+            layer.output.dense.weight.mul_(factor)
+    dense.save_pretrained(lab.source.root)
+    arguments = partial(arguments_for, "classification", use_cpu=True)
+    data = prepare("classification", rows_of("classification", 200))
+    plan = Plan(keep=0.9, candidates=("none",), steps=100)
+    looked = search._Search(
+        lab.source, lab.work, data, plan, lambda folder, _: arguments(output_dir=str(folder)), None, True, print
+    )
+    before = {name: value.clone() for name, value in looked.dense.state_dict().items()}
+    nothing, much, little = looked._distances("none", [[0], [1], [2]])
+    assert nothing < 1e-3 < little < much / 2
+    assert same(before, looked.dense.state_dict())
 
 
 def test_no_mixed_where_the_fastest_is_enough(lab):
@@ -342,7 +379,7 @@ def test_no_mixed_where_the_fastest_is_enough(lab):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("at", ["mlp:4", "2x2/2x3/2x3"])
 def test_an_interrupted_search_goes_on(lab, at, when):
-    lab.unexplained = {0: 0.1, 1: 0.5, 2: 0.3}
+    lab.costs = COSTS
     lab.time |= {"2x2/2x3/2x3": 0.77, "2x2/2x3/2x2": 0.73}
     lab.share |= {"2x2/2x3/2x3": 0.98, "2x2/2x3/2x2": 0.95}
     whole = kinds(lab.run(0.97) and lab.trained)
