@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument(
         "--run",
         default="general",
-        help="the table: general, ablation, calibration, layers, rates, tried, crop, long, or rows, which looks at packed rows, too",
+        help="the table: general, ablation, calibration, layers, halves, rates, tried, crop, long, or rows, which looks at packed rows, too",
     )
     parser.add_argument("--fff", default="8x8", help="in all layers, or what is in which: 0-2=12x8,3-5=4x8")
     parser.add_argument("--calibration-steps", type=int, default=1000)

@@ -525,6 +525,7 @@ def bench_serve(
         "tree_rows": rows.value,
         "left_out": left_out,
         "versions": serve.versions(),
+        "waiting": "awake",  # threads, between products; before this was told they slept at once
     }
     told = _told("serve", waiting, {**about, "rows": lines})
     told["threads"] = threads or told["cores"]

@@ -35,9 +35,7 @@ def test_verdict(tree, microseconds, cell, ratio):
 def test_what_noise_makes_counts_for_nothing():
     """None was measured at 48, and a tree, which has more to do, at 42."""
     noisy = frontier.Timed("an engine", "a machine", "1x16", timed(**{"1x11": 42.0}).took | {"none": 48.0})
-    assert (
-        frontier.noise([noisy, timed()]) == pytest.approx(48 / 42 - 1) and frontier.noise([timed()]) == frontier.LEVEL
-    )
+    assert frontier.noise(noisy) == pytest.approx(48 / 42 - 1) and frontier.noise(timed()) == frontier.LEVEL
     cell, ratio = frontier.verdict("1x11", timed(**{"1x11": 42.0}), COSINES, level=0.08)
     assert cell == "1.07x (mlp:72 1.19x)" and ratio == pytest.approx(45 / 42)
 

@@ -100,18 +100,30 @@ def test_kinds_by_layer():
 
     rows = [run("8x8", 0.93), run("0=24x8,1-3=4x8,4=8x8,5=4x8", 0.92), run("1-5=none", 0.91), run("none", 0.9)]
     rows += [run("8x8", 0.99, muon=False), run("8x8", 0.98, fff_fall=2.0, eval_loss=0.1)]
-    assert report.mixed(rows) == ""  # what each layer is worth is not known
+    times = {"8x8": {"1x16": 36.94, "8x128": 14.0}, "1-5=none": {"1x16": 30.0, "8x128": 12.34}}
+    clocks = [{"cpu": "a CPU", "isa": "avx512", "threads": 2, "microseconds_a_token": {"an engine": times}}]
+    assert report.mixed(rows, clocks) == ""  # what each layer is worth is not known
     layer = {"run": "layers", "calibration_steps": 5, "texts": 1000}
     rows += [{**layer, "fff": f"{i}=none", "calibrated": scores(0.6 + i / 10)} for i in range(2)]
-    text = report.mixed(rows)
+    text = report.mixed(rows, clocks)
     assert "| without the FFN of layer | 0 | 1 |" in text and "| cosine, sentences | 0.600 | 0.700 |" in text
     (tree,), (mix,), (one,) = (cells(text, fff) for fff in ("8x8", rows[1]["fff"], "1-5=none"))
     assert (
-        tree[1:] == ["72 (4.7 %)", "0.500", "0.800", "0.930", "0.930", "0.700"]
+        tree[1:] == ["72 (4.7 %)", "0.500", "0.800", "0.930", "0.930", "0.700", "36.9", "14.0"]
+        and mix[7:] == ["", ""]
+        and one[7:] == ["30.0", "12.3"]
         and mix[1] == tree[1]
         and text.index(rows[1]["fff"] + " | 72") < text.index("| 8x8 |")
     )
-    assert one[1] == "256 (16.7 %)" and not cells(text, "none") and not report.mixed(rows[:1] + rows[-2:])
+    assert one[1] == "256 (16.7 %)" and not cells(text, "none") and not report.mixed(rows[:1] + rows[-2:], clocks)
+    assert "half of the layers" not in text
+    halves = {"0-2=none,3-5=mlp:224": (0.8, 0.9), "0-1=none,2-3=mlp:224,4=none,5=mlp:224": (0.75, 0.85)}
+    rows += [
+        {"run": "halves", "fff": fff, "calibrated": scores(first), "distilled": scores(then)}
+        for fff, (first, then) in halves.items()
+    ]
+    text = " ".join(report.mixed(rows, clocks).split())
+    assert "0.800 calibrated and 0.900 distilled, in 2, 3 and 5" in text and "0.750 and 0.850." in text
 
 
 def test_the_models_of_the_commands():
