@@ -222,7 +222,9 @@ def test_cross_encoder(minilm_path, tmp_path):
     fast.save_pretrained(str(tmp_path / "fast"))
     loaded = sentence_transformers.CrossEncoder(str(tmp_path / "fast"), device="cpu")
     assert type(loaded.model).__name__ == "FastBertForSequenceClassification"
-    assert (loaded.predict(pairs) == fast.predict(pairs)).all()
+    assert same(loaded.model.state_dict(), fast.model.state_dict())
+    # Not to the bit: a product's last one may depend on where in memory its weights begin, which differs between files and copies.
+    assert loaded.predict(pairs) == pytest.approx(fast.predict(pairs), rel=1e-6)
 
 
 def test_a_module_with_two_models():
