@@ -145,11 +145,12 @@ MIXED_TAIL = """
 - With as many neurons no mix keeps more than the same in all layers, wherever its weight is: 0.930 and 0.930 with trees (4 in the first layers, 14 in the last), 0.920 and 0.920 with MLPs of 72, 0.937 and 0.937 of 224; and they find fewer neighbours.
 - Where layers get nothing, it matters which: the cosine is 0.004 to 0.007 higher where layers 4 and 5, which are worth most, have the neurons, than where 0 has (`0-3=none,4-5=24x8` and `0=24x8,1-3=none,4=24x8,5=none`; `0-3=none,4-5=mlp:216` and `0=mlp:432,1-5=none`;
   `0-3=none,5=none` and `1-5=none`). What a fit leaves unexplained does not tell that: of 8x8 it is least in layers 0 and 4 (0.23, 0.40) and most in 3 and 5 (0.64). So `hf-fff choose` goes by what a kind in one layer alone does to the outputs.
-- What mixes can save is time, where layers have nothing: `0-3=none,4-5=mlp:216` keeps 0.919 and takes 13 % less time than mlp:72 (0.920) at 1x16 in OpenVINO, elsewhere no less. An MLP of 448 in all layers keeps more than the original's own FFNs in 4 and 5 alone (0.952 and 0.948; of neighbours 0.741 and 0.688), in less time.
+- What mixes can save is time, where layers have nothing: `0-3=none,4-5=mlp:216` keeps 0.919 and takes 3 to 19 % less time than mlp:72 (0.920) at three of four sizes in OpenVINO, within noise of no FFN at all, and the same in PyTorch within noise. An MLP of 448 in all layers keeps more than the original's own FFNs in 4 and 5 alone
+  (0.952 and 0.948; of neighbours 0.741 and 0.688), in less time in PyTorch and in 4 to 8 % more at three of four sizes in OpenVINO.
 """
 
 HALVES = """- mlp:224 in half of the layers and nothing in the others, on a CPU (200 steps of calibration on 200,000 tokens, 200 steps of 64 texts, one seed): in 3, 4 and 5, where it brings the outputs nearest,
-  {gained[0]:.3f} calibrated and {gained[1]:.3f} distilled, in 2, 3 and 5, which are hardest to fit with it, {hardest[0]:.3f} and {hardest[1]:.3f}.
+  {gained[0]:.3f} calibrated and {gained[1]:.3f} distilled, in 2, 3 and 5, which are hardest to fit with it, {hardest[0]:.3f} and {hardest[1]:.3f}; of neighbours {gained[2]:.3f} and {hardest[2]:.3f} are found after that.
 """
 
 TASK_JOINT = """
@@ -689,7 +690,7 @@ def mixed(rows: list[dict], clocks: list[dict]) -> str:
     took = {
         f"{engine}, {workload}": {kind: of[workload] for kind, of in kinds.items()}
         for engine, kinds in clock["microseconds_a_token"].items()
-        for workload in ("1x16", "8x128")
+        for workload in ("1x16", "1x128", "8x128", "32x128")
     }
     text = MIXED.format(
         machine=f"{clock['cpu']}, {clock['isa']}, {clock['threads']} threads",
@@ -711,7 +712,10 @@ def mixed(rows: list[dict], clocks: list[dict]) -> str:
             times = [f"{of[fff]:.1f}" if fff in of else "" for of in took.values()]
             text += f"| {fff} | {neurons(fff)} | {' | '.join([*(f'{cell:.3f}' for cell in cells), *times])} |\n"
     halves = {
-        row["fff"]: [row[when]["unseen_short"]["cosine"] for when in ("calibrated", "distilled")]
+        row["fff"]: [
+            *(row[when]["unseen_short"]["cosine"] for when in ("calibrated", "distilled")),
+            row["distilled"]["unseen_short"]["neighbours"],
+        ]
         for row in rows
         if row["run"] == "halves"
     }

@@ -14,7 +14,10 @@ from typing import Any
 def command(module: str, *words: str, threads: int) -> tuple[list[str], dict[str, str]]:
     """The command that runs a module, and its environment. Threads wait for work as they do by default, awake for some milliseconds: if
     they slept at once, small products would take a multiple of their time."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+    }
+    environment |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     return [sys.executable, "-m", module, *words], environment
 
 

@@ -404,6 +404,29 @@ def test_an_interrupted_search_goes_on(lab, at, when):
     assert listing(lab.output) == chosen and not lab.work.exists()
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_search_that_was_interrupted_while_it_mixed_goes_on_with_that(lab, when):
+    """The first mix keeps enough, and the second, which is faster, was being trained."""
+    lab.costs = COSTS
+    lab.time |= {"2x2/2x3/2x3": 0.77, "2x2/2x3/2x2": 0.73}
+    lab.share |= {"2x2/2x3/2x3": 0.98, "2x2/2x3/2x2": 0.975}
+    lab.fail_at = ("2x2/2x3/2x2", when)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        lab.run(0.97)
+    lab.fail_at = None
+    lab.trained.clear()
+    assert lab.run(0.97).chosen.name == "2x3 in 1, else 2x2"
+    assert kinds(lab.trained) == ["2x2/2x3/2x2"] * (when == "before")
+
+
+def test_outputs_that_are_not_finite_end_no_search(lab, monkeypatch):
+    def broken(*_):
+        raise FloatingPointError("an output for row 3 is not finite")
+
+    monkeypatch.setattr(search.HeldOut, "distance", broken)
+    assert lab.run(0.97).chosen.name == "2x3" and kinds(lab.trained)[-1] == "2x3"
+
+
 def test_what_is_asked_may_change_when_it_goes_on(lab):
     """The results hold whatever share is asked."""
     lab.fail_at = ("2x2", "before")

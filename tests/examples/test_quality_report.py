@@ -91,6 +91,9 @@ def test_what_was_tried():
     assert best[3:5] == ["routing gradient 0, steps by depth, e = 0.25", "0.700"] and plain[3:5] == ["", "0.800"]
 
 
+SIZES = ("1x16", "1x128", "8x128", "32x128")
+
+
 def test_kinds_by_layer():
     """Beside what stands in all layers and uses as much; a layer that is not named keeps its FFN; other ways do not count."""
 
@@ -100,7 +103,7 @@ def test_kinds_by_layer():
 
     rows = [run("8x8", 0.93), run("0=24x8,1-3=4x8,4=8x8,5=4x8", 0.92), run("1-5=none", 0.91), run("none", 0.9)]
     rows += [run("8x8", 0.99, muon=False), run("8x8", 0.98, fff_fall=2.0, eval_loss=0.1)]
-    times = {"8x8": {"1x16": 36.94, "8x128": 14.0}, "1-5=none": {"1x16": 30.0, "8x128": 12.34}}
+    times = {"8x8": dict.fromkeys(SIZES, 36.94), "1-5=none": {**dict.fromkeys(SIZES, 30.0), "8x128": 12.34}}
     clocks = [{"cpu": "a CPU", "isa": "avx512", "threads": 2, "microseconds_a_token": {"an engine": times}}]
     assert report.mixed(rows, clocks) == ""  # what each layer is worth is not known
     layer = {"run": "layers", "calibration_steps": 5, "texts": 1000}
@@ -109,9 +112,9 @@ def test_kinds_by_layer():
     assert "| without the FFN of layer | 0 | 1 |" in text and "| cosine, sentences | 0.600 | 0.700 |" in text
     (tree,), (mix,), (one,) = (cells(text, fff) for fff in ("8x8", rows[1]["fff"], "1-5=none"))
     assert (
-        tree[1:] == ["72 (4.7 %)", "0.500", "0.800", "0.930", "0.930", "0.700", "36.9", "14.0"]
-        and mix[7:] == ["", ""]
-        and one[7:] == ["30.0", "12.3"]
+        tree[1:] == ["72 (4.7 %)", "0.500", "0.800", "0.930", "0.930", "0.700", *["36.9"] * 4]
+        and mix[7:] == [""] * 4
+        and one[7:] == ["30.0", "30.0", "12.3", "30.0"]
         and mix[1] == tree[1]
         and text.index(rows[1]["fff"] + " | 72") < text.index("| 8x8 |")
     )
@@ -123,7 +126,7 @@ def test_kinds_by_layer():
         for fff, (first, then) in halves.items()
     ]
     text = " ".join(report.mixed(rows, clocks).split())
-    assert "0.800 calibrated and 0.900 distilled, in 2, 3 and 5" in text and "0.750 and 0.850." in text
+    assert "0.800 calibrated and 0.900 distilled, in 2, 3 and 5" in text and "0.750 and 0.850; of neighbours" in text
 
 
 def test_the_models_of_the_commands():
