@@ -356,7 +356,8 @@ layers converted one after the other while the rest is trained, exact instead of
 
 Not measured: of trainings of 8000 steps third seeds but of none, 8x8 and mlp:72, and second ones of 1x11, 32x6, mlp:448 and trees beside an MLP; mixes of kinds for as long; transfer inputs for questions, entities, SST-2, QNLI and STS-B; frozen attention on other tasks; int8 rows for
 other trees. The scripts are there (`quality_minilm.py`, `masked_words.py`, `tasks_table.py`, `by_command.py`), and so is the
-[queue](../../examples/experiments/README.md). Quality beside time, engine by engine: [quality-frontier](quality-frontier.md).
+[queue](../../examples/experiments/README.md). Quality beside time: [quality-frontier](quality-frontier.md); there trees were to be
+ahead somewhere in each engine, which they are in OpenVINO with AVX2 alone and packed in PyTorch, and not in PyTorch all in float32 or in bfloat16.
 """
 
 
