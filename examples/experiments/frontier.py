@@ -50,7 +50,7 @@ CELLS = """
 ## Cell by cell
 
 As above; in brackets the fastest measured MLP that keeps as much or more, and how many times as long as the tree that takes. Where no MLP
-measured here keeps as much as the tree, the original stands there instead, which is no rival of equal quality. Bold: a tree ahead by more than that.
+measured here keeps as much as the tree, the original stands there instead, which is no rival of equal quality. Bold: a tree ahead by more than a draw.
 """
 
 
